@@ -9,7 +9,7 @@ int64_t chunk_slots(const ChunkFwdProblem& p) {
 
 namespace {
 
-constexpr size_t kAlignment = 256;
+constexpr size_t kAlignment = 256;  // of every workspace region; also what cudaMalloc guarantees
 
 // Reserves `bytes` at the end of the workspace and returns their offset.
 size_t reserve(ChunkFwdWorkspace& workspace, size_t bytes) {
@@ -19,6 +19,7 @@ size_t reserve(ChunkFwdWorkspace& workspace, size_t bytes) {
 }
 
 const char* reason_for_composite(const ChunkFwdProblem& p) {
+  if (p.compute_capability == 0) return "no CUDA device";
   if (p.compute_capability != 90) return "the kernels need a Hopper GPU (compute capability 9.0)";
   if (p.activation_type == DataType::kFloat32) return "the kernels take bf16 and fp16 activations, not fp32";
   if (p.key_dim != 64 && p.key_dim != 128) return "the kernels cover K in {64, 128}";
@@ -35,7 +36,45 @@ int choose_value_tile(const ChunkFwdProblem& p) {
   return tile;
 }
 
-} // namespace
+const char* name_of(ChunkFwdPath path) {
+  switch (path) {
+    case ChunkFwdPath::kComposite:
+      return "composite";
+    case ChunkFwdPath::kStaged:
+      return "staged";
+  }
+  return "unknown";
+}
+
+// Builds one flat JSON object. Keys and strings are literals of this file without characters that need escaping.
+class JsonObject {
+ public:
+  void add(const char* key, const char* value) { add_raw(key, '"' + std::string(value) + '"'); }
+  void add(const char* key, int64_t value) { add_raw(key, std::to_string(value)); }
+  void add(const char* key, const JsonObject& value) { add_raw(key, value.str()); }
+  [[nodiscard]] std::string str() const { return '{' + body_ + '}'; }
+
+ private:
+  void add_raw(const char* key, const std::string& value) {
+    if (!body_.empty()) body_ += ", ";
+    body_ += '"' + std::string(key) + "\": " + value;
+  }
+
+  std::string body_;
+};
+
+// Thread blocks (CTAs) of each stage.
+JsonObject stage_ctas(const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
+  JsonObject ctas;
+  if (plan.path != ChunkFwdPath::kStaged) return ctas;
+  const int64_t tiles = plan.chunk_slots * p.value_heads;
+  ctas.add("intra_chunk_solve", tiles);
+  ctas.add("state_recurrence", p.sequences * p.value_heads * (p.value_dim / plan.value_tile));
+  ctas.add("output_gemm", tiles);
+  return ctas;
+}
+
+}  // namespace
 
 ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p) {
   ChunkFwdPlan plan;
@@ -64,15 +103,16 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p) {
 }
 
 std::string to_json(const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
-  const bool staged = plan.path == ChunkFwdPath::kStaged;
-  std::string json = "{";
-  json += "\"path\": \"" + std::string(staged ? "staged" : "composite") + "\"";
-  json += ", \"reason\": \"" + std::string(plan.reason) + "\"";
-  json += ", \"sequences\": " + std::to_string(p.sequences);
-  json += ", \"chunk_slots\": " + std::to_string(plan.chunk_slots);
-  json += ", \"value_tile\": " + std::to_string(plan.value_tile);
-  json += ", \"workspace_bytes\": " + std::to_string(plan.workspace.total_bytes);
-  return json + "}";
+  JsonObject json;
+  json.add("path", name_of(plan.path));
+  json.add("reason", plan.reason);
+  json.add("sequences", p.sequences);
+  json.add("chunk_tokens", int64_t{kChunkTokens});
+  json.add("chunk_slots", plan.chunk_slots);
+  json.add("value_tile", int64_t{plan.value_tile});
+  json.add("stage_ctas", stage_ctas(p, plan));
+  json.add("workspace_bytes", static_cast<int64_t>(plan.workspace.total_bytes));
+  return json.str();
 }
 
-} // namespace kda
+}  // namespace kda

@@ -1,0 +1,80 @@
+// The host-side planner as the Python module `kda_plan`, for tests and tools. It needs neither torch nor CUDA and is not
+// part of the wheel.
+#include <pybind11/pybind11.h>
+
+#include "../kda/plan.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(kda_plan, m) {
+  m.doc() = "Host-side planning of kda::chunk_fwd (csrc/kda/plan.h)";
+  m.attr("CHUNK_TOKENS") = kda::kChunkTokens;
+
+  py::enum_<kda::DataType>(m, "DataType")
+      .value("bfloat16", kda::DataType::kBFloat16)
+      .value("float16", kda::DataType::kFloat16)
+      .value("float32", kda::DataType::kFloat32);
+
+  py::enum_<kda::ChunkFwdPath>(m, "ChunkFwdPath")
+      .value("composite", kda::ChunkFwdPath::kComposite)
+      .value("staged", kda::ChunkFwdPath::kStaged);
+
+  const kda::ChunkFwdProblem defaults;
+  py::class_<kda::ChunkFwdProblem>(m, "ChunkFwdProblem")
+      .def(py::init([](int64_t batch, int64_t tokens, int64_t sequences, bool varlen, int heads, int value_heads,
+                       int key_dim, int value_dim, kda::DataType activation_type, int compute_capability,
+                       int sm_count) {
+             kda::ChunkFwdProblem p;
+             p.batch = batch;
+             p.tokens = tokens;
+             p.sequences = sequences;
+             p.varlen = varlen;
+             p.heads = heads;
+             p.value_heads = value_heads;
+             p.key_dim = key_dim;
+             p.value_dim = value_dim;
+             p.activation_type = activation_type;
+             p.compute_capability = compute_capability;
+             p.sm_count = sm_count;
+             return p;
+           }),
+           py::kw_only(), py::arg("batch") = defaults.batch, py::arg("tokens") = defaults.tokens,
+           py::arg("sequences") = defaults.sequences, py::arg("varlen") = defaults.varlen,
+           py::arg("heads") = defaults.heads, py::arg("value_heads") = defaults.value_heads,
+           py::arg("key_dim") = defaults.key_dim, py::arg("value_dim") = defaults.value_dim,
+           py::arg("activation_type") = defaults.activation_type,
+           py::arg("compute_capability") = defaults.compute_capability, py::arg("sm_count") = defaults.sm_count)
+      .def_readwrite("batch", &kda::ChunkFwdProblem::batch)
+      .def_readwrite("tokens", &kda::ChunkFwdProblem::tokens)
+      .def_readwrite("sequences", &kda::ChunkFwdProblem::sequences)
+      .def_readwrite("varlen", &kda::ChunkFwdProblem::varlen)
+      .def_readwrite("heads", &kda::ChunkFwdProblem::heads)
+      .def_readwrite("value_heads", &kda::ChunkFwdProblem::value_heads)
+      .def_readwrite("key_dim", &kda::ChunkFwdProblem::key_dim)
+      .def_readwrite("value_dim", &kda::ChunkFwdProblem::value_dim)
+      .def_readwrite("activation_type", &kda::ChunkFwdProblem::activation_type)
+      .def_readwrite("compute_capability", &kda::ChunkFwdProblem::compute_capability)
+      .def_readwrite("sm_count", &kda::ChunkFwdProblem::sm_count);
+
+  py::class_<kda::ChunkFwdWorkspace>(m, "ChunkFwdWorkspace")
+      .def_readonly("W", &kda::ChunkFwdWorkspace::W)
+      .def_readonly("K_decayed", &kda::ChunkFwdWorkspace::K_decayed)
+      .def_readonly("Q_gated", &kda::ChunkFwdWorkspace::Q_gated)
+      .def_readonly("Aqk", &kda::ChunkFwdWorkspace::Aqk)
+      .def_readonly("U0", &kda::ChunkFwdWorkspace::U0)
+      .def_readonly("U", &kda::ChunkFwdWorkspace::U)
+      .def_readonly("state", &kda::ChunkFwdWorkspace::state)
+      .def_readonly("chunk_decay", &kda::ChunkFwdWorkspace::chunk_decay)
+      .def_readonly("total_bytes", &kda::ChunkFwdWorkspace::total_bytes);
+
+  py::class_<kda::ChunkFwdPlan>(m, "ChunkFwdPlan")
+      .def_readonly("path", &kda::ChunkFwdPlan::path)
+      .def_readonly("reason", &kda::ChunkFwdPlan::reason)
+      .def_readonly("chunk_slots", &kda::ChunkFwdPlan::chunk_slots)
+      .def_readonly("value_tile", &kda::ChunkFwdPlan::value_tile)
+      .def_readonly("workspace", &kda::ChunkFwdPlan::workspace);
+
+  m.def("chunk_slots", &kda::chunk_slots, py::arg("problem"));
+  m.def("plan_chunk_fwd", &kda::plan_chunk_fwd, py::arg("problem"));
+  m.def("to_json", &kda::to_json, py::arg("problem"), py::arg("plan"));
+}
