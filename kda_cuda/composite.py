@@ -1,0 +1,369 @@
+"""Kimi Delta Attention by chunks in PyTorch operators: the CPU path, and whatever no CUDA kernel covers on any device.
+
+Chunks of C = 64 tokens, batched over heads and over the sequences that are equally far. For a chunk entered with state S
+(G_i: sum of the log-gates of the chunk up to token i; products of vectors element by element):
+
+    Akk[i,j] = beta_i sum_d k_i k_j exp(G_i - G_j)  (i > j)        Aqk[i,j] = sum_d q_i k_j exp(G_i - G_j)  (i >= j)
+    Tinv = (I + Akk)^{-1} Diag(beta)                                W = Tinv (K * e^G)
+    U  = Tinv V - W S                                               O = scale ((Q * e^G) S + Aqk U)
+    S' = Diag(e^{G_C}) S + (K * e^{G_C - G})^T U
+
+Numerics: no exponential but alpha = exp(g) <= 1 and e^{G_C} <= 1 is ever formed. exp(G_i - G_j) is a product of alphas, cut where
+the halves of the smallest aligned block of 2h tokens (h = 1, 2, .., 32) that holds i and j meet: prefix product up to i in the
+upper half, times suffix product behind j in the lower half. Both are <= 1, g = -inf is alpha = 0, and nothing overflows.
+
+Work is cut into segments of chunks, so that temporaries have a bounded size, and the backward pass recomputes one segment at a
+time from the state at its entry: memory beyond inputs and outputs is bounded for the forward, and for the backward it is one
+state per segment.
+
+The functions here are bodies of custom operators. With ``cu_seqlens`` they read it on the host: on a CUDA device this synchronises and
+cannot be captured in a CUDA graph (the kernels of ``kda::chunk_fwd`` have neither limitation).
+"""
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+CHUNK_TOKENS = 64  # C in the formulas
+L2NORM_EPS = 1e-6
+
+# Chunks x value heads of one segment. On a CPU the temporaries of a segment then stay in the caches (32 tiles of 64 x 128 fp32
+# are 1 MiB a tensor); on a GPU it takes many tiles to fill the device.
+SEGMENT_TILES_CPU = 64
+SEGMENT_TILES_CUDA = 1024
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Arguments of the operator that are not tensors."""
+
+    scale: float
+    lower_bound: float | None
+    use_qk_l2norm: bool
+    use_gate: bool
+    use_beta_sigmoid: bool
+    allow_neg_eigval: bool
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Consecutive chunks of a group of sequences, step-major: all chunks c of the sequences, then all chunks c + 1, ..
+
+    The sequences of a group are sorted by length, longest first: those with a chunk c are the first ``active[c]`` of the group.
+    """
+
+    sequences: list[int]  # of the group, longest first
+    active: list[int]  # for each step: how many of them have a chunk there
+    slots: list[int]  # [rows] slot of the chunk in chunk_states
+    token_range: tuple[int, int] | None  # flat tokens, if the rows are adjacent and full chunks; then index and valid are None
+    index: Tensor | None  # [rows * C] flat token of each row; behind the end of a sequence its last token
+    valid: Tensor | None  # [rows * C] bool: not behind the end; None if all are valid
+
+
+# --------------------------------------------------------------------------------------------------------------- planning
+
+
+def _sequence_spans(
+    batch: int, tokens: int, cu_seqlens: Tensor | None
+) -> tuple[list[tuple[int, int]], list[int], tuple[int, int]]:
+    """(first flat token, length) of each sequence, its first slot in chunk_states, and that tensor's leading shape."""
+    if cu_seqlens is None:
+        chunks = -(-tokens // CHUNK_TOKENS)
+        return [(b * tokens, tokens) for b in range(batch)], [b * chunks for b in range(batch)], (batch, chunks)
+    offsets = cu_seqlens.tolist()
+    spans = [(begin, end - begin) for begin, end in zip(offsets[:-1], offsets[1:], strict=True)]
+    slots = [begin // CHUNK_TOKENS + n for n, (begin, _) in enumerate(spans)]
+    return spans, slots, (1, tokens // CHUNK_TOKENS + len(spans))
+
+
+def _segments(
+    spans: Sequence[tuple[int, int]], first_slots: Sequence[int], heads: int, device: torch.device
+) -> Iterator[list[_Segment]]:
+    """For each group of sequences its segments, in the order in which they run. Empty sequences are in no group."""
+    max_rows = max(1, (SEGMENT_TILES_CPU if device.type == "cpu" else SEGMENT_TILES_CUDA) // max(heads, 1))
+    order = sorted((n for n, (_, length) in enumerate(spans) if length > 0), key=lambda n: -spans[n][1])
+    for first in range(0, len(order), max_rows):
+        group = order[first : first + max_rows]
+        chunks = [-(-spans[n][1] // CHUNK_TOKENS) for n in group]
+        segments, active, rows = [], [], []
+        for step in range(chunks[0]):
+            count = sum(c > step for c in chunks)
+            if active and len(rows) + count > max_rows:
+                segments.append(_segment(group, active, rows, spans, first_slots, device))
+                active, rows = [], []
+            active.append(count)
+            rows += [(n, step) for n in group[:count]]
+        segments.append(_segment(group, active, rows, spans, first_slots, device))
+        yield segments
+
+
+def _segment(
+    group: list[int],
+    active: list[int],
+    rows: list[tuple[int, int]],
+    spans: Sequence[tuple[int, int]],
+    first_slots: Sequence[int],
+    device: torch.device,
+) -> _Segment:
+    """The segment of ``rows`` (sequence, chunk)."""
+    begins = [spans[n][0] + step * CHUNK_TOKENS for n, step in rows]
+    counts = [min(CHUNK_TOKENS, spans[n][1] - step * CHUNK_TOKENS) for n, step in rows]
+    slots = [first_slots[n] + step for n, step in rows]
+    full = all(count == CHUNK_TOKENS for count in counts)
+    if full and all(begin == begins[0] + i * CHUNK_TOKENS for i, begin in enumerate(begins)):
+        return _Segment(group, active, slots, (begins[0], begins[-1] + CHUNK_TOKENS), None, None)
+    offsets = torch.arange(CHUNK_TOKENS).expand(len(rows), -1)
+    last = torch.tensor(counts).unsqueeze(1) - 1
+    index = (torch.tensor(begins).unsqueeze(1) + offsets.minimum(last)).flatten()
+    valid = None if full else (offsets <= last).flatten().to(device)
+    return _Segment(group, active, slots, None, index.to(device), valid)
+
+
+def _take(x: Tensor, segment: _Segment) -> Tensor:
+    """Rows of the segment [rows * C, ...] of a flat tensor [B * T, ...]; those behind the end of a sequence repeat its last token."""
+    if segment.token_range is not None:
+        return x[segment.token_range[0] : segment.token_range[1]]
+    return x.index_select(0, segment.index)
+
+
+def _put(destination: Tensor, rows: Tensor, segment: _Segment) -> None:
+    """Writes the rows of the segment to a flat tensor [B * T, ...], but for those behind the end of a sequence."""
+    if segment.token_range is not None:
+        destination[segment.token_range[0] : segment.token_range[1]].copy_(rows)
+        return
+    index = segment.index
+    if segment.valid is not None:
+        index, rows = index[segment.valid], rows[segment.valid]
+    destination.index_copy_(0, index, rows.to(destination.dtype))
+
+
+# ------------------------------------------------------------------------------------------------------------- input transforms
+
+
+def _l2_normalised(x: Tensor) -> Tensor:
+    """x * rsqrt(sum x^2 + 1e-6) over the last dimension."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2NORM_EPS)
+
+
+def _log_gate(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, options: _Options) -> Tensor:
+    """Log-gate [tokens, HV, K], in [-inf, 0], of ``g`` in the same shape."""
+    if not options.use_gate:
+        return g
+    if dt_bias is not None:
+        g = g + dt_bias.to(g.dtype).reshape(g.shape[1:])
+    rate = None if A_log is None else A_log.to(g.dtype).reshape(-1, 1).exp()  # [HV, 1]
+    if options.lower_bound is not None:
+        return torch.sigmoid(g if rate is None else rate * g) * options.lower_bound
+    if rate is None:
+        raise ValueError("kda::chunk_fwd: argument `A_log`: the softplus gate (no lower_bound) needs it, got None")
+    return functional.softplus(g) * -rate
+
+
+# ---------------------------------------------------------------------------------------------------------------- one segment
+
+
+def _scaled_halves(x: Tensor, half: int, factor: Tensor, in_place: bool) -> Tensor:
+    """``x`` [blocks, 2, rows, K] with half ``half`` of each block multiplied by ``factor`` [blocks, 1, K]."""
+    if in_place:
+        x[:, half].mul_(factor)
+        return x
+    halves = [x[:, 0], x[:, 1]]
+    halves[half] = halves[half] * factor
+    return torch.stack(halves, dim=1)
+
+
+def _intra_chunk(qk: Tensor, alpha: Tensor, in_place: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Pair products of a chunk, level by level (see the head of this file).
+
+    Args:
+        qk: [X, C, 2, K] q and k of each token; overwritten if ``in_place``.
+        alpha: [X, C, K].
+
+    Returns:
+        A: [X, C, 2, C], A[:, :, 0] = Aqk (i >= j) and A[:, :, 1] = Akk without beta (i > j), zero elsewhere.
+        qk_gated: [X, C, 2, K], Q * e^G and K * e^G.
+        k_decayed: [X, C, K], K * e^{G_C - G}.
+    """
+    X, C, _, K = qk.shape
+    A = qk.new_zeros(X, C, 2, C)
+    A[:, :, 0].diagonal(dim1=1, dim2=2).copy_((qk[:, :, 0] * qk[:, :, 1]).sum(-1))
+    k_decayed = qk[:, :, 1].contiguous()  # times the suffix product R_h; R_1 = 1
+    qk_gated = qk.mul_(alpha.unsqueeze(2)) if in_place else qk * alpha.unsqueeze(2)  # times the prefix product P_h; P_1 = alpha
+    total = alpha  # [X, C / h, K] product of alpha over each block of h tokens
+    h = 1
+    while h < C:
+        blocks = C // (2 * h)
+        qk_gated = qk_gated.view(X * blocks, 2, 2 * h, K)  # rows (token, q or k) of the (lower, upper) half
+        k_decayed = k_decayed.view(X * blocks, 2, h, K)
+        pairs = torch.bmm(qk_gated[:, 1], k_decayed[:, 0].transpose(1, 2))  # [X * blocks, 2 * h, h]
+        tiles = A.view(X, blocks, 2, h, 2, blocks, 2, h)[:, :, 1, :, :, :, 0, :]  # rows of upper, columns of lower halves
+        tiles.diagonal(dim1=1, dim2=4).copy_(pairs.view(X, blocks, h, 2, h).permute(0, 2, 3, 4, 1))
+        lower, upper = total.reshape(X * blocks, 2, 1, K).unbind(1)
+        qk_gated = _scaled_halves(qk_gated, 1, lower, in_place)
+        k_decayed = _scaled_halves(k_decayed, 0, upper, in_place)
+        total = lower * upper
+        h *= 2
+    return A, qk_gated.view(X, C, 2, K), k_decayed.view(X, C, K)
+
+
+def _run_segment(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    S: Tensor,
+    segment: _Segment,
+    options: _Options,
+    in_place: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The chunks of a segment.
+
+    Args:
+        q, k [tokens, H, K], v [tokens, HV, V], g [tokens, HV, K], beta [tokens, HV]: rows of the segment, as given.
+        S: [sequences, HV, K, V] states of the group's sequences at entry of the segment.
+        in_place: reuse memory; not for autograd.
+
+    Returns:
+        o [tokens, HV, V]; the states at exit, shaped as ``S``; for each step the states [active, HV, K, V] at its entry.
+    """
+    compute = S.dtype
+    C, (H, K), (HV, V) = CHUNK_TOKENS, q.shape[1:], v.shape[1:]
+    rows = q.shape[0] // C
+    q, k, v, g, beta = (x.to(compute) for x in (q, k, v, g, beta))
+    if options.use_qk_l2norm:
+        q, k = _l2_normalised(q), _l2_normalised(k)
+    g = _log_gate(g, A_log, dt_bias, options)
+    if options.use_beta_sigmoid:
+        beta = torch.sigmoid(beta) * (2.0 if options.allow_neg_eigval else 1.0)
+    if segment.valid is not None:  # after the transforms: sigmoid(0) is 0.5
+        behind = ~segment.valid.view(-1, 1)
+        g, beta = g.masked_fill(behind.unsqueeze(-1), 0.0), beta.masked_fill(behind, 0.0)
+
+    def head_major(x: Tensor) -> Tensor:  # [tokens, heads, ...] -> [rows, heads, C, ...], a view
+        return x.unflatten(0, (rows, C)).transpose(1, 2)
+
+    X = rows * HV  # tiles
+    q, k = (head_major(x).unsqueeze(2).expand(-1, -1, HV // H, -1, -1) for x in (q, k))  # [rows, H, HV / H, C, K]
+    qk = torch.stack((q, k), dim=-2).view(X, C, 2, K)
+    g = head_major(g)  # [rows, HV, C, K]
+    beta = head_major(beta).reshape(X, C, 1)
+    decay = g.sum(2).exp().view(X, K, 1)  # e^{G_C}
+    A, qk_gated, k_decayed = _intra_chunk(qk, g.exp().reshape(X, C, K), in_place)
+    Aqk, Akk = A[:, :, 0], A[:, :, 1] * beta
+
+    identity = torch.eye(C, dtype=compute, device=q.device).expand(X, C, C)
+    Tinv = torch.linalg.solve_triangular(Akk, identity, upper=False, unitriangular=True) * beta.transpose(1, 2)
+    W = torch.bmm(Tinv, qk_gated[:, :, 1])
+    U0 = torch.bmm(Tinv, head_major(v).reshape(X, C, V))
+    k_decayed = k_decayed.transpose(1, 2)
+
+    S, finished = S.flatten(0, 1), []  # [sequences * HV, K, V]
+    entries, corrected, outputs = [], [], []
+    first = 0
+    for count in segment.active:
+        tiles = slice(first, first + count * HV)
+        first = tiles.stop
+        if count * HV < S.shape[0]:  # the shortest sequences have ended
+            finished.append(S[count * HV :])
+            S = S[: count * HV]
+        entries.append(S)
+        U = torch.baddbmm(U0[tiles], W[tiles], S, alpha=-1)
+        corrected.append(U)
+        outputs.append(torch.bmm(qk_gated[tiles, :, 0], S))
+        S = torch.baddbmm(decay[tiles] * S, k_decayed[tiles], U)
+    S = torch.cat([S, *reversed(finished)]) if finished else S
+
+    o = torch.baddbmm(torch.cat(outputs), Aqk, torch.cat(corrected), beta=options.scale, alpha=options.scale)
+    o = o.view(rows, HV, C, V).transpose(1, 2).flatten(0, 1)
+    return o, S.unflatten(0, (-1, HV)), [entry.unflatten(0, (-1, HV)) for entry in entries]
+
+
+# ------------------------------------------------------------------------------------------------------------------ forward
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[B, T, ...] -> [B * T, ...]."""
+    return x.flatten(0, 1)
+
+
+def _entry_states(
+    initial_state: Tensor | None, sequences: int, v: Tensor, key_dim: int, state_v_first: bool, compute: torch.dtype
+) -> Tensor:
+    """A new tensor [N, HV, K, V] in the dtype of the computation."""
+    heads, value_dim = v.shape[-2:]
+    states = torch.zeros(sequences, heads, key_dim, value_dim, dtype=compute, device=v.device)
+    if initial_state is not None:
+        states.copy_(initial_state.transpose(-1, -2) if state_v_first else initial_state)
+    return states
+
+
+def _compute_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def chunk_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    lower_bound: float | None = None,
+    use_qk_l2norm: bool = False,
+    use_gate: bool = False,
+    use_beta_sigmoid: bool = False,
+    allow_neg_eigval: bool = False,
+    output_final_state: bool = False,
+    state_v_first: bool = False,
+    output_chunk_states: bool = False,
+    check_cu_seqlens: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Body of ``kda::chunk_fwd`` without kernels: same arguments and results, in fp32 inside (fp64 for fp64 inputs).
+
+    Not itself differentiable: the operator's gradient is :func:`chunk_bwd`. Arguments are expected to have passed
+    ``kda::check_chunk_fwd``.
+
+    Returns:
+        o [B, T, HV, V] in the dtype of ``v``; final_state [N, HV, K, V] ([N, HV, V, K] with ``state_v_first``) and chunk_states
+        [B, ceil(T / 64), HV, K, V] (with ``cu_seqlens`` [1, T // 64 + N, ...]), fp32 (fp64 for fp64 inputs), or [0] if not
+        requested.
+    """
+    (B, T, _, K), (HV, V) = q.shape, v.shape[-2:]
+    options = _Options(
+        K**-0.5 if scale is None else scale, lower_bound, use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval
+    )
+    spans, first_slots, slot_shape = _sequence_spans(B, T, cu_seqlens)
+    compute = _compute_dtype(q)
+    with torch.no_grad():
+        states = _entry_states(initial_state, len(spans), v, K, state_v_first, compute)
+        o = torch.zeros(B, T, HV, V, dtype=v.dtype, device=v.device)
+        chunk_states = torch.zeros(slot_shape[0] * slot_shape[1] if output_chunk_states else 0, HV, K, V, dtype=compute, device=v.device)
+        q, k, v, g, beta = (_flat(x) for x in (q, k, v, g, beta))
+        for group in _segments(spans, first_slots, HV, q.device):
+            sequences = torch.tensor(group[0].sequences, device=q.device)
+            S = states[sequences]
+            for segment in group:
+                rows = [_take(x, segment) for x in (q, k, v, g, beta)]
+                o_rows, S, entries = _run_segment(*rows, A_log, dt_bias, S, segment, options, in_place=True)
+                _put(_flat(o), o_rows, segment)
+                if output_chunk_states:
+                    chunk_states[torch.tensor(segment.slots, device=q.device)] = torch.cat(entries)
+            states[sequences] = S
+    if state_v_first:
+        states, chunk_states = states.transpose(-1, -2).contiguous(), chunk_states.transpose(-1, -2).contiguous()
+    final_state = states if output_final_state else states.new_empty(0)
+    chunk_states = chunk_states.unflatten(0, slot_shape) if output_chunk_states else states.new_empty(0)
+    return o, final_state, chunk_states
