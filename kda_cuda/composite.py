@@ -367,3 +367,125 @@ def chunk_fwd(
     final_state = states if output_final_state else states.new_empty(0)
     chunk_states = chunk_states.unflatten(0, slot_shape) if output_chunk_states else states.new_empty(0)
     return o, final_state, chunk_states
+
+
+# ----------------------------------------------------------------------------------------------------------------- backward
+
+
+@contextlib.contextmanager
+def _autograd_enabled() -> Iterator[None]:
+    """Autograd inside the body of an operator.
+
+    The dispatcher calls a body below autograd: the autograd keys are excluded for this thread, and operators called there record no
+    graph even with grad mode on. Removing them (AutogradCPU and AutogradCUDA share one functionality bit) and ADInplaceOrView,
+    which tracks views and versions, from the excluded set makes a body differentiable like any other code.
+    """
+    keys = (
+        torch._C.DispatchKey.AutogradFunctionality,
+        torch._C.DispatchKey.AutogradOther,
+        torch._C.DispatchKey.ADInplaceOrView,
+    )
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in keys:
+        excluded = excluded.remove(key)
+    guard = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+    with guard, torch.enable_grad():
+        yield
+
+
+def chunk_bwd(
+    do: Tensor,
+    dfinal_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    lower_bound: float | None = None,
+    use_qk_l2norm: bool = False,
+    use_gate: bool = False,
+    use_beta_sigmoid: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Body of ``kda::chunk_bwd``: gradients by autograd through the segments of :func:`chunk_fwd`, recomputed one at a time.
+
+    Args:
+        do: [B, T, HV, V] gradient of ``o``.
+        dfinal_state: gradient of ``final_state`` in its layout, or None.
+        others: as in :func:`chunk_fwd`.
+
+    Returns:
+        dq, dk, dv, dg, dbeta, dA_log, ddt_bias, dinitial_state: each contiguous, in shape and dtype of its input, or [0] where the
+        input is None. Tokens past cu_seqlens[-1] get zero.
+    """
+    (B, T, _, K), HV = q.shape, v.shape[2]
+    options = _Options(
+        K**-0.5 if scale is None else scale, lower_bound, use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval
+    )
+    spans, first_slots, _ = _sequence_spans(B, T, cu_seqlens)
+    compute = _compute_dtype(q)
+    activations = (q, k, v, g, beta)
+    gradients = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in activations]
+    parameters = [None if x is None else x.detach().to(compute, copy=True) for x in (A_log, dt_bias)]
+    parameter_gradients = [None if x is None else torch.zeros_like(x) for x in parameters]
+    states = _entry_states(initial_state, len(spans), v, K, state_v_first, compute)
+    dstates = _entry_states(dfinal_state, len(spans), v, K, state_v_first, compute)
+    flat = [_flat(x.detach()) for x in activations]
+    flat_gradients = [_flat(x) for x in gradients]
+    flat_do = _flat(do)
+    for group in _segments(spans, first_slots, HV, q.device):
+        sequences = torch.tensor(group[0].sequences, device=q.device)
+        entries = [states[sequences]]
+        with torch.no_grad():
+            for segment in group[:-1]:
+                rows = [_take(x, segment) for x in flat]
+                entries.append(_run_segment(*rows, *parameters, entries[-1], segment, options, in_place=True)[1])
+        dS = dstates[sequences]
+        while group:
+            segment, S = group.pop(), entries.pop()
+            with _autograd_enabled():
+                rows = [_take(x, segment).detach().requires_grad_() for x in flat]
+                leaves = [None if x is None else x.detach().requires_grad_() for x in parameters]
+                S = S.detach().requires_grad_()
+                o, S_exit, _ = _run_segment(*rows, *leaves, S, segment, options, in_place=False)
+                do_rows = _take(flat_do, segment).to(compute)
+                if segment.valid is not None:
+                    do_rows = do_rows.masked_fill(~segment.valid.view(-1, 1, 1), 0.0)
+                wanted = [*rows, *(x for x in leaves if x is not None), S]
+                results = list(torch.autograd.grad((o, S_exit), wanted, (do_rows, dS), allow_unused=True))
+            dS = results.pop()
+            for destination, gradient in zip(flat_gradients, results, strict=False):
+                _put(destination, gradient, segment)
+            for total, gradient in zip((x for x in parameter_gradients if x is not None), results[5:], strict=True):
+                if gradient is not None:  # None: the gate is precomputed, and does not depend on it
+                    total += gradient
+        dstates[sequences] = dS
+
+    empty = q.new_empty(0)
+    dA_log, ddt_bias = (
+        q.new_empty(0) if x is None else total.to(x.dtype)
+        for x, total in zip((A_log, dt_bias), parameter_gradients, strict=True)
+    )
+    dinitial_state = empty
+    if initial_state is not None:
+        dinitial_state = (dstates.transpose(-1, -2) if state_v_first else dstates).to(initial_state.dtype).contiguous()
+    dq, dk, dv, dg, dbeta = gradients
+    return dq, dk, dv, dg, dbeta, dA_log, ddt_bias, dinitial_state
+
+
+# ----------------------------------------------------------------------------------------------------------------- warnings
+
+_warned: set[str] = set()
+
+
+def warn_fallback(reason: str) -> None:
+    """Warns (UserWarning), once for each reason, that a call on a CUDA device runs without kernels."""
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"kda: running in PyTorch operators, much slower than a kernel: {reason}", UserWarning, stacklevel=3)
