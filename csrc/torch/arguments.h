@@ -1,0 +1,79 @@
+// The arguments of kda::chunk_fwd as tensors, and how the operators of this library receive them.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace kda::binding {
+
+using torch::headeronly::DeviceType;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Field by field in the order of the schema (schema.h).
+struct ChunkFwdArguments {
+  Tensor q;                            // [B, T, H, K]
+  Tensor k;                            // [B, T, H, K]
+  Tensor v;                            // [B, T, HV, V]
+  Tensor g;                            // [B, T, HV, K]
+  Tensor beta;                         // [B, T, HV]
+  std::optional<Tensor> A_log;         // [HV]
+  std::optional<Tensor> dt_bias;       // [HV * K] or [HV, K]
+  std::optional<Tensor> initial_state; // [N, HV, K, V], or [N, HV, V, K] if state_v_first
+  std::optional<Tensor> cu_seqlens;    // [N + 1]
+  std::optional<double> scale;
+  std::optional<double> lower_bound;
+  bool use_qk_l2norm;
+  bool use_gate;
+  bool use_beta_sigmoid;
+  bool allow_neg_eigval;
+  bool output_final_state;
+  bool state_v_first;
+  bool output_chunk_states;
+  bool check_cu_seqlens;
+};
+
+inline constexpr uint64_t kChunkFwdArguments = 19;
+
+// Takes the arguments off the stack of a boxed call. Every entry is read, as each owns what it refers to.
+inline ChunkFwdArguments read_arguments(StableIValue* stack) {
+  using torch::stable::detail::to;
+  using OptionalTensor = std::optional<Tensor>;
+  using OptionalDouble = std::optional<double>;
+  // Braces evaluate from left to right, so that entries and fields meet in the order of the schema.
+  int i = 0;
+  return ChunkFwdArguments{
+      to<Tensor>(stack[i++]),         to<Tensor>(stack[i++]),         to<Tensor>(stack[i++]),
+      to<Tensor>(stack[i++]),         to<Tensor>(stack[i++]),         to<OptionalTensor>(stack[i++]),
+      to<OptionalTensor>(stack[i++]), to<OptionalTensor>(stack[i++]), to<OptionalTensor>(stack[i++]),
+      to<OptionalDouble>(stack[i++]), to<OptionalDouble>(stack[i++]), to<bool>(stack[i++]),
+      to<bool>(stack[i++]),           to<bool>(stack[i++]),           to<bool>(stack[i++]),
+      to<bool>(stack[i++]),           to<bool>(stack[i++]),           to<bool>(stack[i++]),
+      to<bool>(stack[i++]),
+  };
+}
+
+// Sizes that the checks have found consistent.
+struct ChunkFwdSizes {
+  int64_t batch;       // B
+  int64_t tokens;      // T
+  int64_t sequences;   // N
+  int64_t heads;       // H
+  int64_t value_heads; // HV
+  int64_t key_dim;     // K
+  int64_t value_dim;   // V
+};
+
+// Only valid once check_chunk_fwd has accepted the arguments.
+inline ChunkFwdSizes sizes_of(const ChunkFwdArguments& args) {
+  const auto q = args.q.sizes();
+  const auto v = args.v.sizes();
+  const int64_t sequences = args.cu_seqlens ? args.cu_seqlens->size(0) - 1 : q[0];
+  return {q[0], q[1], sequences, q[2], v[2], q[3], v[3]};
+}
+
+} // namespace kda::binding

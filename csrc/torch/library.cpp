@@ -1,0 +1,80 @@
+// Registers the operators: their schema, and those implementations that run on any device. What runs on CUDA is registered in
+// chunk_fwd_cuda.cpp; what is written in Python, in the package.
+#include <torch/csrc/stable/library.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "build_info.h"
+#include "checks.h"
+#include "coverage.h"
+#include "kda/plan.h"
+#include "schema.h"
+
+namespace kda::binding {
+
+namespace {
+
+using torch::stable::detail::from;
+
+void boxed_check_chunk_fwd(StableIValue* stack, uint64_t, uint64_t) { check_chunk_fwd(read_arguments(stack)); }
+
+void boxed_composite_reason(StableIValue* stack, uint64_t, uint64_t) {
+  stack[0] = from(std::string(composite_reason(read_arguments(stack))));
+}
+
+DataType parse_activation_dtype(const std::string& name) {
+  if (name == "bfloat16") return DataType::kBFloat16;
+  if (name == "float16") return DataType::kFloat16;
+  if (name == "float32") return DataType::kFloat32;
+  throw std::runtime_error(
+      "kda::plan_chunk_fwd: argument `activation_dtype`: expected bfloat16, float16 or float32, got " + name);
+}
+
+std::string plan_chunk_fwd_json(std::vector<int64_t> lengths, int64_t batch, int64_t heads, int64_t value_heads,
+                                int64_t key_dim, int64_t value_dim, std::string activation_dtype, bool varlen,
+                                int64_t compute_capability, int64_t sm_count) {
+  if (varlen && batch != 1) {
+    throw std::runtime_error("kda::plan_chunk_fwd: argument `batch`: expected 1 with varlen, got " + std::to_string(batch));
+  }
+  if (!varlen && lengths.size() != 1) {
+    throw std::runtime_error("kda::plan_chunk_fwd: argument `lengths`: expected one length without varlen, got " +
+                             std::to_string(lengths.size()));
+  }
+  ChunkFwdProblem problem;
+  problem.batch = batch;
+  problem.tokens = 0;
+  for (int64_t length : lengths) {
+    if (length < 0) {
+      throw std::runtime_error("kda::plan_chunk_fwd: argument `lengths`: expected lengths of at least 0, got " +
+                               std::to_string(length));
+    }
+    problem.tokens += length;
+  }
+  problem.sequences = varlen ? static_cast<int64_t>(lengths.size()) : batch;
+  problem.varlen = varlen;
+  problem.heads = static_cast<int>(heads);
+  problem.value_heads = static_cast<int>(value_heads);
+  problem.key_dim = static_cast<int>(key_dim);
+  problem.value_dim = static_cast<int>(value_dim);
+  problem.activation_type = parse_activation_dtype(activation_dtype);
+  problem.compute_capability = static_cast<int>(compute_capability);
+  problem.sm_count = static_cast<int>(sm_count);
+  return to_json(problem, plan_chunk_fwd(problem));
+}
+
+} // namespace
+
+} // namespace kda::binding
+
+STABLE_TORCH_LIBRARY(kda, m) {
+  for (const char* schema : kda::binding::kSchemas) m.def(schema);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kda, CompositeExplicitAutograd, m) {
+  m.impl("check_chunk_fwd", &kda::binding::boxed_check_chunk_fwd);
+  m.impl("composite_reason", &kda::binding::boxed_composite_reason);
+  m.impl("check_cu_seqlens", TORCH_BOX(&kda::binding::check_cu_seqlens_values));
+  m.impl("plan_chunk_fwd", TORCH_BOX(&kda::binding::plan_chunk_fwd_json));
+  m.impl("build_info", TORCH_BOX(&kda::binding::build_info_json));
+}

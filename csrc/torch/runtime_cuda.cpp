@@ -1,0 +1,78 @@
+#include <dlfcn.h>
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+#include "coverage.h"
+#include "runtime_cuda.h"
+
+namespace kda::binding {
+
+namespace {
+
+using GetCurrentStream = AOTITorchError (*)(int32_t device_index, void** stream);
+
+// The function is part of libtorch_cuda.so. Looked up at run time, so that the library loads on a torch without CUDA as well;
+// a CUDA tensor exists only where libtorch_cuda.so is loaded.
+GetCurrentStream find_get_current_stream() {
+  constexpr const char* kName = "aoti_torch_get_current_cuda_stream";
+  void* symbol = dlsym(RTLD_DEFAULT, kName);
+  if (!symbol) {
+    if (void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD)) symbol = dlsym(library, kName);
+  }
+  if (!symbol) throw std::runtime_error(std::string("kda-cuda: this torch has no function ") + kName);
+  return reinterpret_cast<GetCurrentStream>(symbol);
+}
+
+int device_attribute(cudaDeviceAttr attribute, int32_t index) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, index), "kda-cuda: reading the properties of the device");
+  return value;
+}
+
+Device query_device(int32_t index) {
+  Device device;
+  device.compute_capability = device_attribute(cudaDevAttrComputeCapabilityMajor, index) * 10 +
+                              device_attribute(cudaDevAttrComputeCapabilityMinor, index);
+  device.sm_count = device_attribute(cudaDevAttrMultiProcessorCount, index);
+  return device;
+}
+
+} // namespace
+
+void check_cuda(cudaError_t status, const char* action) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string(action) + " failed: " + cudaGetErrorName(status) + ": " +
+                           cudaGetErrorString(status));
+}
+
+cudaStream_t current_stream(int32_t device_index) {
+  static const GetCurrentStream get_current_stream = find_get_current_stream();
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(get_current_stream(device_index, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// The CUDA runtime of this library keeps its own current device; it is set on every call rather than trusted.
+DeviceScope::DeviceScope(int32_t device_index) : guard_(device_index) {
+  check_cuda(cudaSetDevice(device_index), "kda-cuda: selecting the device");
+}
+
+Device cuda_device(int32_t index) {
+  // One word a device: compute capability << 16 | multiprocessors; 0 until asked. Threads that ask at the same time store
+  // the same word.
+  constexpr int kCachedDevices = 64;
+  constexpr uint32_t kSmMask = 0xffff;
+  static std::atomic<uint32_t> cache[kCachedDevices];
+  if (index < 0 || index >= kCachedDevices) return query_device(index);
+  uint32_t word = cache[index].load(std::memory_order_relaxed);
+  if (word == 0) {
+    const Device device = query_device(index);
+    word = static_cast<uint32_t>(device.compute_capability) << 16 | (static_cast<uint32_t>(device.sm_count) & kSmMask);
+    cache[index].store(word, std::memory_order_relaxed);
+  }
+  return {static_cast<int>(word >> 16), static_cast<int>(word & kSmMask)};
+}
+
+} // namespace kda::binding

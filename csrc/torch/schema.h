@@ -1,0 +1,47 @@
+// The schema of the operators: the one place that states their names, arguments, defaults and returns.
+#pragma once
+
+namespace kda::binding {
+
+// What all variants of the forward take. The order is that of ChunkFwdArguments and of the Python implementations.
+#define KDA_CHUNK_FWD_ARGUMENTS                                                                                        \
+  "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log=None, Tensor? dt_bias=None, "                    \
+  "Tensor? initial_state=None, Tensor? cu_seqlens=None, float? scale=None, float? lower_bound=None, "                  \
+  "bool use_qk_l2norm=False, bool use_gate=False, bool use_beta_sigmoid=False, bool allow_neg_eigval=False, "          \
+  "bool output_final_state=False, bool state_v_first=False, bool output_chunk_states=False, "                          \
+  "bool check_cu_seqlens=False"
+
+inline constexpr const char* kSchemas[] = {
+    // The forward: by kernels where they cover the call, else by the composite implementation.
+    "chunk_fwd(" KDA_CHUNK_FWD_ARGUMENTS ") -> (Tensor o, Tensor final_state, Tensor chunk_states)",
+
+    // The forward by PyTorch operators, on every device. It trusts its arguments: chunk_fwd has checked them.
+    "chunk_fwd_composite(" KDA_CHUNK_FWD_ARGUMENTS ") -> (Tensor o, Tensor final_state, Tensor chunk_states)",
+
+    // Refuses arguments that chunk_fwd must refuse; does nothing else.
+    "check_chunk_fwd(" KDA_CHUNK_FWD_ARGUMENTS ") -> ()",
+
+    // Why no kernel covers a call whose arguments are right, as a clause; empty if one does, and on the CPU.
+    "composite_reason(" KDA_CHUNK_FWD_ARGUMENTS ") -> str",
+
+    // Refuses cu_seqlens on the host that do not cut `tokens` tokens into sequences.
+    "check_cu_seqlens(Tensor cu_seqlens, SymInt tokens) -> ()",
+
+    // The gradients of chunk_fwd. Those of absent inputs are empty, of shape [0].
+    "chunk_bwd(Tensor do, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, "
+    "Tensor? A_log=None, Tensor? dt_bias=None, Tensor? initial_state=None, Tensor? cu_seqlens=None, "
+    "float? scale=None, float? lower_bound=None, bool use_qk_l2norm=False, bool use_gate=False, "
+    "bool use_beta_sigmoid=False, bool allow_neg_eigval=False, bool state_v_first=False) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dA_log, Tensor ddt_bias, "
+    "Tensor dinitial_state)",
+
+    // The path and the cut that the planner chooses, as JSON. With varlen `lengths` are those of the sequences, else it is
+    // the one length of all `batch` sequences. compute_capability is major * 10 + minor, 0 without a CUDA device.
+    "plan_chunk_fwd(int[] lengths, int batch, int heads, int value_heads, int key_dim, int value_dim, "
+    "str activation_dtype, bool varlen, int compute_capability, int sm_count) -> str",
+
+    // How the library was built, as JSON.
+    "build_info() -> str",
+};
+
+} // namespace kda::binding
