@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kda_cuda.ops import chunk_kda
+from kda_cuda.reference import log_gate
 
 __all__ = ["KDACache", "KDAInputs", "KimiDeltaAttention", "RMSNormGated", "ShortConvolution"]
 
@@ -428,11 +429,7 @@ class KimiDeltaAttention(nn.Module):
 
     def log_gate(self, g: torch.Tensor) -> torch.Tensor:
         """The log-gates, fp32 ``[B, T, HV, K]``, that the operator makes of `KDAInputs.g`."""
-        x = g.float() + self.dt_bias.float().view(self.num_v_heads, self.head_k_dim)
-        rate = self.A_log.float().exp()[:, None]
-        if self.lower_bound is None:
-            return -rate * F.softplus(x)
-        return self.lower_bound * torch.sigmoid(rate * x)
+        return log_gate(g.float(), self.A_log.float(), self.dt_bias.float(), self.lower_bound)
 
     def _carried_states(self, past_key_values: Any | None) -> dict[str, Any]:
         entry = None
