@@ -1,1 +1,233 @@
-int main(){return 0;}
+// Checks and times kda::chunk_fwd without torch, for Nsight and for comparisons. See options.h or --help for the flags.
+#include <cmath>
+#include <cstdio>
+#include <fstream>
+#include <memory>
+#include <sstream>
+
+#include "cuda_objects.h"
+#include "host_reference.h"
+#include "inputs.h"
+#include "kda/device/nvtx_range.h"
+#include "kda/kda.h"
+#include "measure.h"
+#include "options.h"
+
+namespace bench {
+namespace {
+
+// The accuracy contract: relative RMSE against the token recurrence in double precision.
+constexpr double kLimitO = 4.5e-3;
+constexpr double kLimitState = 4.0e-3;
+
+constexpr int kExitCheckFailed = 1;
+constexpr int kExitCannotRun = 2;
+
+struct Device {
+  cudaDeviceProp properties;
+  int compute_capability = 0;
+};
+
+Device open_device() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status != cudaSuccess || count == 0) {
+    throw CudaError(std::string("no usable CUDA device") +
+                    (status != cudaSuccess ? std::string(": ") + cudaGetErrorString(status) : ""));
+  }
+  Device device;
+  BENCH_CUDA(cudaSetDevice(0));
+  BENCH_CUDA(cudaGetDeviceProperties(&device.properties, 0));
+  device.compute_capability = device.properties.major * 10 + device.properties.minor;
+  return device;
+}
+
+kda::ChunkFwdProblem make_problem(const Shape& shape, const Device& device) {
+  kda::ChunkFwdProblem problem;
+  problem.batch = 1;
+  problem.tokens = shape.tokens;
+  problem.sequences = shape.sequences;
+  problem.varlen = shape.varlen;
+  problem.heads = shape.options.heads;
+  problem.value_heads = shape.options.value_heads;
+  problem.key_dim = shape.options.key_dim;
+  problem.value_dim = shape.options.value_dim;
+  problem.activation_type = shape.options.fp16 ? kda::DataType::kFloat16 : kda::DataType::kBFloat16;
+  problem.compute_capability = device.compute_capability;
+  problem.sm_count = device.properties.multiProcessorCount;
+  return problem;
+}
+
+kda::ChunkFwdPlan make_plan(const kda::ChunkFwdProblem& problem) {
+  const kda::ChunkFwdPlan plan = kda::plan_chunk_fwd(problem);
+  if (plan.path == kda::ChunkFwdPath::kComposite) {
+    throw std::runtime_error(std::string("no kernel covers this case: ") + plan.reason);
+  }
+  return plan;
+}
+
+struct Errors {
+  double o = 0, final_state = 0;
+};
+
+// Runs a small case with the sizes, types and gates of `options` and compares it with the host.
+Errors verify(Options options, const Device& device, cudaStream_t stream) {
+  const kda::NvtxRange range("bench.verify");
+  options.lengths = {1, 64, 130, 0, 257};  // a lone token, a full chunk, partial chunks, an empty sequence
+  options.value_heads = options.value_heads / options.heads * 2;
+  options.heads = 2;
+  const Shape shape(options);
+  const kda::ChunkFwdProblem problem = make_problem(shape, device);
+  const kda::ChunkFwdPlan plan = make_plan(problem);
+  const InputSet inputs(shape, /*seed=*/1);
+  const DeviceBuffer workspace(plan.workspace.total_bytes);
+  BENCH_CUDA(kda::chunk_fwd(inputs.params(problem, workspace.get()), plan, stream));
+  BENCH_CUDA(cudaStreamSynchronize(stream));
+  const HostOutputs expected = token_recurrence(inputs.host_inputs());
+  Errors errors;
+  errors.o = relative_rmse(inputs.o(), expected.o);
+  if (options.final_state) errors.final_state = relative_rmse(inputs.final_state(), expected.final_state);
+  return errors;
+}
+
+struct Timing {
+  Statistics us;  // of one call
+  int calls_per_replay = 0;
+  int input_sets = 0;
+};
+
+// Each graph replay calls once on every set of inputs; together they exceed the L2 cache, so that no call finds its
+// inputs there. A sample is the time of a replay over its calls.
+Timing time_calls(const Shape& shape, const Device& device, const kda::ChunkFwdProblem& problem,
+                  const kda::ChunkFwdPlan& plan, cudaStream_t stream) {
+  constexpr double kL2Multiple = 3.0;
+  constexpr int kMaxSets = 64, kMinCalls = 4;
+  const double wanted = kL2Multiple * device.properties.l2CacheSize / least_bytes(shape);
+  const int sets = std::clamp(static_cast<int>(std::ceil(wanted)), 1, kMaxSets);
+  const int calls = std::max(sets, kMinCalls);
+
+  auto setup = std::make_unique<kda::NvtxRange>("bench.setup");
+  std::vector<std::unique_ptr<InputSet>> inputs;
+  for (int i = 0; i < sets; ++i) {
+    inputs.push_back(std::make_unique<InputSet>(shape, /*seed=*/100 + i));
+    inputs.back()->drop_host_copies();
+  }
+  const DeviceBuffer workspace(plan.workspace.total_bytes);
+  const auto call = [&](int i, cudaStream_t s) {
+    BENCH_CUDA(kda::chunk_fwd(inputs[i % sets]->params(problem, workspace.get()), plan, s));
+  };
+  call(0, stream);  // loads the kernels, which a capture must not do
+  BENCH_CUDA(cudaStreamSynchronize(stream));
+  const Graph graph(stream, [&](cudaStream_t s) {
+    for (int i = 0; i < calls; ++i) call(i, s);
+  });
+  for (int i = 0; i < shape.options.warmup; ++i) graph.launch(stream);
+  BENCH_CUDA(cudaStreamSynchronize(stream));
+  setup.reset();
+
+  std::vector<double> samples;
+  for (int i = 0; i < shape.options.iterations; ++i) {
+    const kda::NvtxRange range("bench.timed_replay");
+    Event start, stop;
+    start.record(stream);
+    graph.launch(stream);
+    stop.record(stream);
+    samples.push_back(stop.us_since(start) / calls);
+  }
+  return {summarize(samples), calls, sets};
+}
+
+std::string json_escaped(const std::string& text) {
+  std::string escaped;
+  for (const char c : text) {
+    if (c == '"' || c == '\\') escaped += '\\';
+    escaped += c;
+  }
+  return escaped;
+}
+
+std::string lengths_as_text(const std::vector<int64_t>& lengths, const char* separator) {
+  std::string text;
+  for (const int64_t length : lengths) text += (text.empty() ? "" : separator) + std::to_string(length);
+  return text;
+}
+
+// Returns the exit status.
+int run(const Options& options) {
+  const Shape shape(options);
+  const Device device = open_device();
+  const Stream stream;
+  const kda::ChunkFwdProblem problem = make_problem(shape, device);
+  const kda::ChunkFwdPlan plan = make_plan(problem);
+  std::printf("device        %s, %d SMs, %d MB L2\n", device.properties.name, device.properties.multiProcessorCount,
+              device.properties.l2CacheSize >> 20);
+  std::printf("shape         lengths %s, H %d, HV %d, K %d, V %d, %s, gate %s\n",
+              lengths_as_text(options.lengths, ",").c_str(), options.heads, options.value_heads, options.key_dim,
+              options.value_dim, options.fp16 ? "fp16" : "bf16", name_of(options.gate));
+  std::printf("plan          %s\n", kda::to_json(problem, plan).c_str());
+
+  const Errors errors = verify(options, device, stream);
+  std::printf("check         relative RMSE: o %.2e (limit %.1e)", errors.o, kLimitO);
+  if (options.final_state) std::printf(", final state %.2e (limit %.1e)", errors.final_state, kLimitState);
+  std::printf("\n");
+  if (!(errors.o <= kLimitO && errors.final_state <= kLimitState)) {
+    std::fprintf(stderr, "bench_chunk_fwd: the check FAILED: the error exceeds the contract; nothing was timed\n");
+    return kExitCheckFailed;
+  }
+
+  const double copy_gbps = copy_bandwidth_gbps(stream);
+  const Timing timing = time_calls(shape, device, problem, plan, stream);
+  const double bytes = least_bytes(shape), flop = flop_per_token_head(shape) * shape.tokens * options.value_heads;
+  const double gbps = bytes / (timing.us.median * 1e3), tflops = flop / (timing.us.median * 1e6);
+  const double roofline_us = bytes / (copy_gbps * 1e3);
+  std::printf("time          %.2f us median, %.2f min, %.2f p90 (%d graph replays of %d calls, %d input sets)\n",
+              timing.us.median, timing.us.min, timing.us.p90, options.iterations, timing.calls_per_replay,
+              timing.input_sets);
+  std::printf("traffic       %.1f GB/s (least traffic %.2f MB)\n", gbps, bytes / 1e6);
+  std::printf("arithmetic    %.2f TFLOP/s (%.0f FLOP per token and value head)\n", tflops, flop_per_token_head(shape));
+  std::printf("roofline      %.2f us at %.0f GB/s (a large copy in this run): %.1f %% reached\n", roofline_us,
+              copy_gbps, 100 * roofline_us / timing.us.median);
+
+  if (options.json_path.empty()) return 0;
+  std::ostringstream json;
+  json.precision(10);
+  json << "{\"device\": \"" << json_escaped(device.properties.name) << "\", \"lengths\": ["
+       << lengths_as_text(options.lengths, ", ") << "], \"heads\": " << options.heads
+       << ", \"value_heads\": " << options.value_heads << ", \"key_dim\": " << options.key_dim
+       << ", \"value_dim\": " << options.value_dim << ", \"dtype\": \"" << (options.fp16 ? "fp16" : "bf16")
+       << "\", \"gate\": \"" << name_of(options.gate)
+       << "\", \"final_state\": " << (options.final_state ? "true" : "false")
+       << ", \"plan\": " << kda::to_json(problem, plan) << ", \"error_o\": " << errors.o
+       << ", \"error_final_state\": " << errors.final_state << ", \"median_us\": " << timing.us.median
+       << ", \"min_us\": " << timing.us.min << ", \"p90_us\": " << timing.us.p90
+       << ", \"iterations\": " << options.iterations << ", \"calls_per_replay\": " << timing.calls_per_replay
+       << ", \"input_sets\": " << timing.input_sets << ", \"least_bytes\": " << bytes << ", \"flop\": " << flop
+       << ", \"gbps\": " << gbps << ", \"tflops\": " << tflops << ", \"copy_gbps\": " << copy_gbps
+       << ", \"roofline_us\": " << roofline_us << ", \"roofline_fraction\": " << roofline_us / timing.us.median
+       << "}\n";
+  std::ofstream file(options.json_path);
+  file << json.str();
+  file.close();
+  if (!file) throw std::runtime_error("--json: cannot write '" + options.json_path + "'");
+  std::printf("json          %s\n", options.json_path.c_str());
+  return 0;
+}
+
+}  // namespace
+}  // namespace bench
+
+int main(int argc, char** argv) {
+  try {
+    const bench::Options options = bench::parse_options(argc, argv);
+    if (options.help) {
+      std::fputs(bench::kHelp, stdout);
+      return 0;
+    }
+    return bench::run(options);
+  } catch (const bench::UsageError& error) {
+    std::fprintf(stderr, "bench_chunk_fwd: %s (--help lists the flags)\n", error.what());
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "bench_chunk_fwd: %s\n", error.what());
+  }
+  return bench::kExitCannotRun;
+}

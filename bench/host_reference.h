@@ -11,16 +11,16 @@ namespace bench {
 
 // Inputs as the kernel gets them (raw logits of the gate and of beta), widened to double.
 struct HostInputs {
-  std::vector<int64_t> lengths;      // tokens of each sequence, N
-  int heads, value_heads;            // H, HV
-  int key_dim, value_dim;            // K, V
-  std::vector<double> q, k;          // [T, H, K]
-  std::vector<double> v;             // [T, HV, V]
-  std::vector<double> g;             // [T, HV, K]
-  std::vector<double> beta;          // [T, HV]
-  std::vector<double> A_log;         // [HV]
-  std::vector<double> dt_bias;       // [HV, K]
-  std::vector<double> initial_state; // [N, HV, K, V]
+  std::vector<int64_t> lengths;       // tokens of each sequence, N
+  int heads, value_heads;             // H, HV
+  int key_dim, value_dim;             // K, V
+  std::vector<double> q, k;           // [T, H, K]
+  std::vector<double> v;              // [T, HV, V]
+  std::vector<double> g;              // [T, HV, K]
+  std::vector<double> beta;           // [T, HV]
+  std::vector<double> A_log;          // [HV]
+  std::vector<double> dt_bias;        // [HV, K]
+  std::vector<double> initial_state;  // [N, HV, K, V]
   double scale;
   bool softplus_gate;  // -exp(A_log) * softplus(g + dt_bias), else lower_bound * sigmoid(exp(A_log) * (g + dt_bias))
   double lower_bound;

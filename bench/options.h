@@ -1,6 +1,7 @@
 // Command line of the benchmark binaries.
 #pragma once
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdint>
 #include <cstdlib>

@@ -1,5 +1,5 @@
-// The host-side planner as the Python module `kda_plan`, for tests and tools. It needs neither torch nor CUDA and is not
-// part of the wheel.
+// The host-side planner as the Python module `kda_plan`, for tests and tools. It needs neither torch nor CUDA and is
+// not part of the wheel.
 #include <pybind11/pybind11.h>
 
 #include "../kda/plan.h"
@@ -21,29 +21,29 @@ PYBIND11_MODULE(kda_plan, m) {
 
   const kda::ChunkFwdProblem defaults;
   py::class_<kda::ChunkFwdProblem>(m, "ChunkFwdProblem")
-      .def(py::init([](int64_t batch, int64_t tokens, int64_t sequences, bool varlen, int heads, int value_heads,
-                       int key_dim, int value_dim, kda::DataType activation_type, int compute_capability,
-                       int sm_count) {
-             kda::ChunkFwdProblem p;
-             p.batch = batch;
-             p.tokens = tokens;
-             p.sequences = sequences;
-             p.varlen = varlen;
-             p.heads = heads;
-             p.value_heads = value_heads;
-             p.key_dim = key_dim;
-             p.value_dim = value_dim;
-             p.activation_type = activation_type;
-             p.compute_capability = compute_capability;
-             p.sm_count = sm_count;
-             return p;
-           }),
-           py::kw_only(), py::arg("batch") = defaults.batch, py::arg("tokens") = defaults.tokens,
-           py::arg("sequences") = defaults.sequences, py::arg("varlen") = defaults.varlen,
-           py::arg("heads") = defaults.heads, py::arg("value_heads") = defaults.value_heads,
-           py::arg("key_dim") = defaults.key_dim, py::arg("value_dim") = defaults.value_dim,
-           py::arg("activation_type") = defaults.activation_type,
-           py::arg("compute_capability") = defaults.compute_capability, py::arg("sm_count") = defaults.sm_count)
+      .def(
+          py::init([](int64_t batch, int64_t tokens, int64_t sequences, bool varlen, int heads, int value_heads,
+                      int key_dim, int value_dim, kda::DataType activation_type, int compute_capability, int sm_count) {
+            kda::ChunkFwdProblem p;
+            p.batch = batch;
+            p.tokens = tokens;
+            p.sequences = sequences;
+            p.varlen = varlen;
+            p.heads = heads;
+            p.value_heads = value_heads;
+            p.key_dim = key_dim;
+            p.value_dim = value_dim;
+            p.activation_type = activation_type;
+            p.compute_capability = compute_capability;
+            p.sm_count = sm_count;
+            return p;
+          }),
+          py::kw_only(), py::arg("batch") = defaults.batch, py::arg("tokens") = defaults.tokens,
+          py::arg("sequences") = defaults.sequences, py::arg("varlen") = defaults.varlen,
+          py::arg("heads") = defaults.heads, py::arg("value_heads") = defaults.value_heads,
+          py::arg("key_dim") = defaults.key_dim, py::arg("value_dim") = defaults.value_dim,
+          py::arg("activation_type") = defaults.activation_type,
+          py::arg("compute_capability") = defaults.compute_capability, py::arg("sm_count") = defaults.sm_count)
       .def_readwrite("batch", &kda::ChunkFwdProblem::batch)
       .def_readwrite("tokens", &kda::ChunkFwdProblem::tokens)
       .def_readwrite("sequences", &kda::ChunkFwdProblem::sequences)

@@ -2,8 +2,8 @@
 //
 //   kda::NvtxRange range("kda.intra_chunk_solve");
 //
-// Names are `kda.<stage>` in the library and `bench.<step>` in the benchmarks. NVTX is header-only and costs nothing when no
-// profiler is attached; KDA_NO_NVTX compiles it out.
+// Names are `kda.<stage>` in the library and `bench.<step>` in the benchmarks. NVTX is header-only and costs nothing
+// when no profiler is attached; KDA_NO_NVTX compiles it out.
 #pragma once
 
 #ifndef KDA_NO_NVTX
