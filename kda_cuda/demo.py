@@ -1,10 +1,11 @@
-"""The demo: a text goes byte by byte through a `KimiDeltaAttention` layer as initialised, and everything about it is checked.
+"""The demo: a text goes byte by byte through a `KimiDeltaAttention` layer as initialised, and the result is checked.
 
     python -m kda_cuda demo [--text FILE] [--plot out.png] [--heads 16 --head-dim 128 --hidden-size 2048 ...]
 
-The bytes are embedded (fixed seed) and projected by the layer. The operator then runs the text in one prefill and in uneven
-pieces with carried state, and both results are compared with the fp64 token recurrence and with each other. A table says what
-ran, where, how fast, and how exact; a broken accuracy contract ends the program with exit status 1, a wrong argument with 2.
+The bytes are embedded (fixed seed) and projected by the layer. The operator then runs the text in one prefill and in
+uneven pieces with carried state, and both results are compared with the fp64 token recurrence and with each other. A table
+says what ran, where, how fast, and how exact; a broken accuracy contract ends the program with exit status 1, a wrong
+argument with 2.
 
 On a GPU the operator runs in bf16 and is timed by CUDA events after a warm-up; elsewhere it is the composite in fp32.
 """
@@ -80,9 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     positive.__name__ = "positive integer"
     add = parser.add_argument
-    add("--text", metavar="FILE", help="any file; its bytes are the tokens (default: a text that comes with the package)")
-    add("--plot", metavar="FILE", help="draw half-lives of the gates, and time against the roofline (.png, .svg or .pdf)")
-    add("--hidden-size", type=positive, help=f"width of the layer (default {cuda.hidden_size}; {cpu.hidden_size} on CPU)")
+    add("--text", metavar="FILE", help="any file; its bytes are the tokens (default: the text of the package)")
+    add("--plot", metavar="FILE", help="draw half-lives of the gates and time against the roofline (.png, .svg, .pdf)")
+    add("--hidden-size", type=positive, help=f"of the layer (default {cuda.hidden_size}; {cpu.hidden_size} on CPU)")
     add("--heads", type=positive, help=f"heads of q and k (default {cuda.heads}; {cpu.heads} on CPU)")
     add("--value-heads", type=positive, help="heads of v, a multiple of --heads (default: the same number)")
     add("--head-dim", type=positive, default=128, help="K (default 128)")
@@ -95,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         help=f"tokens compared with the reference (default {cuda.reference_tokens}; {cpu.reference_tokens} on CPU)",
     )
-    add("--repeats", type=positive, help=f"timed runs, of which the median counts (default {cuda.repeats}; {cpu.repeats})")
+    add("--repeats", type=positive, help=f"timed runs, the median counts (default {cuda.repeats}; {cpu.repeats})")
     add("--seed", type=int, default=0, help="of the embedding and the layer (default 0)")
 
 
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None, limits: Limits = Limits()) -> int:  
 
 
 def run(args: argparse.Namespace, limits: Limits = Limits()) -> int:  # noqa: B008 (frozen)
-    """Runs the demo with arguments of :func:`add_arguments`. Returns the exit status: 0, 1 (contract broken), 2 (argument)."""
+    """Runs the demo with the arguments of :func:`add_arguments`. Returns the exit status: 0, 1 or 2 as told above."""
     try:
         demo = _Demo(args)
     except ValueError as error:
@@ -336,7 +337,9 @@ class _Demo:
             rows.append((name, str(pieces), str(self.tokens), time_text, f"{rate / 1e9:.1f}", share, *errors))
         columns = ("run", "calls", "tokens", "time", "GB/s", "of roofline", "error of o", "error of state")
         report.table(f"{self.plan['path']} path on {self.device_name()}", columns, rows)
-        verdicts = [(name, f"{error:.2e}", f"{limit:.1e}", "ok" if error <= limit else "BROKEN") for name, error, limit in checks]
+        verdicts = [
+            (name, f"{error:.2e}", f"{limit:.1e}", "ok" if error <= limit else "BROKEN") for name, error, limit in checks
+        ]
         report.table(
             f"relative RMSE (reference: fp64 recurrence, first {self.checked} tokens)",
             ("what", "error", "limit", ""),

@@ -75,8 +75,8 @@ def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
 
     def laid_out(line: Sequence[str]) -> str:
-        cells = [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-        return "  ".join(cells).rstrip()
+        numbers = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
+        return "  ".join([line[0].ljust(widths[0]), *numbers]).rstrip()
 
     return "\n".join([title, laid_out(lines[0]), "  ".join("-" * width for width in widths), *map(laid_out, lines[1:])])
 
