@@ -1,7 +1,7 @@
 """Builds `kda_cuda._C`: the operators, and the CUDA kernels if nvcc is there.
 
-One library serves every torch from 2.10 on and every CPython from 3.10 on: it uses the stable ABI of LibTorch alone, has no
-Python symbol in it, and carries its CUDA runtime with it.
+One library serves every torch from 2.10 on and every CPython from 3.10 on: it uses the stable ABI of LibTorch alone,
+has no Python symbol in it, and carries its CUDA runtime with it.
 
 Environment:
     KDA_CUDA_ARCHS            architectures to compile for, separated by ';' (default "90a")
@@ -121,8 +121,8 @@ def make_extension(cuda_home: Path | None) -> Extension:
     link_flags = ["-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
 
     if cuda_home:
-        # torch sets CUDA_HOME only if it was built with CUDA itself, and compares its CUDA version with that of nvcc. Neither
-        # matters here: the library has its own CUDA runtime.
+        # torch sets CUDA_HOME only if it was built with CUDA itself, and compares its CUDA version with that of nvcc.
+        # Neither matters here: the library has its own CUDA runtime.
         cpp_extension.CUDA_HOME = str(cuda_home)
         cpp_extension._check_cuda_version = lambda *_: None
         files += sources("csrc/kda/**/*.cu")

@@ -16,15 +16,15 @@ using torch::stable::Tensor;
 
 // Field by field in the order of the schema (schema.h).
 struct ChunkFwdArguments {
-  Tensor q;                            // [B, T, H, K]
-  Tensor k;                            // [B, T, H, K]
-  Tensor v;                            // [B, T, HV, V]
-  Tensor g;                            // [B, T, HV, K]
-  Tensor beta;                         // [B, T, HV]
-  std::optional<Tensor> A_log;         // [HV]
-  std::optional<Tensor> dt_bias;       // [HV * K] or [HV, K]
-  std::optional<Tensor> initial_state; // [N, HV, K, V], or [N, HV, V, K] if state_v_first
-  std::optional<Tensor> cu_seqlens;    // [N + 1]
+  Tensor q;                             // [B, T, H, K]
+  Tensor k;                             // [B, T, H, K]
+  Tensor v;                             // [B, T, HV, V]
+  Tensor g;                             // [B, T, HV, K]
+  Tensor beta;                          // [B, T, HV]
+  std::optional<Tensor> A_log;          // [HV]
+  std::optional<Tensor> dt_bias;        // [HV * K] or [HV, K]
+  std::optional<Tensor> initial_state;  // [N, HV, K, V], or [N, HV, V, K] if state_v_first
+  std::optional<Tensor> cu_seqlens;     // [N + 1]
   std::optional<double> scale;
   std::optional<double> lower_bound;
   bool use_qk_l2norm;
@@ -59,13 +59,13 @@ inline ChunkFwdArguments read_arguments(StableIValue* stack) {
 
 // Sizes that the checks have found consistent.
 struct ChunkFwdSizes {
-  int64_t batch;       // B
-  int64_t tokens;      // T
-  int64_t sequences;   // N
-  int64_t heads;       // H
-  int64_t value_heads; // HV
-  int64_t key_dim;     // K
-  int64_t value_dim;   // V
+  int64_t batch;        // B
+  int64_t tokens;       // T
+  int64_t sequences;    // N
+  int64_t heads;        // H
+  int64_t value_heads;  // HV
+  int64_t key_dim;      // K
+  int64_t value_dim;    // V
 };
 
 // Only valid once check_chunk_fwd has accepted the arguments.
@@ -76,4 +76,4 @@ inline ChunkFwdSizes sizes_of(const ChunkFwdArguments& args) {
   return {q[0], q[1], sequences, q[2], v[2], q[3], v[3]};
 }
 
-} // namespace kda::binding
+}  // namespace kda::binding

@@ -30,7 +30,7 @@ std::string json_list(const std::string& names) {
   return list + "]";
 }
 
-} // namespace
+}  // namespace
 
 std::string build_info_json() {
   std::string json = "{\"version\": \"" KDA_CUDA_VERSION "\"";
@@ -41,4 +41,4 @@ std::string build_info_json() {
   return json + "}";
 }
 
-} // namespace kda::binding
+}  // namespace kda::binding

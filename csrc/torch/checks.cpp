@@ -83,17 +83,20 @@ std::string name_of(const DeviceId& device) {
 void check_strided(const char* argument, const Tensor& tensor) {
   int32_t layout = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
-  if (layout != aoti_torch_layout_strided()) fail(argument, "expected a dense (strided) tensor, got a sparse or nested one");
+  if (layout != aoti_torch_layout_strided())
+    fail(argument, "expected a dense (strided) tensor, got a sparse or nested one");
 }
 
 void check_rank(const char* argument, const Tensor& tensor, int64_t rank, const char* shape) {
   check_strided(argument, tensor);
   if (tensor.dim() != rank) {
-    fail(argument, "expected ", rank, " dimension", rank == 1 ? " " : "s ", shape, ", got shape ", join(tensor.sizes()));
+    fail(argument, "expected ", rank, " dimension", rank == 1 ? " " : "s ", shape, ", got shape ",
+         join(tensor.sizes()));
   }
 }
 
-void check_shape(const char* argument, const Tensor& tensor, const char* shape, std::initializer_list<int64_t> expected) {
+void check_shape(const char* argument, const Tensor& tensor, const char* shape,
+                 std::initializer_list<int64_t> expected) {
   check_strided(argument, tensor);
   const auto sizes = tensor.sizes();
   bool same = sizes.size() == expected.size();
@@ -109,16 +112,19 @@ void check_device(const char* argument, const Tensor& tensor, const DeviceId& ex
 }
 
 bool is_activation_type(ScalarType type) {
-  return type == ScalarType::BFloat16 || type == ScalarType::Half || type == ScalarType::Float || type == ScalarType::Double;
+  return type == ScalarType::BFloat16 || type == ScalarType::Half || type == ScalarType::Float ||
+         type == ScalarType::Double;
 }
 
 // g and beta: any floating type that is not wider than what the call computes in.
 void check_gate_type(const char* argument, const Tensor& tensor, ScalarType activation) {
   const ScalarType type = tensor.scalar_type();
-  if (activation == ScalarType::Double ? is_activation_type(type) : is_activation_type(type) && type != ScalarType::Double) {
+  if (activation == ScalarType::Double ? is_activation_type(type)
+                                       : is_activation_type(type) && type != ScalarType::Double) {
     return;
   }
-  fail(argument, "expected dtype bfloat16, float16 or float32 (float64 with float64 activations only), got ", name_of(type));
+  fail(argument, "expected dtype bfloat16, float16 or float32 (float64 with float64 activations only), got ",
+       name_of(type));
 }
 
 // A_log and dt_bias: float32, or the type of float64 activations.
@@ -154,7 +160,8 @@ void check_activations(const ChunkFwdArguments& args, const DeviceId& device) {
     fail("v", "expected shape [B, T, HV, V] = [", B, ", ", T, ", HV, V], got ", join(v));
   }
   if (HV < 1 || HV > INT_MAX || HV % H != 0) {
-    fail("v", "expected a number of value heads HV that is a multiple of H = ", H, ", got HV = ", HV, " in shape ", join(v));
+    fail("v", "expected a number of value heads HV that is a multiple of H = ", H, ", got HV = ", HV, " in shape ",
+         join(v));
   }
   if (V < 1 || V > INT_MAX) fail("v", "expected a head size of at least 1 (V >= 1), got shape ", join(v));
   if (args.v.scalar_type() != type) {
@@ -244,7 +251,8 @@ void check_initial_state(const ChunkFwdArguments& args, const DeviceId& device) 
   const ScalarType type = state.scalar_type();
   const bool wide = type == ScalarType::Double && args.q.scalar_type() == ScalarType::Double;
   if (type != ScalarType::Float && type != ScalarType::BFloat16 && !wide) {
-    fail("initial_state", "expected dtype float32 or bfloat16 (float64 with float64 activations only), got ", name_of(type));
+    fail("initial_state", "expected dtype float32 or bfloat16 (float64 with float64 activations only), got ",
+         name_of(type));
   }
   check_device("initial_state", state, device);
 }
@@ -254,8 +262,8 @@ void check_values(const Int* values, int64_t count, int64_t tokens) {
   if (values[0] != 0) fail("cu_seqlens", "expected it to start at 0, got ", values[0]);
   for (int64_t i = 1; i < count; ++i) {
     if (values[i] < values[i - 1]) {
-      fail("cu_seqlens", "expected values that never decrease, got ", values[i - 1], " at index ", i - 1, " and ", values[i],
-           " at index ", i);
+      fail("cu_seqlens", "expected values that never decrease, got ", values[i - 1], " at index ", i - 1, " and ",
+           values[i], " at index ", i);
     }
   }
   if (values[count - 1] != tokens) {
@@ -263,7 +271,7 @@ void check_values(const Int* values, int64_t count, int64_t tokens) {
   }
 }
 
-} // namespace
+}  // namespace
 
 void check_cu_seqlens_values(const Tensor& cu_seqlens, int64_t tokens) {
   Tensor host = cu_seqlens;
@@ -288,4 +296,4 @@ void check_chunk_fwd(const ChunkFwdArguments& args) {
   if (args.initial_state) check_initial_state(args, device);
 }
 
-} // namespace kda::binding
+}  // namespace kda::binding

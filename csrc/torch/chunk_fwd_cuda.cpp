@@ -12,8 +12,8 @@
 
 #include "checks.h"
 #include "coverage.h"
-#include "runtime_cuda.h"
 #include "kda/kda.h"
+#include "runtime_cuda.h"
 
 namespace kda::binding {
 
@@ -22,7 +22,7 @@ namespace {
 using torch::stable::detail::from;
 using torch::stable::detail::to;
 
-constexpr uint64_t kOutputs = 3; // o, final_state, chunk_states
+constexpr uint64_t kOutputs = 3;  // o, final_state, chunk_states
 
 struct Outputs {
   Tensor o, final_state, chunk_states;
@@ -35,11 +35,12 @@ DataType data_type(ScalarType type) {
     case ScalarType::Half:
       return DataType::kFloat16;
     default:
-      return DataType::kFloat32; // the checks admit no other type on this path
+      return DataType::kFloat32;  // the checks admit no other type on this path
   }
 }
 
-// A contiguous tensor on the device. The C function is called as it is: it costs a third of a call through the dispatcher.
+// A contiguous tensor on the device. The C function is called as it is: it costs a third of a call through the
+// dispatcher.
 template <size_t kRank>
 Tensor empty_cuda(const std::array<int64_t, kRank>& sizes, int32_t dtype, int32_t device_index) {
   std::array<int64_t, kRank> strides;
@@ -177,7 +178,7 @@ Outputs chunk_fwd_cuda(ChunkFwdArguments args) {
 
   const cudaStream_t stream = current_stream(device);
   ChunkFwdParams params = make_params(args, problem, outputs);
-  if (params.chunk_states && problem.varlen) { // the kernels leave unused slots as they are
+  if (params.chunk_states && problem.varlen) {  // the kernels leave unused slots as they are
     check_cuda(cudaMemsetAsync(params.chunk_states, 0, outputs.chunk_states.numel() * sizeof(float), stream),
                "kda::chunk_fwd: clearing chunk_states");
   }
@@ -196,8 +197,8 @@ void boxed_chunk_fwd_cuda(StableIValue* stack, uint64_t, uint64_t) {
   stack[2] = from(outputs.chunk_states);
 }
 
-} // namespace
+}  // namespace
 
-} // namespace kda::binding
+}  // namespace kda::binding
 
 STABLE_TORCH_LIBRARY_IMPL(kda, CUDA, m) { m.impl("chunk_fwd", &kda::binding::boxed_chunk_fwd_cuda); }

@@ -11,7 +11,7 @@ DataType activation_type(ScalarType type) {
     case ScalarType::Half:
       return DataType::kFloat16;
     default:
-      return DataType::kFloat32; // float64 too: layout_reason names it before a plan is made
+      return DataType::kFloat32;  // float64 too: layout_reason names it before a plan is made
   }
 }
 
@@ -23,11 +23,12 @@ bool last_dimension_is_contiguous(const Tensor& tensor) {
 
 bool last_matrix_is_contiguous(const Tensor& tensor) {
   const int64_t rows = tensor.dim() - 2;
-  const bool rows_packed = tensor.stride(rows) == tensor.size(rows + 1) || tensor.size(rows) == 1 || tensor.numel() == 0;
+  const bool rows_packed =
+      tensor.stride(rows) == tensor.size(rows + 1) || tensor.size(rows) == 1 || tensor.numel() == 0;
   return rows_packed && last_dimension_is_contiguous(tensor);
 }
 
-} // namespace
+}  // namespace
 
 ChunkFwdProblem problem_of(const ChunkFwdArguments& args, const Device& device) {
   const ChunkFwdSizes n = sizes_of(args);
@@ -70,4 +71,4 @@ const char* composite_reason(const ChunkFwdArguments& args) {
 #endif
 }
 
-} // namespace kda::binding
+}  // namespace kda::binding

@@ -7,7 +7,7 @@
 namespace kda::binding {
 
 struct Device {
-  int compute_capability = 0; // major * 10 + minor
+  int compute_capability = 0;  // major * 10 + minor
   int sm_count = 0;
 };
 
@@ -23,4 +23,4 @@ struct Device {
 // The attributes of the CUDA device `index`. Thread-safe; asks the driver once a device.
 [[nodiscard]] Device cuda_device(int32_t index);
 
-} // namespace kda::binding
+}  // namespace kda::binding

@@ -1,5 +1,5 @@
-// Registers the operators: their schema, and those implementations that run on any device. What runs on CUDA is registered in
-// chunk_fwd_cuda.cpp; what is written in Python, in the package.
+// Registers the operators: their schema, and those implementations that run on any device. What runs on CUDA is
+// registered in chunk_fwd_cuda.cpp; what is written in Python, in the package.
 #include <torch/csrc/stable/library.h>
 
 #include <stdexcept>
@@ -35,7 +35,8 @@ std::string plan_chunk_fwd_json(std::vector<int64_t> lengths, int64_t batch, int
                                 int64_t key_dim, int64_t value_dim, std::string activation_dtype, bool varlen,
                                 int64_t compute_capability, int64_t sm_count) {
   if (varlen && batch != 1) {
-    throw std::runtime_error("kda::plan_chunk_fwd: argument `batch`: expected 1 with varlen, got " + std::to_string(batch));
+    throw std::runtime_error("kda::plan_chunk_fwd: argument `batch`: expected 1 with varlen, got " +
+                             std::to_string(batch));
   }
   if (!varlen && lengths.size() != 1) {
     throw std::runtime_error("kda::plan_chunk_fwd: argument `lengths`: expected one length without varlen, got " +
@@ -63,9 +64,9 @@ std::string plan_chunk_fwd_json(std::vector<int64_t> lengths, int64_t batch, int
   return to_json(problem, plan_chunk_fwd(problem));
 }
 
-} // namespace
+}  // namespace
 
-} // namespace kda::binding
+}  // namespace kda::binding
 
 STABLE_TORCH_LIBRARY(kda, m) {
   for (const char* schema : kda::binding::kSchemas) m.def(schema);

@@ -13,8 +13,8 @@ namespace {
 
 using GetCurrentStream = AOTITorchError (*)(int32_t device_index, void** stream);
 
-// The function is part of libtorch_cuda.so. Looked up at run time, so that the library loads on a torch without CUDA as well;
-// a CUDA tensor exists only where libtorch_cuda.so is loaded.
+// The function is part of libtorch_cuda.so. Looked up at run time, so that the library loads on a torch without CUDA as
+// well; a CUDA tensor exists only where libtorch_cuda.so is loaded.
 GetCurrentStream find_get_current_stream() {
   constexpr const char* kName = "aoti_torch_get_current_cuda_stream";
   void* symbol = dlsym(RTLD_DEFAULT, kName);
@@ -39,7 +39,7 @@ Device query_device(int32_t index) {
   return device;
 }
 
-} // namespace
+}  // namespace
 
 void check_cuda(cudaError_t status, const char* action) {
   if (status == cudaSuccess) return;
@@ -60,8 +60,8 @@ DeviceScope::DeviceScope(int32_t device_index) : guard_(device_index) {
 }
 
 Device cuda_device(int32_t index) {
-  // One word a device: compute capability << 16 | multiprocessors; 0 until asked. Threads that ask at the same time store
-  // the same word.
+  // One word a device: compute capability << 16 | multiprocessors; 0 until asked. Threads that ask at the same time
+  // store the same word.
   constexpr int kCachedDevices = 64;
   constexpr uint32_t kSmMask = 0xffff;
   static std::atomic<uint32_t> cache[kCachedDevices];
@@ -75,4 +75,4 @@ Device cuda_device(int32_t index) {
   return {static_cast<int>(word >> 16), static_cast<int>(word & kSmMask)};
 }
 
-} // namespace kda::binding
+}  // namespace kda::binding

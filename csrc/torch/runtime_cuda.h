@@ -14,7 +14,8 @@ void check_cuda(cudaError_t status, const char* action);
 // The stream that torch has made current on the device.
 [[nodiscard]] cudaStream_t current_stream(int32_t device_index);
 
-// Makes a device current for torch and for the CUDA runtime inside this library, and gives torch its own back at the end.
+// Makes a device current for torch and for the CUDA runtime inside this library, and gives torch its own back at the
+// end.
 class DeviceScope {
  public:
   explicit DeviceScope(int32_t device_index);
@@ -25,4 +26,4 @@ class DeviceScope {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
-} // namespace kda::binding
+}  // namespace kda::binding

@@ -4,11 +4,11 @@
 namespace kda::binding {
 
 // What all variants of the forward take. The order is that of ChunkFwdArguments and of the Python implementations.
-#define KDA_CHUNK_FWD_ARGUMENTS                                                                                        \
-  "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log=None, Tensor? dt_bias=None, "                    \
-  "Tensor? initial_state=None, Tensor? cu_seqlens=None, float? scale=None, float? lower_bound=None, "                  \
-  "bool use_qk_l2norm=False, bool use_gate=False, bool use_beta_sigmoid=False, bool allow_neg_eigval=False, "          \
-  "bool output_final_state=False, bool state_v_first=False, bool output_chunk_states=False, "                          \
+#define KDA_CHUNK_FWD_ARGUMENTS                                                                               \
+  "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log=None, Tensor? dt_bias=None, "           \
+  "Tensor? initial_state=None, Tensor? cu_seqlens=None, float? scale=None, float? lower_bound=None, "         \
+  "bool use_qk_l2norm=False, bool use_gate=False, bool use_beta_sigmoid=False, bool allow_neg_eigval=False, " \
+  "bool output_final_state=False, bool state_v_first=False, bool output_chunk_states=False, "                 \
   "bool check_cu_seqlens=False"
 
 inline constexpr const char* kSchemas[] = {
@@ -35,7 +35,8 @@ inline constexpr const char* kSchemas[] = {
     "(Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dA_log, Tensor ddt_bias, "
     "Tensor dinitial_state)",
 
-    // The path and the cut that the planner chooses, as JSON. With varlen `lengths` are those of the sequences, else it is
+    // The path and the cut that the planner chooses, as JSON. With varlen `lengths` are those of the sequences, else it
+    // is
     // the one length of all `batch` sequences. compute_capability is major * 10 + minor, 0 without a CUDA device.
     "plan_chunk_fwd(int[] lengths, int batch, int heads, int value_heads, int key_dim, int value_dim, "
     "str activation_dtype, bool varlen, int compute_capability, int sm_count) -> str",
@@ -44,4 +45,4 @@ inline constexpr const char* kSchemas[] = {
     "build_info() -> str",
 };
 
-} // namespace kda::binding
+}  // namespace kda::binding

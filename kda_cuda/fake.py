@@ -1,0 +1,86 @@
+"""Shapes and types of what the operators return, without data: for ``torch.compile``, ``torch.export`` and the meta
+device.
+
+Nothing here depends on a value or compares a size, so that a compiled graph serves every length. The operators check
+their arguments when they run.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _extension  # noqa: F401  (defines the operators)
+
+CHUNK_TOKENS = 64  # distance of the states in chunk_states
+
+
+def _state_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _chunk_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    lower_bound: float | None = None,
+    use_qk_l2norm: bool = False,
+    use_gate: bool = False,
+    use_beta_sigmoid: bool = False,
+    allow_neg_eigval: bool = False,
+    output_final_state: bool = False,
+    state_v_first: bool = False,
+    output_chunk_states: bool = False,
+    check_cu_seqlens: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o [B, T, HV, V]; final_state [N, HV, K, V] or [0]; chunk_states [B, slots, HV, K, V] or [0]."""
+    B, T, _, K = q.shape
+    HV, V = v.shape[2:]
+    matrix = (V, K) if state_v_first else (K, V)
+    dtype = _state_dtype(q)
+    if cu_seqlens is None:
+        sequences, slots = B, (T + CHUNK_TOKENS - 1) // CHUNK_TOKENS
+    else:
+        sequences = cu_seqlens.shape[0] - 1
+        slots = T // CHUNK_TOKENS + sequences
+    o = v.new_empty((B, T, HV, V))
+    final_state = v.new_empty((sequences, HV, *matrix) if output_final_state else (0,), dtype=dtype)
+    chunk_states = v.new_empty((B, slots, HV, *matrix) if output_chunk_states else (0,), dtype=dtype)
+    return o, final_state, chunk_states
+
+
+def _chunk_bwd(
+    do: Tensor,
+    dfinal_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    *args: object,
+    **kwargs: object,
+) -> tuple[Tensor, ...]:
+    """Contiguous gradients, each like its input; [0] where there is none."""
+    inputs = (q, k, v, g, beta, A_log, dt_bias, initial_state)
+    return tuple(q.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in inputs)
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    """An operator that only looks at its arguments."""
+
+
+torch.library.register_fake("kda::chunk_fwd", _chunk_fwd)
+torch.library.register_fake("kda::chunk_fwd_composite", _chunk_fwd)
+torch.library.register_fake("kda::chunk_bwd", _chunk_bwd)
+torch.library.register_fake("kda::check_chunk_fwd", _nothing)
+torch.library.register_fake("kda::check_cu_seqlens", _nothing)
