@@ -3,9 +3,9 @@
     python -m kda_cuda demo [--text FILE] [--plot out.png] [--heads 16 --head-dim 128 --hidden-size 2048 ...]
 
 The bytes are embedded (fixed seed) and projected by the layer. The operator then runs the text in one prefill and in
-uneven pieces with carried state, and both results are compared with the fp64 token recurrence and with each other. A table
-says what ran, where, how fast, and how exact; a broken accuracy contract ends the program with exit status 1, a wrong
-argument with 2.
+uneven pieces with carried state, and both results are compared with the fp64 token recurrence and with each other. A
+table says what ran, where, how fast, and how exact; a broken accuracy contract ends the program with exit status 1, a
+wrong argument with 2.
 
 On a GPU the operator runs in bf16 and is timed by CUDA events after a warm-up; elsewhere it is the composite in fp32.
 """
@@ -338,7 +338,8 @@ class _Demo:
         columns = ("run", "calls", "tokens", "time", "GB/s", "of roofline", "error of o", "error of state")
         report.table(f"{self.plan['path']} path on {self.device_name()}", columns, rows)
         verdicts = [
-            (name, f"{error:.2e}", f"{limit:.1e}", "ok" if error <= limit else "BROKEN") for name, error, limit in checks
+            (name, f"{error:.2e}", f"{limit:.1e}", "ok" if error <= limit else "BROKEN")
+            for name, error, limit in checks
         ]
         report.table(
             f"relative RMSE (reference: fp64 recurrence, first {self.checked} tokens)",

@@ -1,8 +1,8 @@
 """The Kimi Delta Attention layer: projections, short convolution, gate, beta, output norm around ``chunk_kda``.
 
 Source: Kimi Linear: An Expressive, Efficient Attention Architecture, https://arxiv.org/abs/2510.26692, section 4.
-Parameter names, shapes and initial distributions are those of ``fla.layers.KimiDeltaAttention`` in flash-linear-attention
-0.6.0, so that its state dicts load with ``strict=True``.
+Parameter names, shapes and initial distributions are those of ``fla.layers.KimiDeltaAttention`` in
+flash-linear-attention 0.6.0, so that its state dicts load with ``strict=True``.
 
 Names in shapes: B batch, T tokens, N sequences, H heads of q and k, HV heads of v, K = head_dim,
 V = head_dim * expand_v, W = conv_size, D channels of one convolution.
@@ -178,8 +178,8 @@ class KimiDeltaAttention(nn.Module):
         """
         Args:
             hidden_states: ``[B, T, hidden_size]``.
-            attention_mask: 0-1 matrix (bool or integers) ``[B, T]``, 0 for padding, at any side; of a longer one the last
-                T columns count. Padding neither enters a state nor receives an output (its rows are zero).
+            attention_mask: 0-1 matrix (bool or integers) ``[B, T]``, 0 for padding, at any side; of a longer one the
+                last T columns count. Padding neither enters a state nor receives an output (its rows are zero).
             past_key_values: a `KDACache` or flash-linear-attention's cache. States found under `layer_idx` are
                 continued.
             use_cache: store the states after these tokens in `past_key_values`; a new `KDACache` if that is None.
@@ -301,7 +301,7 @@ class KimiDeltaAttention(nn.Module):
         return {"recurrent_state": recurrent_state, "conv_state": conv_states}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> KimiDeltaAttention:
-        """Moves and converts the module; A_log and dt_bias stay at least fp32 (exp(A_log) in bf16 is off by percents)."""
+        """Moves and converts the module; A_log and dt_bias stay at least fp32: exp(A_log) in bf16 is percents off."""
         if recurse:
             for child in self.children():
                 child._apply(fn)

@@ -132,8 +132,8 @@ class ShortConvolution(nn.Conv1d):
             y = self._convolve(padded)[:, :, 1:].transpose(1, 2)
             return y, padded[:, :, -width:].contiguous() if output_final_state else None
 
-        # All sequences lie in one row, each behind the W inputs that came before it: one convolution serves them all, no
-        # tap reaches across a border, and the host reads no lengths. Rows past the last border lie behind their own gap.
+        # All sequences lie in one row, each behind the W inputs that came before it: one convolution serves them all,
+        # no tap reaches across a border, and the host reads no lengths. Rows past the last border have their own gap.
         tokens = x.shape[1]
         order = torch.arange(sequences + 1, device=x.device)
         borders = cu_seqlens.to(torch.int64)
