@@ -1,5 +1,60 @@
-#include "../kda.h"
+// kda::chunk_fwd: from the checked call and its plan to the launches of the three stages.
+
+#include "../device/nvtx_range.h"
+#include "kernel_params.h"
 
 namespace kda {
-cudaError_t chunk_fwd(const ChunkFwdParams&, const ChunkFwdPlan&, cudaStream_t) { return cudaErrorNotSupported; }
-} // namespace kda
+namespace {
+
+int element_bytes(DataType type) { return type == DataType::kFloat32 ? 4 : 2; }
+
+// Whether every group of 8 elements whose index in the last dimension is a multiple of 8 starts at a multiple of 16 bytes.
+bool is_vectorized(const void* base, const TokenStrides& stride, DataType type) {
+  constexpr int64_t kVectorBytes = 16;
+  const int64_t bytes = element_bytes(type);
+  return reinterpret_cast<uintptr_t>(base) % kVectorBytes == 0 && stride.batch * bytes % kVectorBytes == 0 &&
+         stride.token * bytes % kVectorBytes == 0 && stride.head * bytes % kVectorBytes == 0;
+}
+
+ChunkFwdKernelParams kernel_params(const ChunkFwdParams& call, const ChunkFwdPlan& plan) {
+  uint8_t* const base = static_cast<uint8_t*>(call.workspace);
+  const ChunkFwdWorkspace& workspace = plan.workspace;
+  ChunkFwdKernelParams params = {};
+  params.call = call;
+  params.W = base + workspace.W;
+  params.K_decayed = base + workspace.K_decayed;
+  params.Q_gated = base + workspace.Q_gated;
+  params.Aqk = base + workspace.Aqk;
+  params.U0 = reinterpret_cast<float4*>(base + workspace.U0);
+  params.U = reinterpret_cast<uint4*>(base + workspace.U);
+  params.state = reinterpret_cast<uint4*>(base + workspace.state);
+  params.chunk_decay = reinterpret_cast<float*>(base + workspace.chunk_decay);
+  params.chunk_slots = plan.chunk_slots;
+  const DataType activation_type = call.problem.activation_type;
+  params.q_vectorized = is_vectorized(call.q, call.q_stride, activation_type);
+  params.k_vectorized = is_vectorized(call.k, call.k_stride, activation_type);
+  params.v_vectorized = is_vectorized(call.v, call.v_stride, activation_type);
+  params.g_vectorized = is_vectorized(call.g, call.g_stride, call.gate_type);
+  return params;
+}
+
+}  // namespace
+
+cudaError_t chunk_fwd(const ChunkFwdParams& call, const ChunkFwdPlan& plan, cudaStream_t stream) {
+  if (plan.path != ChunkFwdPath::kStaged) return cudaErrorNotSupported;
+  const ChunkFwdKernelParams params = kernel_params(call, plan);
+  {
+    NvtxRange range("kda.intra_chunk_solve");
+    const cudaError_t status = launch_intra_chunk_solve(params, stream);
+    if (status != cudaSuccess) return status;
+  }
+  {
+    NvtxRange range("kda.state_recurrence");
+    const cudaError_t status = launch_state_recurrence(params, plan.value_tile, stream);
+    if (status != cudaSuccess) return status;
+  }
+  NvtxRange range("kda.output_gemm");
+  return launch_output_gemm(params, stream);
+}
+
+}  // namespace kda

@@ -1,0 +1,70 @@
+// From a chunk slot to its sequence and tokens (see chunk_slots in plan.h), on the device, so that the host never reads
+// cu_seqlens.
+#pragma once
+
+#include "../kda.h"
+
+namespace kda {
+
+// Token range of one sequence, in rows of its batch row. Entries of cu_seqlens are clamped into [0, T] and made non-decreasing
+// pairwise, so that no contents of cu_seqlens can lead to an access outside of a tensor.
+struct SequenceRange {
+  int64_t batch;
+  int64_t begin;
+  int64_t end;
+};
+
+struct ChunkLocation {
+  int64_t batch;        // row of the batch dimension
+  int64_t first_token;  // first token of the chunk in that row
+  int tokens;           // valid tokens, 1..kChunkTokens; 0: the slot is unused
+};
+
+__device__ __forceinline__ int64_t cu_seqlens_at(const ChunkFwdParams& p, int64_t index) {
+  const int64_t value = p.cu_seqlens_int64 ? static_cast<const int64_t*>(p.cu_seqlens)[index]
+                                           : static_cast<const int32_t*>(p.cu_seqlens)[index];
+  return min(max(value, int64_t{0}), p.problem.tokens);
+}
+
+__device__ __forceinline__ SequenceRange sequence_range(const ChunkFwdParams& p, int64_t sequence) {
+  if (p.cu_seqlens == nullptr) return {sequence, 0, p.problem.tokens};
+  const int64_t begin = cu_seqlens_at(p, sequence);
+  return {0, begin, max(begin, cu_seqlens_at(p, sequence + 1))};
+}
+
+__device__ __forceinline__ int64_t first_chunk_slot(const ChunkFwdParams& p, int64_t sequence,
+                                                    const SequenceRange& range) {
+  if (p.cu_seqlens == nullptr) return sequence * ((p.problem.tokens + kChunkTokens - 1) / kChunkTokens);
+  return range.begin / kChunkTokens + sequence;
+}
+
+// The last sequence whose first slot is <= slot, found by the whole warp: 32 probes a round.
+__device__ __forceinline__ int64_t find_sequence(const ChunkFwdParams& p, int64_t slot, int lane) {
+  int64_t low = 0, high = p.problem.sequences;
+  while (high - low > 1) {
+    const int64_t step = (high - low + 31) / 32;
+    const int64_t probe = low + lane * step;
+    const bool at_or_before = probe < high && cu_seqlens_at(p, probe) / kChunkTokens + probe <= slot;
+    const unsigned hits = __ballot_sync(0xffffffffu, at_or_before);
+    low += (hits == 0 ? 0 : 31 - __clz(hits)) * step;
+    high = min(high, low + step);
+  }
+  return low;
+}
+
+// Called by whole warps; every warp gets the same answer.
+__device__ __forceinline__ ChunkLocation locate_chunk(const ChunkFwdParams& p, int64_t slot, int lane) {
+  if (p.problem.sequences == 0) return {0, 0, 0};
+  int64_t sequence;
+  if (p.cu_seqlens == nullptr) {
+    sequence = slot / ((p.problem.tokens + kChunkTokens - 1) / kChunkTokens);
+  } else {
+    sequence = find_sequence(p, slot, lane);
+  }
+  const SequenceRange range = sequence_range(p, sequence);
+  const int64_t first_token = range.begin + (slot - first_chunk_slot(p, sequence, range)) * kChunkTokens;
+  const int64_t tokens = min(range.end - first_token, int64_t{kChunkTokens});
+  return {range.batch, first_token, static_cast<int>(max(tokens, int64_t{0}))};
+}
+
+}  // namespace kda

@@ -1,0 +1,101 @@
+// Conversions between the element types of tensors, fp32, and packed MMA operands; loads of 8 consecutive elements.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "../plan.h"
+
+namespace kda {
+
+using BFloat16 = __nv_bfloat16;
+using Float16 = __half;
+
+// Two fp32 values rounded to bf16; `low` in the low half. The operand format of all products with a gate factor.
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+  const __nv_bfloat162 packed = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(packed);
+}
+
+__device__ __forceinline__ float2 unpack_bf16(uint32_t packed) {
+  return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u)};
+}
+
+// Two elements of the activation type in one register.
+template <typename Element>
+struct Packed2;
+
+template <>
+struct Packed2<BFloat16> {
+  static __device__ __forceinline__ float2 to_float2(uint32_t packed) { return unpack_bf16(packed); }
+  static __device__ __forceinline__ uint32_t from_floats(float low, float high) { return pack_bf16(low, high); }
+  static __device__ __forceinline__ uint32_t to_bf16(uint32_t packed) { return packed; }
+};
+
+template <>
+struct Packed2<Float16> {
+  static __device__ __forceinline__ float2 to_float2(uint32_t packed) {
+    return __half22float2(reinterpret_cast<const __half2&>(packed));
+  }
+  static __device__ __forceinline__ uint32_t from_floats(float low, float high) {
+    const __half2 packed = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(packed);
+  }
+  static __device__ __forceinline__ uint32_t to_bf16(uint32_t packed) {
+    const float2 values = to_float2(packed);
+    return pack_bf16(values.x, values.y);
+  }
+};
+
+// Eight consecutive 16-bit elements. `vectorized`: the address is a multiple of 16 bytes.
+__device__ __forceinline__ uint4 load_8x16bit(const void* source, bool vectorized) {
+  if (vectorized) return *reinterpret_cast<const uint4*>(source);
+  const uint16_t* elements = reinterpret_cast<const uint16_t*>(source);
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = elements[2 * i] | static_cast<uint32_t>(elements[2 * i + 1]) << 16;
+  return {words[0], words[1], words[2], words[3]};
+}
+
+template <typename Element>
+__device__ __forceinline__ void unpack_8(float (&values)[8], const uint4& packed) {
+  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = Packed2<Element>::to_float2(words[i]);
+    values[2 * i] = pair.x;
+    values[2 * i + 1] = pair.y;
+  }
+}
+
+// Eight consecutive elements, starting at element `offset` of a tensor whose type is known at run time only.
+__device__ __forceinline__ void load_8(float (&values)[8], const void* base, int64_t offset, DataType type,
+                                       bool vectorized) {
+  if (type == DataType::kFloat32) {
+    const float* source = static_cast<const float*>(base) + offset;
+    if (vectorized) {
+      const float4 low = reinterpret_cast<const float4*>(source)[0], high = reinterpret_cast<const float4*>(source)[1];
+      values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
+      values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) values[i] = source[i];
+    }
+    return;
+  }
+  const uint4 packed = load_8x16bit(static_cast<const uint16_t*>(base) + offset, vectorized);
+  if (type == DataType::kBFloat16) {
+    unpack_8<BFloat16>(values, packed);
+  } else {
+    unpack_8<Float16>(values, packed);
+  }
+}
+
+// One element of a tensor whose type is known at run time only.
+__device__ __forceinline__ float load_1(const void* base, int64_t offset, DataType type) {
+  if (type == DataType::kFloat32) return static_cast<const float*>(base)[offset];
+  if (type == DataType::kBFloat16) return __bfloat162float(static_cast<const BFloat16*>(base)[offset]);
+  return __half2float(static_cast<const Float16*>(base)[offset]);
+}
+
+}  // namespace kda

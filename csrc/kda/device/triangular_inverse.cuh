@@ -1,0 +1,128 @@
+// The inverse of a unit lower triangular 64 x 64 matrix I + A in shared memory, at fp32 accuracy, by one CTA of four warps.
+//
+// The four diagonal 16 x 16 blocks are inverted by forward substitution in fp32; off-diagonal blocks follow from
+//   [ L11  0  ]^-1   [  T11            0  ]
+//   [ A21 L22 ]    = [ -T22 A21 T11   T22 ]
+// first 16 x 16 into 32 x 32, then 32 x 32 into 64 x 64. The products run on tensor cores in tf32, each fp32 operand split in two
+// (x = high + low, three products), which keeps about 21 bits. Nothing is truncated and nothing assumes normalised keys.
+#pragma once
+
+#include <cstdint>
+
+#include "ptx.cuh"
+
+namespace kda {
+
+// Row-major fp32 matrix in shared memory; the padding makes operand loads free of bank conflicts.
+struct SolveMatrix {
+  static constexpr int kStride = 68;
+  static constexpr int kBytes = 64 * kStride * 4;
+  float* data;
+
+  __device__ __forceinline__ float& at(int row, int column) const { return data[row * kStride + column]; }
+  __device__ __forceinline__ SolveMatrix block(int row, int column) const { return {&at(16 * row, 16 * column)}; }
+};
+
+struct SplitTf32 {
+  uint32_t high, low;
+  __device__ __forceinline__ explicit SplitTf32(float x) {
+    high = ptx::cvt_rna_tf32(x);
+    low = ptx::cvt_rna_tf32(x - __uint_as_float(high));
+  }
+};
+
+// acc (16 x 16, as two 16 x 8 accumulators) += a * b for 16 x 16 blocks in shared memory; one warp.
+__device__ __forceinline__ void multiply_add_16x16(float (&acc)[2][4], SolveMatrix a, SolveMatrix b, int lane) {
+  const int group = lane >> 2, member = lane & 3;
+#pragma unroll
+  for (int k = 0; k < 16; k += 8) {
+    const SplitTf32 a0(a.at(group, k + member)), a1(a.at(group + 8, k + member));
+    const SplitTf32 a2(a.at(group, k + member + 4)), a3(a.at(group + 8, k + member + 4));
+    const uint32_t a_high[4] = {a0.high, a1.high, a2.high, a3.high};
+    const uint32_t a_low[4] = {a0.low, a1.low, a2.low, a3.low};
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const SplitTf32 b0(b.at(k + member, 8 * n + group)), b1(b.at(k + member + 4, 8 * n + group));
+      const uint32_t b_high[2] = {b0.high, b1.high}, b_low[2] = {b0.low, b1.low};
+      ptx::mma_m16n8k8_tf32(acc[n], a_low, b_high);
+      ptx::mma_m16n8k8_tf32(acc[n], a_high, b_low);
+      ptx::mma_m16n8k8_tf32(acc[n], a_high, b_high);
+    }
+  }
+}
+
+__device__ __forceinline__ void store_16x16(SolveMatrix block, const float (&acc)[2][4], float sign, int lane) {
+  const int group = lane >> 2, member = lane & 3;
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const int column = 8 * n + 2 * member;
+    *reinterpret_cast<float2*>(&block.at(group, column)) = {sign * acc[n][0], sign * acc[n][1]};
+    *reinterpret_cast<float2*>(&block.at(group + 8, column)) = {sign * acc[n][2], sign * acc[n][3]};
+  }
+}
+
+// Replaces a unit lower triangular 16 x 16 block by its inverse; entries on and above the diagonal are not read. Lane c < 16
+// computes column c; one warp.
+__device__ __forceinline__ void invert_16x16(SolveMatrix block, int lane) {
+  const int column = lane & 15;
+  float x[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) x[i] = i == column ? 1.0f : 0.0f;
+#pragma unroll
+  for (int i = 1; i < 16; ++i) {
+#pragma unroll
+    for (int m = 0; m < 16; m += 4) {
+      if (m < i) {
+        const float4 row = *reinterpret_cast<const float4*>(&block.at(i, m));
+        x[i] -= row.x * x[m];
+        if (m + 1 < i) x[i] -= row.y * x[m + 1];
+        if (m + 2 < i) x[i] -= row.z * x[m + 2];
+        if (m + 3 < i) x[i] -= row.w * x[m + 3];
+      }
+    }
+  }
+  __syncwarp();
+  if (lane < 16) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) block.at(i, column) = x[i];
+  }
+  __syncwarp();
+}
+
+// Replaces the strictly lower triangular A by T = (I + A)^-1, in place: the whole lower triangle of 16 x 16 blocks is written, the
+// blocks above it are neither read nor written. Called by all 128 threads of the CTA after A is visible to them; ends with a
+// CTA barrier.
+__device__ __forceinline__ void invert_unit_lower_64x64(SolveMatrix matrix, int warp, int lane) {
+  invert_16x16(matrix.block(warp, warp), lane);
+  __syncthreads();
+
+  if (warp & 1) {  // the 32 x 32 blocks on the diagonal
+    const SolveMatrix off_diagonal = matrix.block(warp, warp - 1);
+    float y[2][4] = {};
+    multiply_add_16x16(y, off_diagonal, matrix.block(warp - 1, warp - 1), lane);
+    __syncwarp();
+    store_16x16(off_diagonal, y, 1.0f, lane);
+    __syncwarp();
+    float t[2][4] = {};
+    multiply_add_16x16(t, matrix.block(warp, warp), off_diagonal, lane);
+    __syncwarp();
+    store_16x16(off_diagonal, t, -1.0f, lane);
+  }
+  __syncthreads();
+
+  const int row = 2 + (warp >> 1), column = warp & 1;  // the 32 x 32 block below: one 16 x 16 block a warp
+  float y[2][4] = {};
+  multiply_add_16x16(y, matrix.block(row, 1), matrix.block(1, column), lane);
+  if (column == 0) multiply_add_16x16(y, matrix.block(row, 0), matrix.block(0, 0), lane);
+  __syncthreads();
+  store_16x16(matrix.block(row, column), y, 1.0f, lane);
+  __syncthreads();
+  float t[2][4] = {};
+  multiply_add_16x16(t, matrix.block(row, 2), matrix.block(2, column), lane);
+  if (row == 3) multiply_add_16x16(t, matrix.block(3, 3), matrix.block(3, column), lane);
+  __syncthreads();
+  store_16x16(matrix.block(row, column), t, -1.0f, lane);
+  __syncthreads();
+}
+
+}  // namespace kda

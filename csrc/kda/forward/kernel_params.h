@@ -1,0 +1,34 @@
+// What the three forward kernels receive: the checked call and the addresses that the plan gave to its intermediates.
+#pragma once
+
+#include <cstdint>
+
+#include "../kda.h"
+
+namespace kda {
+
+struct ChunkFwdKernelParams {
+  ChunkFwdParams call;
+
+  // Workspace regions, one tile for each (chunk slot, value head); see ChunkFwdWorkspace.
+  uint8_t* W;            // [slots, HV] tiles [C, K], bf16, swizzled
+  uint8_t* K_decayed;    // [slots, HV] tiles [C, K], bf16, swizzled
+  uint8_t* Q_gated;      // [slots, HV] tiles [C, K], bf16, swizzled
+  uint8_t* Aqk;          // [slots, HV] tiles [C, C], bf16, swizzled
+  float4* U0;            // [slots, HV, V / 16, C / 8, 32 lanes] accumulator fragments
+  uint4* U;              // [slots, HV, V / 16, C / 16, 32 lanes] operand fragments
+  uint4* state;          // [slots, HV, V / 16, K / 16, 32 lanes] operand fragments
+  float* chunk_decay;    // [slots, HV, K]
+
+  int64_t chunk_slots;
+
+  // The address of every 8-element group (first element a multiple of 8) is a multiple of 16 bytes.
+  bool q_vectorized, k_vectorized, v_vectorized, g_vectorized;
+};
+
+// Launches of the stages, for the K, V and types of the call. Each returns the error of its launch.
+cudaError_t launch_intra_chunk_solve(const ChunkFwdKernelParams& params, cudaStream_t stream);
+cudaError_t launch_state_recurrence(const ChunkFwdKernelParams& params, int value_tile, cudaStream_t stream);
+cudaError_t launch_output_gemm(const ChunkFwdKernelParams& params, cudaStream_t stream);
+
+}  // namespace kda

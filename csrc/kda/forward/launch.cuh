@@ -1,0 +1,49 @@
+// Launching a kernel with dynamic shared memory on a stream, and choosing instantiations.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <type_traits>
+#include <utility>
+
+#include "../device/elements.cuh"
+#include "kernel_params.h"
+
+namespace kda {
+
+// One dimension of grid extents is enough for any problem whose workspace fits a device.
+template <typename... KernelArguments, typename... Arguments>
+cudaError_t launch(void (*kernel)(KernelArguments...), int64_t ctas, int threads, int shared_bytes, cudaStream_t stream,
+                   Arguments&&... arguments) {
+  constexpr int64_t kMaxGridX = 2147483647;
+  if (ctas == 0) return cudaSuccess;
+  if (ctas > kMaxGridX) return cudaErrorInvalidConfiguration;
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (status != cudaSuccess) return status;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(ctas));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+}
+
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
+
+// Calls f(K, V, element) with the head dimensions as compile-time constants and a value of the activation type.
+template <typename Function>
+cudaError_t for_instantiation(const ChunkFwdProblem& problem, Function f) {
+  const auto with_type = [&](auto key_dim, auto value_dim) {
+    if (problem.activation_type == DataType::kBFloat16) return f(key_dim, value_dim, BFloat16());
+    if (problem.activation_type == DataType::kFloat16) return f(key_dim, value_dim, Float16());
+    return cudaErrorNotSupported;
+  };
+  if (problem.key_dim == 128 && problem.value_dim == 128) return with_type(Constant<128>(), Constant<128>());
+  if (problem.key_dim == 128 && problem.value_dim == 64) return with_type(Constant<128>(), Constant<64>());
+  if (problem.key_dim == 64 && problem.value_dim == 128) return with_type(Constant<64>(), Constant<128>());
+  if (problem.key_dim == 64 && problem.value_dim == 64) return with_type(Constant<64>(), Constant<64>());
+  return cudaErrorNotSupported;
+}
+
+}  // namespace kda
