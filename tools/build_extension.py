@@ -3,8 +3,8 @@
 
     python tools/build_extension.py [--force]
 
-A library that was built elsewhere and copied here is kept as long as it is no older than the sources, so a machine without
-nvcc or without the CUTLASS headers can use it. KDA_PREBUILT=1 takes the library that is there whatever its age.
+A library that was built elsewhere and copied here is kept as long as it is no older than the sources, so a machine
+without nvcc or without the CUTLASS headers can use it. KDA_PREBUILT=1 takes the library that is there whatever its age.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
 
     python3 tools/environment.py [--group dev] [--group ci] [--group cmake]
 
-Standard library only: it runs before anything is installed. Running it again does nothing unless the pinned requirements
-or the interpreter changed.
+Standard library only: it runs before anything is installed. Running it again does nothing unless the pinned
+requirements or the interpreter changed.
 
 - Usual machine: an environment of its own with the pinned packages of tools/requirements-<group>.txt.
-- Machine whose Python already has a CUDA build of torch (2.10 or later): that torch is used. The environment then sees the
-  system's packages and only what is missing is installed; without a network it goes on with what is there.
+- Machine whose Python already has a CUDA build of torch (2.10 or later): that torch is used. The environment then sees
+  the system's packages and only what is missing is installed; without a network it goes on with what is there.
   KDA_SYSTEM_TORCH=0 switches this off, KDA_SYSTEM_TORCH=1 takes any torch 2.10 or later that is there.
 """
 

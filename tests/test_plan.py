@@ -1,0 +1,197 @@
+"""The host-side planner (csrc/kda/plan.cpp) through its Python module: paths, cuts, slots and the workspace."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from itertools import accumulate, pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+BUILD_SCRIPT = Path(__file__).resolve().parents[1] / "tools/build_planner.py"
+H200 = {"compute_capability": 90, "sm_count": 132}
+C = 64
+ALIGNMENT = 256
+
+
+def load_planner() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("build_planner", BUILD_SCRIPT)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    try:
+        return script.load()
+    except RuntimeError as missing:  # no compiler or no pybind11; a failing compiler is another error
+        pytest.skip(str(missing), allow_module_level=True)
+
+
+planner = load_planner()
+
+
+def problem(**changes: Any):
+    values = {"tokens": 8192, "heads": 96, **H200, **changes}
+    values.setdefault("value_heads", values["heads"])
+    return planner.ChunkFwdProblem(**values)
+
+
+def slots_of(cu_seqlens: list[int]) -> list[list[int]]:
+    """The slots of the chunks of each sequence, as the kernels compute them from cu_seqlens."""
+    return [
+        [begin // C + n + c for c in range(-(-(end - begin) // C))]
+        for n, (begin, end) in enumerate(pairwise(cu_seqlens))
+    ]
+
+
+lengths_of_sequences = st.lists(
+    st.one_of(st.just(0), st.integers(1, 3), st.sampled_from([63, 64, 65, 127, 128, 129]), st.integers(0, 2000)),
+    max_size=40,
+)
+
+
+class TestSlots:
+    @settings(deadline=None, max_examples=300)
+    @given(lengths_of_sequences)
+    def test_slots_of_sequences_never_meet_and_fit(self, lengths):
+        cu_seqlens = list(accumulate(lengths, initial=0))
+        used = [slot for slots in slots_of(cu_seqlens) for slot in slots]
+        p = problem(tokens=cu_seqlens[-1], sequences=len(lengths), varlen=True)
+        assert len(used) == len(set(used))
+        assert all(0 <= slot < planner.chunk_slots(p) for slot in used)
+
+    @settings(deadline=None)
+    @given(lengths_of_sequences, st.integers(0, 500))
+    def test_slots_fit_if_rows_follow_the_last_sequence(self, lengths, padding):
+        cu_seqlens = list(accumulate(lengths, initial=0))
+        p = problem(tokens=cu_seqlens[-1] + padding, sequences=len(lengths), varlen=True)
+        assert all(slot < planner.chunk_slots(p) for slots in slots_of(cu_seqlens) for slot in slots)
+
+    @pytest.mark.parametrize(
+        ("batch", "tokens", "expected"),
+        [(1, 0, 0), (1, 1, 1), (1, 64, 1), (1, 65, 2), (3, 130, 9), (0, 100, 0), (2, 2**31, 2**26)],
+    )
+    def test_equal_lengths(self, batch, tokens, expected):
+        assert planner.chunk_slots(problem(batch=batch, sequences=batch, tokens=tokens)) == expected
+
+    @pytest.mark.parametrize(
+        ("sequences", "tokens", "expected"),
+        [(0, 0, 0), (5, 0, 5), (1, 8192, 129), (6, 8192, 134), (1, 2**33, 2**27 + 1)],
+    )
+    def test_cu_seqlens(self, sequences, tokens, expected):
+        assert planner.chunk_slots(problem(sequences=sequences, tokens=tokens, varlen=True)) == expected
+
+    def test_chunk_size_is_the_one_of_the_kernels(self):
+        assert planner.CHUNK_TOKENS == C
+
+
+class TestPath:
+    @pytest.mark.parametrize("key_dim", [64, 128])
+    @pytest.mark.parametrize("value_dim", [64, 128])
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_kernels_cover(self, key_dim, value_dim, dtype):
+        p = problem(key_dim=key_dim, value_dim=value_dim, activation_type=getattr(planner.DataType, dtype))
+        assert planner.plan_chunk_fwd(p).path == planner.ChunkFwdPath.staged
+
+    @pytest.mark.parametrize(
+        ("change", "clause"),
+        [
+            ({"compute_capability": 0}, "no CUDA device"),
+            ({"compute_capability": 80}, "Hopper"),
+            ({"compute_capability": 100}, "Hopper"),
+            ({"activation_type": planner.DataType.float32}, "fp32"),
+            ({"key_dim": 60}, "K in {64, 128}"),
+            ({"key_dim": 256}, "K in {64, 128}"),
+            ({"value_dim": 96}, "V in {64, 128}"),
+            ({"value_dim": 1}, "V in {64, 128}"),
+        ],
+    )
+    def test_composite_says_why(self, change, clause):
+        plan = planner.plan_chunk_fwd(problem(**change))
+        assert plan.path == planner.ChunkFwdPath.composite
+        assert clause in plan.reason
+        assert plan.workspace.total_bytes == 0
+
+    @pytest.mark.parametrize("change", [{"tokens": 0}, {"tokens": 0, "sequences": 0}, {"batch": 0, "sequences": 0}])
+    def test_empty_calls_have_a_plan(self, change):
+        plan = planner.plan_chunk_fwd(problem(**change))
+        assert plan.path == planner.ChunkFwdPath.staged
+        assert plan.chunk_slots == 0
+        assert plan.workspace.total_bytes == 0
+
+
+class TestValueTile:
+    @settings(deadline=None)
+    @given(st.integers(1, 64), st.integers(1, 128), st.sampled_from([64, 128]), st.integers(1, 200))
+    def test_cut_is_the_least_that_fills_the_device(self, sequences, heads, value_dim, sm_count):
+        p = problem(sequences=sequences, batch=sequences, heads=heads, value_dim=value_dim, sm_count=sm_count)
+        tile = planner.plan_chunk_fwd(p).value_tile
+        assert value_dim % tile == 0 and 32 <= tile <= value_dim
+
+        def ctas(tile: int) -> int:
+            return sequences * heads * (value_dim // tile)
+
+        assert ctas(tile) >= sm_count or tile == 32
+        assert tile == value_dim or ctas(2 * tile) < sm_count
+
+
+class TestWorkspace:
+    # Bytes of each region, for each (slot, value head).
+    REGIONS = {
+        "W": lambda K, V: C * K * 2,
+        "K_decayed": lambda K, V: C * K * 2,
+        "Q_gated": lambda K, V: C * K * 2,
+        "Aqk": lambda K, V: C * C * 2,
+        "U0": lambda K, V: V * C * 4,
+        "U": lambda K, V: V * C * 2,
+        "state": lambda K, V: V * K * 2,
+        "chunk_decay": lambda K, V: K * 4,
+    }
+
+    @settings(deadline=None)
+    @given(
+        st.integers(0, 2**34), st.integers(1, 300), st.integers(1, 128), st.sampled_from([64, 128]),
+        st.sampled_from([64, 128]), st.booleans(),
+    )  # fmt: skip
+    def test_regions_are_aligned_and_disjoint(self, tokens, sequences, heads, key_dim, value_dim, varlen):
+        p = problem(
+            tokens=tokens, sequences=sequences, batch=1 if varlen else sequences, varlen=varlen, heads=heads,
+            key_dim=key_dim, value_dim=value_dim,
+        )  # fmt: skip
+        plan = planner.plan_chunk_fwd(p)
+        tiles = plan.chunk_slots * heads
+        spans = sorted(
+            (getattr(plan.workspace, name), tiles * size(key_dim, value_dim)) for name, size in self.REGIONS.items()
+        )
+        assert all(offset % ALIGNMENT == 0 for offset, _ in spans)
+        assert all(offset + size <= following for (offset, size), (following, _) in pairwise(spans))
+        assert spans[-1][0] + spans[-1][1] <= plan.workspace.total_bytes
+
+    def test_every_region_is_tested(self):
+        assert {n for n in dir(planner.ChunkFwdWorkspace) if not n.startswith("_")} == {*self.REGIONS, "total_bytes"}
+
+    def test_sizes_are_64_bit(self):
+        plan = planner.plan_chunk_fwd(problem(tokens=2**24, heads=64))
+        tiles = 2**18 * 64
+        assert plan.workspace.total_bytes == tiles * sum(size(128, 128) for size in self.REGIONS.values()) > 2**40
+
+
+class TestJson:
+    def test_states_the_plan(self):
+        p = problem(heads=8, value_heads=16, tokens=1000)
+        content = json.loads(planner.to_json(p, planner.plan_chunk_fwd(p)))
+        assert content["path"] == "staged"
+        assert content["chunk_slots"] == 16
+        assert content["value_tile"] == 32
+        assert content["stage_ctas"]["state_recurrence"] == 16 * 4
+        assert content["workspace_bytes"] == planner.plan_chunk_fwd(p).workspace.total_bytes
+
+    def test_composite(self):
+        p = problem(key_dim=7)
+        content = json.loads(planner.to_json(p, planner.plan_chunk_fwd(p)))
+        assert content["path"] == "composite" and content["stage_ctas"] == {} and content["reason"]
