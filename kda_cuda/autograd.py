@@ -15,7 +15,6 @@ from . import _extension  # noqa: F401  (defines the operators)
 
 # Arguments of kda::chunk_fwd in the order of its schema: tensors first, then options.
 _TENSORS = 9  # q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens
-_DIFFERENTIABLE = 8  # all of them but cu_seqlens
 _OUTPUT_FINAL_STATE, _STATE_V_FIRST = 15, 16
 _ARGUMENTS = 19
 
@@ -35,11 +34,9 @@ def _backward(ctx: Any, do: Tensor | None, dfinal_state: Tensor | None, _: Tenso
     if do is None:  # only the final state is used
         do = torch.zeros_like(v, memory_format=torch.contiguous_format)
     gradients = torch.ops.kda.chunk_bwd(do, dfinal_state, *tensors, *ctx.options)
-    needed = (
-        gradient if wanted else None
-        for gradient, wanted in zip(gradients, ctx.needs_input_grad[:_DIFFERENTIABLE], strict=True)
-    )
-    return (*needed, *(None for _ in range(_ARGUMENTS - _DIFFERENTIABLE)))
+    wanted = ctx.needs_input_grad  # ends with the last argument that the caller gave
+    needed = (gradient if i < len(wanted) and wanted[i] else None for i, gradient in enumerate(gradients))
+    return (*needed, *(None for _ in range(_ARGUMENTS - len(gradients))))
 
 
 def _no_double_backward(ctx: Any, *gradients: Tensor | None) -> None:

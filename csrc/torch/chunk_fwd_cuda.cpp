@@ -174,7 +174,7 @@ Outputs chunk_fwd_cuda(ChunkFwdArguments args) {
   make_packed(args.dt_bias);
   make_packed(args.cu_seqlens);
   Outputs outputs = make_outputs(args, problem, device);
-  if (problem.sequences == 0 || problem.batch == 0) return outputs;
+  if (problem.batch == 0) return outputs;
 
   const cudaStream_t stream = current_stream(device);
   ChunkFwdParams params = make_params(args, problem, outputs);

@@ -2,6 +2,8 @@
 // registered in chunk_fwd_cuda.cpp; what is written in Python, in the package.
 #include <torch/csrc/stable/library.h>
 
+#include <climits>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -23,44 +25,47 @@ void boxed_composite_reason(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = from(std::string(composite_reason(read_arguments(stack))));
 }
 
+template <typename Value>
+[[noreturn]] void fail_plan(const char* argument, const std::string& expected, const Value& got) {
+  std::ostringstream message;
+  message << "kda::plan_chunk_fwd: argument `" << argument << "`: expected " << expected << ", got " << got;
+  throw std::runtime_error(message.str());
+}
+
+int at_least(int64_t smallest, int64_t value, const char* argument) {
+  if (value < smallest || value > INT_MAX) fail_plan(argument, "at least " + std::to_string(smallest), value);
+  return static_cast<int>(value);
+}
+
 DataType parse_activation_dtype(const std::string& name) {
   if (name == "bfloat16") return DataType::kBFloat16;
   if (name == "float16") return DataType::kFloat16;
   if (name == "float32") return DataType::kFloat32;
-  throw std::runtime_error(
-      "kda::plan_chunk_fwd: argument `activation_dtype`: expected bfloat16, float16 or float32, got " + name);
+  fail_plan("activation_dtype", "bfloat16, float16 or float32", name);
 }
 
 std::string plan_chunk_fwd_json(std::vector<int64_t> lengths, int64_t batch, int64_t heads, int64_t value_heads,
                                 int64_t key_dim, int64_t value_dim, std::string activation_dtype, bool varlen,
                                 int64_t compute_capability, int64_t sm_count) {
-  if (varlen && batch != 1) {
-    throw std::runtime_error("kda::plan_chunk_fwd: argument `batch`: expected 1 with varlen, got " +
-                             std::to_string(batch));
-  }
-  if (!varlen && lengths.size() != 1) {
-    throw std::runtime_error("kda::plan_chunk_fwd: argument `lengths`: expected one length without varlen, got " +
-                             std::to_string(lengths.size()));
-  }
+  if (varlen && batch != 1) fail_plan("batch", "1 with varlen", batch);
+  if (!varlen && lengths.size() != 1) fail_plan("lengths", "one length without varlen", lengths.size());
   ChunkFwdProblem problem;
-  problem.batch = batch;
   problem.tokens = 0;
   for (int64_t length : lengths) {
-    if (length < 0) {
-      throw std::runtime_error("kda::plan_chunk_fwd: argument `lengths`: expected lengths of at least 0, got " +
-                               std::to_string(length));
-    }
+    if (length < 0) fail_plan("lengths", "lengths of at least 0", length);
     problem.tokens += length;
   }
+  problem.batch = at_least(0, batch, "batch");
   problem.sequences = varlen ? static_cast<int64_t>(lengths.size()) : batch;
   problem.varlen = varlen;
-  problem.heads = static_cast<int>(heads);
-  problem.value_heads = static_cast<int>(value_heads);
-  problem.key_dim = static_cast<int>(key_dim);
-  problem.value_dim = static_cast<int>(value_dim);
+  problem.heads = at_least(1, heads, "heads");
+  problem.value_heads = at_least(1, value_heads, "value_heads");
+  if (value_heads % heads != 0) fail_plan("value_heads", "a multiple of " + std::to_string(heads), value_heads);
+  problem.key_dim = at_least(1, key_dim, "key_dim");
+  problem.value_dim = at_least(1, value_dim, "value_dim");
   problem.activation_type = parse_activation_dtype(activation_dtype);
-  problem.compute_capability = static_cast<int>(compute_capability);
-  problem.sm_count = static_cast<int>(sm_count);
+  problem.compute_capability = at_least(0, compute_capability, "compute_capability");
+  problem.sm_count = at_least(0, sm_count, "sm_count");
   return to_json(problem, plan_chunk_fwd(problem));
 }
 
