@@ -146,9 +146,9 @@ def _put(destination: Tensor, rows: Tensor, segment: _Segment) -> None:
 # ------------------------------------------------------------------------------------------------------------- input transforms
 
 
-def _l2_normalised(x: Tensor) -> Tensor:
-    """x * rsqrt(sum x^2 + 1e-6) over the last dimension."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2NORM_EPS)
+def _l2_normalised(x: Tensor, scale: float) -> Tensor:
+    """scale * x * rsqrt(sum x^2 + 1e-6) over the last dimension."""
+    return x * (torch.rsqrt(x.square().sum(-1, keepdim=True) + L2NORM_EPS) * scale)
 
 
 def _log_gate(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, options: _Options) -> Tensor:
@@ -168,8 +168,8 @@ def _log_gate(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, options: 
 # ---------------------------------------------------------------------------------------------------------------- one segment
 
 
-def _scaled_halves(x: Tensor, half: int, factor: Tensor, in_place: bool) -> Tensor:
-    """``x`` [blocks, 2, rows, K] with half ``half`` of each block multiplied by ``factor`` [blocks, 1, K]."""
+def _scaled_half(x: Tensor, half: int, factor: Tensor, in_place: bool) -> Tensor:
+    """``x`` [N, 2, rows, K] with half ``half`` of each block multiplied by ``factor`` [N, 1, K]."""
     if in_place:
         x[:, half].mul_(factor)
         return x
@@ -178,38 +178,59 @@ def _scaled_halves(x: Tensor, half: int, factor: Tensor, in_place: bool) -> Tens
     return torch.stack(halves, dim=1)
 
 
-def _intra_chunk(qk: Tensor, alpha: Tensor, in_place: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Pair products of a chunk, level by level (see the head of this file).
+def _block_lower(diagonal: Tensor, corner: Tensor) -> Tensor:
+    """[[D0, 0], [corner, D1]]: [N, 2h, 2h] of ``diagonal`` (D0, D1) [N, 2, h, h] and ``corner`` [N, h, h]."""
+    N, _, h, _ = diagonal.shape
+    result = diagonal.new_zeros(N, 2, h, 2, h)
+    result[:, 0, :, 0] = diagonal[:, 0]
+    result[:, 1, :, 1] = diagonal[:, 1]
+    result[:, 1, :, 0] = corner
+    return result.view(N, 2 * h, 2 * h)
+
+
+def _intra_chunk(
+    q: Tensor, k: Tensor, alpha: Tensor, beta: Tensor, in_place: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Everything of a chunk that does not depend on the state, level by level (see the head of this file).
+
+    (I + Akk)^{-1} grows with the levels by block substitution: [[L0, 0], [B, L1]]^{-1} = [[L0^{-1}, 0], [-L1^{-1} B L0^{-1}, L1^{-1}]].
 
     Args:
-        qk: [X, C, 2, K] q and k of each token; overwritten if ``in_place``.
-        alpha: [X, C, K].
+        q, k, alpha: [X, C, K].
+        beta: [X, C, 1].
 
     Returns:
-        A: [X, C, 2, C], A[:, :, 0] = Aqk (i >= j) and A[:, :, 1] = Akk without beta (i > j), zero elsewhere.
-        qk_gated: [X, C, 2, K], Q * e^G and K * e^G.
-        k_decayed: [X, C, K], K * e^{G_C - G}.
+        Aqk [X, C, C]; Tinv [X, C, C]; qk_gated [X, C, 2, K]: Q * e^G and K * e^G of each token; k_decayed [X, C, K]: K * e^{G_C - G}.
     """
-    X, C, _, K = qk.shape
-    A = qk.new_zeros(X, C, 2, C)
-    A[:, :, 0].diagonal(dim1=1, dim2=2).copy_((qk[:, :, 0] * qk[:, :, 1]).sum(-1))
-    k_decayed = qk[:, :, 1].contiguous()  # times the suffix product R_h; R_1 = 1
-    qk_gated = qk.mul_(alpha.unsqueeze(2)) if in_place else qk * alpha.unsqueeze(2)  # times the prefix product P_h; P_1 = alpha
+    X, C, K = k.shape
+    Aqk = torch.linalg.vecdot(q, k).view(X * C, 1, 1)
+    inverse = torch.ones_like(Aqk)
+    qk_gated = torch.stack((q * alpha, k * alpha), dim=2)  # q, k times the prefix product P_h; P_1 = alpha
+    k_decayed = k.clone() if in_place else k  # k times the suffix product R_h; R_1 = 1
     total = alpha  # [X, C / h, K] product of alpha over each block of h tokens
     h = 1
     while h < C:
-        blocks = C // (2 * h)
-        qk_gated = qk_gated.view(X * blocks, 2, 2 * h, K)  # rows (token, q or k) of the (lower, upper) half
-        k_decayed = k_decayed.view(X * blocks, 2, h, K)
-        pairs = torch.bmm(qk_gated[:, 1], k_decayed[:, 0].transpose(1, 2))  # [X * blocks, 2 * h, h]
-        tiles = A.view(X, blocks, 2, h, 2, blocks, 2, h)[:, :, 1, :, :, :, 0, :]  # rows of upper, columns of lower halves
-        tiles.diagonal(dim1=1, dim2=4).copy_(pairs.view(X, blocks, h, 2, h).permute(0, 2, 3, 4, 1))
-        lower, upper = total.reshape(X * blocks, 2, 1, K).unbind(1)
-        qk_gated = _scaled_halves(qk_gated, 1, lower, in_place)
-        k_decayed = _scaled_halves(k_decayed, 0, upper, in_place)
+        N = X * C // (2 * h)  # blocks of 2h tokens: a lower and an upper half
+        qk_gated = qk_gated.view(N, 2, 2 * h, K)  # rows: (token, q or k)
+        k_decayed = k_decayed.view(N, 2, h, K)
+        left, right = qk_gated[:, 1], k_decayed[:, 0]
+        if h == 1:  # a dot product each, for which bmm is slow
+            pairs = torch.linalg.vecdot(left, right)
+        else:
+            pairs = torch.bmm(left, right.transpose(1, 2))
+        pairs = pairs.view(N, h, 2, h)
+        inverse = inverse.view(N, 2, h, h)
+        corner = pairs[:, :, 1] * (-beta.view(N, 2, h, 1)[:, 1])
+        if h > 1:
+            corner = torch.bmm(inverse[:, 1], torch.bmm(corner, inverse[:, 0]))
+        inverse = _block_lower(inverse, corner)
+        Aqk = _block_lower(Aqk.view(N, 2, h, h), pairs[:, :, 0])
+        lower, upper = total.view(N, 2, 1, K).unbind(1)
+        qk_gated = _scaled_half(qk_gated, 1, lower, in_place)
+        k_decayed = _scaled_half(k_decayed, 0, upper, in_place)
         total = lower * upper
         h *= 2
-    return A, qk_gated.view(X, C, 2, K), k_decayed.view(X, C, K)
+    return Aqk, inverse * beta.transpose(1, 2), qk_gated.view(X, C, 2, K), k_decayed.view(X, C, K)
 
 
 def _run_segment(
@@ -240,7 +261,9 @@ def _run_segment(
     rows = q.shape[0] // C
     q, k, v, g, beta = (x.to(compute) for x in (q, k, v, g, beta))
     if options.use_qk_l2norm:
-        q, k = _l2_normalised(q), _l2_normalised(k)
+        q, k = _l2_normalised(q, options.scale), _l2_normalised(k, 1.0)
+    else:
+        q = q * options.scale
     g = _log_gate(g, A_log, dt_bias, options)
     if options.use_beta_sigmoid:
         beta = torch.sigmoid(beta) * (2.0 if options.allow_neg_eigval else 1.0)
@@ -248,26 +271,21 @@ def _run_segment(
         behind = ~segment.valid.view(-1, 1)
         g, beta = g.masked_fill(behind.unsqueeze(-1), 0.0), beta.masked_fill(behind, 0.0)
 
-    def head_major(x: Tensor) -> Tensor:  # [tokens, heads, ...] -> [rows, heads, C, ...], a view
-        return x.unflatten(0, (rows, C)).transpose(1, 2)
-
     X = rows * HV  # tiles
-    q, k = (head_major(x).unsqueeze(2).expand(-1, -1, HV // H, -1, -1) for x in (q, k))  # [rows, H, HV / H, C, K]
-    qk = torch.stack((q, k), dim=-2).view(X, C, 2, K)
-    g = head_major(g)  # [rows, HV, C, K]
-    beta = head_major(beta).reshape(X, C, 1)
-    decay = g.sum(2).exp().view(X, K, 1)  # e^{G_C}
-    A, qk_gated, k_decayed = _intra_chunk(qk, g.exp().reshape(X, C, K), in_place)
-    Aqk, Akk = A[:, :, 0], A[:, :, 1] * beta
 
-    identity = torch.eye(C, dtype=compute, device=q.device).expand(X, C, C)
-    Tinv = torch.linalg.solve_triangular(Akk, identity, upper=False, unitriangular=True) * beta.transpose(1, 2)
-    W = torch.bmm(Tinv, qk_gated[:, :, 1])
-    U0 = torch.bmm(Tinv, head_major(v).reshape(X, C, V))
+    def head_major(x: Tensor) -> Tensor:  # [tokens, H or HV, D] -> [X, C, D]
+        x = x.reshape(rows, C, -1, x.shape[-1]).transpose(1, 2)
+        groups = HV // x.shape[1]
+        return x.unsqueeze(2).expand(-1, -1, groups, -1, -1).reshape(X, C, -1).contiguous()
+
+    q, k, v, g, beta = (head_major(x) for x in (q, k, v, g, beta.unsqueeze(-1)))
+    decay = g.sum(1).exp().unsqueeze(-1)  # e^{G_C} [X, K, 1]
+    Aqk, Tinv, qk_gated, k_decayed = _intra_chunk(q, k, g.exp(), beta, in_place)
     k_decayed = k_decayed.transpose(1, 2)
+    qk_gated = qk_gated.flatten(1, 2)  # [X, 2C, K]
 
     S, finished = S.flatten(0, 1), []  # [sequences * HV, K, V]
-    entries, corrected, outputs = [], [], []
+    entries, outputs = [], []
     first = 0
     for count in segment.active:
         tiles = slice(first, first + count * HV)
@@ -276,14 +294,13 @@ def _run_segment(
             finished.append(S[count * HV :])
             S = S[: count * HV]
         entries.append(S)
-        U = torch.baddbmm(U0[tiles], W[tiles], S, alpha=-1)
-        corrected.append(U)
-        outputs.append(torch.bmm(qk_gated[tiles, :, 0], S))
+        from_state = torch.bmm(qk_gated[tiles], S).view(-1, C, 2, V)
+        U = torch.bmm(Tinv[tiles], v[tiles] - from_state[:, :, 1])
+        outputs.append(torch.baddbmm(from_state[:, :, 0], Aqk[tiles], U))
         S = torch.baddbmm(decay[tiles] * S, k_decayed[tiles], U)
     S = torch.cat([S, *reversed(finished)]) if finished else S
 
-    o = torch.baddbmm(torch.cat(outputs), Aqk, torch.cat(corrected), beta=options.scale, alpha=options.scale)
-    o = o.view(rows, HV, C, V).transpose(1, 2).flatten(0, 1)
+    o = torch.cat(outputs).view(rows, HV, C, V).transpose(1, 2).flatten(0, 1)
     return o, S.unflatten(0, (-1, HV)), [entry.unflatten(0, (-1, HV)) for entry in entries]
 
 
@@ -374,7 +391,7 @@ def chunk_fwd(
 
 @contextlib.contextmanager
 def _autograd_enabled() -> Iterator[None]:
-    """Autograd inside the body of an operator.
+    """Autograd inside the body of an operator, also in inference mode (the leaves must then be new tensors).
 
     The dispatcher calls a body below autograd: the autograd keys are excluded for this thread, and operators called there record no
     graph even with grad mode on. Removing them (AutogradCPU and AutogradCUDA share one functionality bit) and ADInplaceOrView,
@@ -389,8 +406,13 @@ def _autograd_enabled() -> Iterator[None]:
     for key in keys:
         excluded = excluded.remove(key)
     guard = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
-    with guard, torch.enable_grad():
+    with guard, torch.inference_mode(False), torch.enable_grad():
         yield
+
+
+def _leaf(x: Tensor | None) -> Tensor | None:
+    """A copy of ``x`` that requires a gradient."""
+    return None if x is None else x.detach().clone().requires_grad_()
 
 
 def chunk_bwd(
@@ -450,9 +472,9 @@ def chunk_bwd(
         while group:
             segment, S = group.pop(), entries.pop()
             with _autograd_enabled():
-                rows = [_take(x, segment).detach().requires_grad_() for x in flat]
-                leaves = [None if x is None else x.detach().requires_grad_() for x in parameters]
-                S = S.detach().requires_grad_()
+                rows = [_leaf(_take(x, segment)) for x in flat]
+                leaves = [_leaf(x) for x in parameters]
+                S = _leaf(S)
                 o, S_exit, _ = _run_segment(*rows, *leaves, S, segment, options, in_place=False)
                 do_rows = _take(flat_do, segment).to(compute)
                 if segment.valid is not None:
