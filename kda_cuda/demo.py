@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from itertools import cycle, pairwise
@@ -37,6 +38,7 @@ EXIT_GOOD, EXIT_CONTRACT, EXIT_USAGE = 0, 1, 2
 
 # Uneven on purpose: single tokens, one below and one above the 64 tokens of a chunk, and long ones.
 PIECE_LENGTHS = (1, 63, 64, 65, 200, 1, 1000, 77, 3000, 129)
+CALLS_BETWEEN_EVENTS = 5  # so that the GPU, not the host, is what is measured
 REFERENCE_PIECE = 256  # tokens between two steps of the progress bar
 DEFAULT_TEXT = "demo.txt"
 H200_BANDWIDTH = 4.3e12  # bytes/s, measured read bandwidth of an H200; other devices are measured by a copy
@@ -64,7 +66,7 @@ class Defaults:
 
 
 DEFAULTS = {
-    "cuda": Defaults(2048, 16, max_tokens=65536, reference_tokens=32768, repeats=20, longest_plotted=65536),
+    "cuda": Defaults(2048, 16, max_tokens=65536, reference_tokens=32768, repeats=10, longest_plotted=65536),
     "cpu": Defaults(512, 4, max_tokens=32768, reference_tokens=16384, repeats=3, longest_plotted=8192),
 }
 
@@ -238,7 +240,7 @@ class _Demo:
         """o and state of the fp64 recurrence over the first `self.checked` tokens."""
         borders = [*range(0, self.checked, REFERENCE_PIECE), self.checked]
         state, outputs = None, []
-        with report.progress("fp64 token recurrence", self.checked) as advance:
+        with report.progress("fp64 token recurrence", self.checked) as advance, _one_thread():
             for begin, end in pairwise(borders):
                 o, state, _ = recurrent_kda(
                     **_slice(inputs, begin, end)._asdict(), **self.operator_flags(), initial_state=state
@@ -257,19 +259,22 @@ class _Demo:
         ]
         return relative_rmse(torch.cat(pieces, dim=1), whole)
 
-    def seconds(self, call: Callable[[], object], warm_up: int = 1) -> float:
-        """Median time of `call`: CUDA events on a GPU, the clock elsewhere."""
-        for _ in range(warm_up):
+    def seconds(self, call: Callable[[], object]) -> float:
+        """Median time of `call`: by CUDA events over calls back to back on a GPU, by the clock elsewhere."""
+        on_gpu = self.device.type == "cuda"
+        calls = CALLS_BETWEEN_EVENTS if on_gpu else 1
+        for _ in range(calls):
             call()
         times = []
         for _ in range(self.repeats):
-            if self.device.type == "cuda":
+            if on_gpu:
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record()
-                call()
+                for _ in range(calls):
+                    call()
                 end.record()
                 end.synchronize()
-                times.append(begin.elapsed_time(end) * 1e-3)
+                times.append(begin.elapsed_time(end) * 1e-3 / calls)
             else:
                 start = time.perf_counter()
                 call()
@@ -390,6 +395,17 @@ class _Demo:
         title = f"{self.plan['path']} path, {self.device_name()}, {self.layer.num_v_heads} heads"
         save_plot(self.plot, half_lives.tolist(), lengths, seconds, roofline, bandwidth, title)
         report.line(f"picture: {self.plot}")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small operations one after the other: on a CPU a second thread only adds waiting, much of it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _slice(inputs: KDAInputs, begin: int, end: int) -> KDAInputs:
