@@ -67,7 +67,7 @@ class Defaults:
 
 DEFAULTS = {
     "cuda": Defaults(2048, 16, max_tokens=65536, reference_tokens=32768, repeats=10, longest_plotted=65536),
-    "cpu": Defaults(512, 4, max_tokens=32768, reference_tokens=16384, repeats=3, longest_plotted=8192),
+    "cpu": Defaults(512, 4, max_tokens=32768, reference_tokens=32768, repeats=3, longest_plotted=8192),
 }
 
 
@@ -399,7 +399,7 @@ class _Demo:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Small operations one after the other: on a CPU a second thread only adds waiting, much of it on a busy machine."""
+    """For small operations one after the other: on a CPU a second thread only adds waiting."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
