@@ -56,8 +56,8 @@ cmake: env-cmake ## Build the torch-free library, the benchmark and the planner 
 	cmake -S . -B $(CMAKE_BUILD) -G Ninja -DPython3_EXECUTABLE=$(CURDIR)/$(VENV_PYTHON) -DKDA_BUILD_PYTHON=ON
 	cmake --build $(CMAKE_BUILD)
 
-kernel-report: env-ci cmake ## Check registers, spills and instructions of every compiled kernel
-	$(VENV_PYTHON) tools/kernel_report.py $(CMAKE_BUILD)/libkda.a $(ARGS)
+kernel-report: env-ci build ## Check registers, spills and instructions of every compiled kernel
+	$(VENV_PYTHON) tools/kernel_report.py kda_cuda/_C.abi3.so $(ARGS)
 
 wheel: build ## Build the abi3 wheel into dist/
 	$(VENV_PYTHON) -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist

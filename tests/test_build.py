@@ -165,3 +165,85 @@ class TestExtensionIsRebuiltWhenNeeded:
         os.utime(tmp_path / "csrc/kda/a.cu", (3000, 3000))
         monkeypatch.setenv("KDA_PREBUILT", "1")
         assert builder.why_stale(builder.sources()) is None
+
+
+class TestKernelReport:
+    RESOURCES = """
+Fatbin elf code:
+================
+arch = sm_90a
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _ZN3kda12solve_kernelILi64EEEvPKf:
+  REG:168 STACK:0 SHARED:1024 LOCAL:0 CONSTANT[0]:944 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function _ZN3kda11gemm_kernelEPf:
+  REG:40 STACK:24 SHARED:1024 LOCAL:0 CONSTANT[0]:944 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+    SASS = """
+arch = sm_90a
+\t\tFunction : _ZN3kda12solve_kernelILi64EEEvPKf
+        /*0000*/                   LDC R1, c[0x0][0x28] ;        /* 0x00000a00ff017b82 */
+                                                                 /* 0x000ff00000000800 */
+        /*0010*/              @!P0 HMMA.16816.F32.BF16 R4, R4 ;  /* 0x00000a00ff017b82 */
+        /*0020*/              @UP1 LDSM.16.M88.4 R4, [R4] ;      /* 0x00000a00ff017b82 */
+\t\tFunction : _ZN3kda11gemm_kernelEPf
+        /*0000*/                   STL.64 [R1], R2 ;             /* 0x00000a00ff017b82 */
+        /*11b0*/                   HMMA.1688.F32 R4, R4 ;        /* 0x00000a00ff017b82 */
+"""
+
+    @pytest.fixture
+    def report(self):
+        return script("kernel_report")
+
+    @pytest.fixture
+    def kernels(self, report):
+        kernels = report.parse_resources(self.RESOURCES)
+        report.add_instructions(kernels, self.SASS)
+        return kernels
+
+    BUDGETS = {
+        "solve_kernel": {"registers": 168, "instructions": ["HMMA", "LDSM"]},
+        "gemm_kernel": {"registers": 40, "stack_bytes": 24, "spill_instructions": 1, "instructions": ["HMMA"]},
+    }
+
+    def changed(self, kernel: str, **limits) -> dict:
+        return {**self.BUDGETS, kernel: {**self.BUDGETS[kernel], **limits}}
+
+    def test_reads_resources_and_instructions(self, kernels):
+        solve, gemm = kernels
+        assert (solve.registers, solve.stack_bytes, solve.static_shared_bytes) == (168, 0, 1024)
+        assert solve.instructions == {"LDC": 1, "HMMA": 1, "LDSM": 1} and solve.spill_instructions == 0
+        assert (gemm.registers, gemm.stack_bytes, gemm.spill_instructions) == (40, 24, 1)
+
+    def test_within_budget(self, report, kernels):
+        assert report.check(kernels, self.BUDGETS, True) == []
+
+    @pytest.mark.parametrize(
+        ("kernel", "limits", "message"),
+        [
+            ("solve_kernel", {"registers": 160}, "registers 168, allowed 160"),
+            ("gemm_kernel", {"stack_bytes": 0}, "stack_bytes 24, allowed 0"),
+            ("gemm_kernel", {"spill_instructions": 0}, "spill_instructions 1, allowed 0"),
+            ("solve_kernel", {"static_shared_bytes": 0}, "static_shared_bytes 1024, allowed 0"),
+            ("gemm_kernel", {"instructions": ["HMMA", "LDSM"]}, "no LDSM instruction"),
+        ],
+    )
+    def test_excess_is_named(self, report, kernels, kernel, limits, message):
+        problems = report.check(kernels, self.changed(kernel, **limits), True)
+        assert len(problems) == 1 and message in problems[0] and kernel in problems[0]
+
+    def test_instructions_are_not_checked_without_a_disassembler(self, report, kernels):
+        assert report.check(kernels, self.changed("gemm_kernel", instructions=["LDSM"]), False) == []
+
+    def test_kernel_without_budget_and_budget_without_kernel(self, report, kernels):
+        budgets = {"solve_kernel": self.BUDGETS["solve_kernel"], "kernel": {"registers": 255}}
+        problems = report.check(kernels, budgets, True)
+        assert any("gemm_kernel" in p and "no budget" in p for p in problems)
+        assert any("kernel: no such kernel" in p for p in problems)
+
+    def test_checked_in_budget_allows_no_spill_by_default(self, report):
+        budgets = json.loads(report.BUDGET_FILE.read_text())["kernels"]
+        assert budgets and all(budget["registers"] <= 255 and budget["why"] for budget in budgets.values())
+        assert report.DEFAULT_LIMITS["stack_bytes"] == report.DEFAULT_LIMITS["spill_instructions"] == 0
