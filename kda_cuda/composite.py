@@ -21,7 +21,6 @@ cannot be captured in a CUDA graph (the kernels of ``kda::chunk_fwd`` have neith
 """
 
 import contextlib
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -77,6 +76,11 @@ def _sequence_spans(
         chunks = -(-tokens // CHUNK_TOKENS)
         return [(b * tokens, tokens) for b in range(batch)], [b * chunks for b in range(batch)], (batch, chunks)
     offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or any(a > b for a, b in zip(offsets[:-1], offsets[1:], strict=True)) or offsets[-1] > tokens:
+        raise ValueError(
+            f"kda::chunk_fwd: argument `cu_seqlens`: expected offsets from 0, never decreasing, up to T = {tokens} at most, "
+            f"got {offsets if len(offsets) <= 16 else [*offsets[:8], '..', *offsets[-8:]]}"
+        )
     spans = [(begin, end - begin) for begin, end in zip(offsets[:-1], offsets[1:], strict=True)]
     slots = [begin // CHUNK_TOKENS + n for n, (begin, _) in enumerate(spans)]
     return spans, slots, (1, tokens // CHUNK_TOKENS + len(spans))
