@@ -47,10 +47,11 @@ struct Packed2<Float16> {
   }
 };
 
-// Eight consecutive 16-bit elements. `vectorized`: the address is a multiple of 16 bytes.
-__device__ __forceinline__ uint4 load_8x16bit(const void* source, bool vectorized) {
-  if (vectorized) return *reinterpret_cast<const uint4*>(source);
-  const uint16_t* elements = reinterpret_cast<const uint16_t*>(source);
+// Eight consecutive 16-bit elements. kVectorized: the address is a multiple of 16 bytes.
+template <bool kVectorized>
+__device__ __forceinline__ uint4 load_8x16bit(const void* source) {
+  if constexpr (kVectorized) return __ldg(static_cast<const uint4*>(source));
+  const uint16_t* elements = static_cast<const uint16_t*>(source);
   uint32_t words[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) words[i] = elements[2 * i] | static_cast<uint32_t>(elements[2 * i + 1]) << 16;
@@ -68,28 +69,40 @@ __device__ __forceinline__ void unpack_8(float (&values)[8], const uint4& packed
   }
 }
 
-// Eight consecutive elements, starting at element `offset` of a tensor whose type is known at run time only.
-__device__ __forceinline__ void load_8(float (&values)[8], const void* base, int64_t offset, DataType type,
-                                       bool vectorized) {
-  if (type == DataType::kFloat32) {
-    const float* source = static_cast<const float*>(base) + offset;
-    if (vectorized) {
-      const float4 low = reinterpret_cast<const float4*>(source)[0], high = reinterpret_cast<const float4*>(source)[1];
-      values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
-      values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) values[i] = source[i];
+// Eight consecutive elements of a tensor whose type is known at run time only, as they lie in memory. A load and the use of its
+// result are apart so that the load can be issued early.
+struct Raw8 {
+  uint4 low, high;  // `high` is used by fp32 only
+
+  template <bool kVectorized>
+  __device__ __forceinline__ void load(const void* base, int64_t offset, DataType type) {
+    if (type != DataType::kFloat32) {
+      low = load_8x16bit<kVectorized>(static_cast<const uint16_t*>(base) + offset);
+      return;
     }
-    return;
+    const float* source = static_cast<const float*>(base) + offset;
+    if constexpr (kVectorized) {
+      low = __ldg(reinterpret_cast<const uint4*>(source));
+      high = __ldg(reinterpret_cast<const uint4*>(source) + 1);
+    } else {
+      const uint32_t* words = reinterpret_cast<const uint32_t*>(source);
+      low = {words[0], words[1], words[2], words[3]};
+      high = {words[4], words[5], words[6], words[7]};
+    }
   }
-  const uint4 packed = load_8x16bit(static_cast<const uint16_t*>(base) + offset, vectorized);
-  if (type == DataType::kBFloat16) {
-    unpack_8<BFloat16>(values, packed);
-  } else {
-    unpack_8<Float16>(values, packed);
+
+  __device__ __forceinline__ void to_floats(float (&values)[8], DataType type) const {
+    if (type == DataType::kBFloat16) {
+      unpack_8<BFloat16>(values, low);
+    } else if (type == DataType::kFloat16) {
+      unpack_8<Float16>(values, low);
+    } else {
+      values[0] = __uint_as_float(low.x), values[1] = __uint_as_float(low.y), values[2] = __uint_as_float(low.z);
+      values[3] = __uint_as_float(low.w), values[4] = __uint_as_float(high.x), values[5] = __uint_as_float(high.y);
+      values[6] = __uint_as_float(high.z), values[7] = __uint_as_float(high.w);
+    }
   }
-}
+};
 
 // One element of a tensor whose type is known at run time only.
 __device__ __forceinline__ float load_1(const void* base, int64_t offset, DataType type) {

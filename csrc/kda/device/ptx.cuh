@@ -24,13 +24,6 @@ __device__ __forceinline__ float rcp(float x) {
   return y;
 }
 
-// fp32 rounded to nearest tf32 (ties away), in the high bits of a 32-bit register.
-__device__ __forceinline__ uint32_t cvt_rna_tf32(float x) {
-  uint32_t y;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-  return y;
-}
-
 // ---- Tensor core products: d[4] += a (16 x k) * b (k x 8), fp32 accumulators ----
 
 __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,

@@ -23,11 +23,13 @@ struct SolveMatrix {
   __device__ __forceinline__ SolveMatrix block(int row, int column) const { return {&at(16 * row, 16 * column)}; }
 };
 
+// x = high + low + an error below 2^-21 |x|: the tensor core reads the upper 19 bits of each and drops the rest.
 struct SplitTf32 {
   uint32_t high, low;
   __device__ __forceinline__ explicit SplitTf32(float x) {
-    high = ptx::cvt_rna_tf32(x);
-    low = ptx::cvt_rna_tf32(x - __uint_as_float(high));
+    constexpr uint32_t kTf32Bits = 0xffffe000u;
+    high = __float_as_uint(x) & kTf32Bits;
+    low = __float_as_uint(x - __uint_as_float(high));
   }
 };
 

@@ -31,10 +31,10 @@ ChunkFwdKernelParams kernel_params(const ChunkFwdParams& call, const ChunkFwdPla
   params.chunk_decay = reinterpret_cast<float*>(base + workspace.chunk_decay);
   params.chunk_slots = plan.chunk_slots;
   const DataType activation_type = call.problem.activation_type;
-  params.q_vectorized = is_vectorized(call.q, call.q_stride, activation_type);
-  params.k_vectorized = is_vectorized(call.k, call.k_stride, activation_type);
-  params.v_vectorized = is_vectorized(call.v, call.v_stride, activation_type);
-  params.g_vectorized = is_vectorized(call.g, call.g_stride, call.gate_type);
+  params.vectorized = is_vectorized(call.q, call.q_stride, activation_type) &&
+                      is_vectorized(call.k, call.k_stride, activation_type) &&
+                      is_vectorized(call.v, call.v_stride, activation_type) &&
+                      is_vectorized(call.g, call.g_stride, call.gate_type);
   return params;
 }
 

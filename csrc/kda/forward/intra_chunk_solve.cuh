@@ -36,10 +36,12 @@ namespace kda {
 
 constexpr int max_of(int a, int b) { return a > b ? a : b; }
 
-template <int K_, int V_, typename Element_>
+// kVectorized: every 8-element group of q, k, v and g starts at a multiple of 16 bytes.
+template <int K_, int V_, typename Element_, bool kVectorized_>
 struct IntraChunkSolveConfig {
   static constexpr int K = K_, V = V_, C = kChunkTokens;
   using Element = Element_;
+  static constexpr bool kVectorized = kVectorized_;
   static constexpr int kWarps = 4, kThreads = 32 * kWarps, kCtasPerSm = 3;
   static constexpr int kSlices = K / 32;
 
@@ -112,16 +114,41 @@ struct IntraChunkSolve {
   __device__ __forceinline__ bool valid(int hi) const { return row(hi) < location.tokens; }
   __device__ __forceinline__ int channel(int slice) const { return 32 * slice + 8 * member; }
 
-  __device__ __forceinline__ const Element* token_row(const void* base, const TokenStrides& stride, int head, int hi) const {
-    return static_cast<const Element*>(base) + location.batch * stride.batch +
-           (location.first_token + row(hi)) * stride.token + head * stride.head;
+  // Element offset of the lane's first channel in its row `hi` of q, k or g. Rows past the end have the offset of the last one.
+  __device__ __forceinline__ int64_t row_offset(const TokenStrides& stride, int head, int hi) const {
+    const int token = min(row(hi), location.tokens - 1);
+    return location.batch * stride.batch + (location.first_token + token) * stride.token + head * stride.head + channel(0);
   }
 
-  __device__ __forceinline__ uint4 load_units(const void* base, const TokenStrides& stride, int head, int hi, int slice,
-                                              bool vectorized) const {
-    if (!valid(hi)) return uint4{0, 0, 0, 0};
-    return load_8x16bit(token_row(base, stride, head, hi) + channel(slice), vectorized);
-  }
+  // Eight channels of the lane's two rows of q or k, for the slices in turn: the loads of a slice are issued while the slice
+  // before it is worked on. Rows past the end are zero.
+  struct RowReader {
+    const Element* rows[2];
+    bool valid[2];
+    uint4 next[2];
+
+    __device__ __forceinline__ RowReader(const IntraChunkSolve& solve, const void* base, const TokenStrides& stride, int head) {
+#pragma unroll
+      for (int hi = 0; hi < 2; ++hi) {
+        rows[hi] = static_cast<const Element*>(base) + solve.row_offset(stride, head, hi);
+        valid[hi] = solve.valid(hi);
+      }
+      issue(0);
+    }
+
+    __device__ __forceinline__ void issue(int slice) {
+#pragma unroll
+      for (int hi = 0; hi < 2; ++hi) {
+        next[hi] = valid[hi] ? load_8x16bit<Config::kVectorized>(rows[hi] + 32 * slice) : uint4{0, 0, 0, 0};
+      }
+    }
+
+    // The units of slice `slice`; issues the loads of the slice after it.
+    __device__ __forceinline__ void take(uint4 (&units)[2], int slice) {
+      units[0] = next[0], units[1] = next[1];
+      if (slice + 1 < Config::kSlices) issue(slice + 1);
+    }
+  };
 
   // Private to the lane: 16-byte unit `unit` of 4 of slice `slice` in region A.
   __device__ __forceinline__ uint4* lane_unit(int slice, int unit) const {
@@ -144,44 +171,59 @@ struct IntraChunkSolve {
     const GateActivation gate{call.gate, decay_rate, call.lower_bound};
     float* totals = reinterpret_cast<float*>(shared + Config::kTotals) + warp * K;
     float* log_totals = reinterpret_cast<float*>(shared + Config::kRegionB) + warp * K;
-    float q_squares[2] = {}, k_squares[2] = {};
-
-#pragma unroll
-    for (int s = 0; s < Config::kSlices; ++s) {
-      float bias[8] = {};
-      if (call.dt_bias != nullptr) load_8(bias, call.dt_bias, int64_t{value_head} * K + channel(s), DataType::kFloat32, false);
-      float log_sum[8], product[8];
+    const int64_t gate_rows[2] = {row_offset(call.g_stride, value_head, 0), row_offset(call.g_stride, value_head, 1)};
+    Raw8 gate_next[2];
+    const auto issue_gate = [&](int slice) {
 #pragma unroll
       for (int hi = 0; hi < 2; ++hi) {
-        float log2_alpha[8] = {}, alpha[8];  // a token past the end has gate 0
-        if (valid(hi)) {
-          const int64_t offset = location.batch * call.g_stride.batch +
-                                 (location.first_token + row(hi)) * call.g_stride.token +
-                                 value_head * call.g_stride.head + channel(s);
-          float g[8];
-          load_8(g, call.g, offset, call.gate_type, params.g_vectorized);
-#pragma unroll
-          for (int c = 0; c < 8; ++c) log2_alpha[c] = gate.log2_alpha(g[c], bias[c]);
-        }
-#pragma unroll
-        for (int c = 0; c < 8; ++c) {
-          alpha[c] = ptx::ex2(log2_alpha[c]);
-          log_sum[c] = hi == 0 ? log2_alpha[c] : log_sum[c] + log2_alpha[c];
-          product[c] = hi == 0 ? alpha[c] : product[c] * alpha[c];
-        }
-        *reinterpret_cast<float4*>(lane_unit(s, 2 * hi)) = {alpha[0], alpha[1], alpha[2], alpha[3]};
-        *reinterpret_cast<float4*>(lane_unit(s, 2 * hi + 1)) = {alpha[4], alpha[5], alpha[6], alpha[7]};
+        gate_next[hi].template load<Config::kVectorized>(call.g, gate_rows[hi] + 32 * slice, call.gate_type);
+      }
+    };
+    issue_gate(0);
+    RowReader q_rows(*this, call.q, call.q_stride, key_head), k_rows(*this, call.k, call.k_stride, key_head);
+    float q_squares[2] = {}, k_squares[2] = {};
 
-        if (call.qk_l2norm) {
+#pragma unroll 1
+    for (int s = 0; s < Config::kSlices; ++s) {
+      float bias[8] = {};
+      if (call.dt_bias != nullptr) {
+#pragma unroll
+        for (int c = 0; c < 8; ++c) bias[c] = __ldg(call.dt_bias + int64_t{value_head} * K + channel(s) + c);
+      }
+      const Raw8 gate_units[2] = {gate_next[0], gate_next[1]};
+      if (s + 1 < Config::kSlices) issue_gate(s + 1);
+      if (call.qk_l2norm) {
+        uint4 q_units[2], k_units[2];
+        q_rows.take(q_units, s);
+        k_rows.take(k_units, s);
+#pragma unroll
+        for (int hi = 0; hi < 2; ++hi) {
           float q[8], k[8];
-          unpack_8<Element>(q, load_units(call.q, call.q_stride, key_head, hi, s, params.q_vectorized));
-          unpack_8<Element>(k, load_units(call.k, call.k_stride, key_head, hi, s, params.k_vectorized));
+          unpack_8<Element>(q, q_units[hi]);
+          unpack_8<Element>(k, k_units[hi]);
 #pragma unroll
           for (int c = 0; c < 8; ++c) {
             q_squares[hi] += q[c] * q[c];
             k_squares[hi] += k[c] * k[c];
           }
         }
+      }
+
+      float log_sum[8], product[8];
+#pragma unroll
+      for (int hi = 0; hi < 2; ++hi) {
+        float g[8], log2_alpha[8], alpha[8];
+        gate_units[hi].to_floats(g, call.gate_type);
+        gate.log2_alpha(log2_alpha, g, bias);
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          if (!valid(hi)) log2_alpha[c] = 0.0f;  // a token past the end has gate 0
+          alpha[c] = ptx::ex2(log2_alpha[c]);
+          log_sum[c] = hi == 0 ? log2_alpha[c] : log_sum[c] + log2_alpha[c];
+          product[c] = hi == 0 ? alpha[c] : product[c] * alpha[c];
+        }
+        *reinterpret_cast<float4*>(lane_unit(s, 2 * hi)) = {alpha[0], alpha[1], alpha[2], alpha[3]};
+        *reinterpret_cast<float4*>(lane_unit(s, 2 * hi + 1)) = {alpha[4], alpha[5], alpha[6], alpha[7]};
       }
       totals[channel(s) + group] = combine_rows<Multiply>(product, lane);
       log_totals[channel(s) + group] = combine_rows<Add>(log_sum, lane);
@@ -260,17 +302,19 @@ struct IntraChunkSolve {
   __device__ __forceinline__ void scale_operands(int key_head, const float (&q_norm)[2], const float (&k_norm)[2],
                                                  DiagonalProducts& products) {
     const ChunkFwdParams& call = params.call;
+    RowReader q_rows(*this, call.q, call.q_stride, key_head), k_rows(*this, call.k, call.k_stride, key_head);
 #pragma unroll 1
     for (int s = 0; s < Config::kSlices; ++s) {
       float alpha[2][8], q[2][8], k[2][8];
+      uint4 q_units[2], k_units[2];
+      q_rows.take(q_units, s);
+      k_rows.take(k_units, s);
 #pragma unroll
       for (int hi = 0; hi < 2; ++hi) {
-        const uint4 q_units = load_units(call.q, call.q_stride, key_head, hi, s, params.q_vectorized);
-        const uint4 k_units = load_units(call.k, call.k_stride, key_head, hi, s, params.k_vectorized);
-        unpack_8<Element>(q[hi], q_units);
-        unpack_8<Element>(k[hi], k_units);
-        const uint32_t qw[4] = {q_units.x, q_units.y, q_units.z, q_units.w};
-        const uint32_t kw[4] = {k_units.x, k_units.y, k_units.z, k_units.w};
+        unpack_8<Element>(q[hi], q_units[hi]);
+        unpack_8<Element>(k[hi], k_units[hi]);
+        const uint32_t qw[4] = {q_units[hi].x, q_units[hi].y, q_units[hi].z, q_units[hi].w};
+        const uint32_t kw[4] = {k_units[hi].x, k_units[hi].y, k_units[hi].z, k_units[hi].w};
 #pragma unroll
         for (int step = 0; step < 4; step += 2) {
           if constexpr (std::is_same_v<Element, BFloat16>) {
@@ -459,10 +503,10 @@ struct IntraChunkSolve {
       const Element* source = static_cast<const Element*>(call.v) + location.batch * call.v_stride.batch +
                               (location.first_token + (in_range ? token : 0)) * call.v_stride.token +
                               value_head * call.v_stride.head + 8 * unit;
-      if (params.v_vectorized) {
+      if constexpr (Config::kVectorized) {
         ptx::cp_async_16(ptx::shared_address(destination), source, in_range ? 16 : 0);
       } else {
-        *reinterpret_cast<uint4*>(destination) = in_range ? load_8x16bit(source, false) : uint4{0, 0, 0, 0};
+        *reinterpret_cast<uint4*>(destination) = in_range ? load_8x16bit<false>(source) : uint4{0, 0, 0, 0};
       }
     }
   }

@@ -22,8 +22,7 @@ struct ChunkFwdKernelParams {
 
   int64_t chunk_slots;
 
-  // The address of every 8-element group (first element a multiple of 8) is a multiple of 16 bytes.
-  bool q_vectorized, k_vectorized, v_vectorized, g_vectorized;
+  bool vectorized;  // every 8-element group of q, k, v and g starts at a multiple of 16 bytes
 };
 
 // Launches of the stages, for the K, V and types of the call. Each returns the error of its launch.
