@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,26 @@ def why_stale(files: list[Path]) -> str | None:
     return "sources or KDA_CUDA_ARCHS changed" if STAMP.exists() else None
 
 
+def shortened(line: str) -> str:
+    """A line of ninja's progress with the file in place of the long command; other lines as they are."""
+    match = re.match(r"(\[\d+/\d+\]) .* -c (\S+) ", line)
+    if match is None:
+        return line
+    source = Path(match.group(2))
+    return f"{match.group(1)} {source.relative_to(ROOT) if source.is_relative_to(ROOT) else source}"
+
+
+def run_showing_progress(command: list[str]) -> int:
+    """Runs a command in the repository and prints its output, shortened, as it comes. Returns its exit status."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    whole_lines = os.environ.get("KDA_CUDA_VERBOSE", "0") not in ("", "0")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+        for line in process.stdout:
+            print(line.rstrip("\n") if whole_lines else shortened(line.rstrip("\n")), flush=True)
+    return process.returncode
+
+
 def build(force: bool) -> None:
     """Runs setup.py, showing the compiler's progress."""
     files = sources()
@@ -79,7 +100,7 @@ def build(force: bool) -> None:
     what = f"{kernels} CUDA files: a few minutes" if with_nvcc else "no nvcc found: operators without CUDA kernels"
     say(f"building {LIBRARY.relative_to(ROOT)} ({reason}; {what})")
     started = time.monotonic()
-    status = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT).returncode
+    status = run_showing_progress([sys.executable, "setup.py", "build_ext", "--inplace"])
     if status != 0 or not LIBRARY.exists():
         say("FAILED: see the compiler's output above. To use a library that is already built, set KDA_PREBUILT=1.")
         sys.exit(status or 1)
