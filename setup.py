@@ -112,12 +112,15 @@ def make_extension(cuda_home: Path | None) -> Extension:
         ("KDA_CUDA_TORCH_VERSION", f'"{torch.__version__}"'),
         ("KDA_CUDA_ARCHITECTURES", f'"{";".join(archs)}"'),
     ]
-    cxx_flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
-    nvcc_flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", "-Xcompiler", "-fvisibility=hidden"]
+    # Messages of the stable ABI carry __FILE__: let them name files of the project, not folders of the build machine.
+    prefix_map = f"-ffile-prefix-map={ROOT}/="
+    cxx_flags = [prefix_map, "-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+    nvcc_flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo"]
+    nvcc_flags += ["-Xcompiler", f"-fvisibility=hidden,{prefix_map}"]
     # torch takes these operators away; the kernel library is also built without torch and shall not differ.
     nvcc_flags += [f"-U__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS")]
     nvcc_flags += ["-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
-    # setuptools would write the build machine's folders into the library; torch is always loaded before it.
+    # The CUDA runtime stays private to the library. No rpath: torch is always loaded before it.
     link_flags = ["-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
 
     if cuda_home:

@@ -14,9 +14,24 @@ from . import _extension  # noqa: F401  (defines the operators)
 
 CHUNK_TOKENS = 64  # distance of the states in chunk_states
 
+_TENSORS = ("k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "cu_seqlens")  # beside q, in the schema's order
+
 
 def _state_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _check_devices(q: Tensor, *tensors: object) -> None:
+    """Refuses a mix of devices, as the operators do when they run; no other check is free of sizes and values.
+
+    Raises:
+        RuntimeError: a tensor is not where ``q`` is.
+    """
+    for name, x in zip(_TENSORS, tensors, strict=False):
+        if isinstance(x, Tensor) and x.device != q.device:
+            raise RuntimeError(
+                f"kda::chunk_fwd: argument `{name}`: expected device {q.device} as `q` is, got {x.device}"
+            )
 
 
 def _chunk_fwd(
@@ -41,6 +56,7 @@ def _chunk_fwd(
     check_cu_seqlens: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o [B, T, HV, V]; final_state [N, HV, K, V] or [0]; chunk_states [B, slots, HV, K, V] or [0]."""
+    _check_devices(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens)
     B, T, _, K = q.shape
     HV, V = v.shape[2:]
     matrix = (V, K) if state_v_first else (K, V)
@@ -75,12 +91,12 @@ def _chunk_bwd(
     return tuple(q.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
-def _nothing(*args: object, **kwargs: object) -> None:
-    """An operator that only looks at its arguments."""
+def _check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
+    """Values are all that this operator looks at, and there are none."""
 
 
 torch.library.register_fake("kda::chunk_fwd", _chunk_fwd)
 torch.library.register_fake("kda::chunk_fwd_composite", _chunk_fwd)
 torch.library.register_fake("kda::chunk_bwd", _chunk_bwd)
-torch.library.register_fake("kda::check_chunk_fwd", _nothing)
-torch.library.register_fake("kda::check_cu_seqlens", _nothing)
+torch.library.register_fake("kda::check_chunk_fwd", _check_devices)
+torch.library.register_fake("kda::check_cu_seqlens", _check_cu_seqlens)

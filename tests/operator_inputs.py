@@ -1,4 +1,4 @@
-"""Arguments for calls of ``kda::chunk_fwd`` in the tests of the operators' contract: small, with every feature in some call."""
+"""Arguments of ``kda::chunk_fwd`` for the tests of the operators' contract: small, every feature in some call."""
 
 from __future__ import annotations
 
@@ -94,5 +94,7 @@ def make_inputs(
 def positional(inputs: dict[str, Any]) -> tuple[Any, ...]:
     """The inputs in the order of the schema, up to the last one given."""
     last = max(ARGUMENTS.index(name) for name in inputs)
-    defaults = {name: None if index < ARGUMENTS.index("use_qk_l2norm") else False for index, name in enumerate(ARGUMENTS)}
+    defaults = {
+        name: None if index < ARGUMENTS.index("use_qk_l2norm") else False for index, name in enumerate(ARGUMENTS)
+    }
     return tuple(inputs.get(name, defaults[name]) for name in ARGUMENTS[: last + 1])

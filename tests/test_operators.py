@@ -15,7 +15,9 @@ import kda_cuda
 CASES = {
     "plain": make_inputs(),
     "states": make_inputs(with_state=True, output_final_state=True, output_chunk_states=True),
-    "states_v_first": make_inputs(with_state=True, output_final_state=True, output_chunk_states=True, state_v_first=True),
+    "states_v_first": make_inputs(
+        with_state=True, output_final_state=True, output_chunk_states=True, state_v_first=True
+    ),
     "bf16_state": make_inputs(with_state=True, state_dtype=torch.bfloat16, output_final_state=True),
     "softplus": make_inputs(gate="softplus", use_qk_l2norm=True, use_beta_sigmoid=True, scale=0.3),
     "sigmoid": make_inputs(gate="sigmoid", use_beta_sigmoid=True, allow_neg_eigval=True),
@@ -35,9 +37,6 @@ WITH_GRADIENTS = {
     ),
     "sigmoid_varlen": make_inputs(gate="sigmoid", lengths=[3, 0, 67], use_qk_l2norm=True, requires_grad=True),
 }
-
-# The operator is deterministic: outputs of two calls are compared without a tolerance by the tests of numerics; the checks here
-# compare eager with compiled runs, which call the same implementation.
 
 
 def cases(table: dict[str, dict]) -> pytest.MarkDecorator:
@@ -108,10 +107,10 @@ def test_schema() -> None:
     assert tuple(argument.name for argument in schema.arguments) == ARGUMENTS
     assert not any(argument.kwarg_only for argument in schema.arguments)
     assert [result.name for result in schema.returns] == ["o", "final_state", "chunk_states"]
-    arguments = [str(argument) for argument in schema.arguments]
+    described = [(a.name, str(a.type), a.default_value) for a in schema.arguments]
     for variant in ("chunk_fwd_composite", "check_chunk_fwd", "composite_reason"):
-        variant_schema = getattr(torch.ops.kda, variant).default._schema
-        assert [str(argument) for argument in variant_schema.arguments] == arguments
+        arguments = getattr(torch.ops.kda, variant).default._schema.arguments
+        assert [(a.name, str(a.type), a.default_value) for a in arguments] == described
 
 
 def test_documented_function_has_the_schema() -> None:

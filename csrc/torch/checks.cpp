@@ -80,6 +80,11 @@ std::string name_of(const DeviceId& device) {
 
 // --- One property of one tensor -------------------------------------------------------------------------------------
 
+// The dispatcher passes None for a tensor on as a tensor that is not defined.
+void check_given(const char* argument, const Tensor& tensor) {
+  if (!tensor.defined()) fail(argument, "expected a tensor, got None");
+}
+
 void check_strided(const char* argument, const Tensor& tensor) {
   int32_t layout = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
@@ -224,19 +229,48 @@ void check_gate(const ChunkFwdArguments& args, const DeviceId& device) {
   }
 }
 
-void check_cu_seqlens(const ChunkFwdArguments& args, const DeviceId& device) {
-  const Tensor& cu_seqlens = *args.cu_seqlens;
+void check_cu_seqlens_form(const Tensor& cu_seqlens) {
   check_rank("cu_seqlens", cu_seqlens, 1, "[N + 1]");
   const ScalarType type = cu_seqlens.scalar_type();
   if (type != ScalarType::Int && type != ScalarType::Long) {
     fail("cu_seqlens", "expected dtype int32 or int64, got ", name_of(type));
   }
   if (cu_seqlens.size(0) < 1) fail("cu_seqlens", "expected shape [N + 1] with at least 1 element, got [0]");
+}
+
+template <typename Int>
+void check_values(const Int* values, int64_t count, int64_t tokens) {
+  if (values[0] != 0) fail("cu_seqlens", "expected it to start at 0, got ", values[0]);
+  for (int64_t i = 1; i < count; ++i) {
+    if (values[i] < values[i - 1]) {
+      fail("cu_seqlens", "expected values that never decrease, got ", values[i - 1], " at index ", i - 1, " and ",
+           values[i], " at index ", i);
+    }
+  }
+  if (values[count - 1] != tokens) {
+    fail("cu_seqlens", "expected it to end at T = ", tokens, ", got ", values[count - 1]);
+  }
+}
+
+void check_values(const Tensor& cu_seqlens, int64_t tokens) {
+  Tensor host = cu_seqlens;
+  if (!host.is_cpu()) host = torch::stable::to(host, torch::stable::Device(DeviceType::CPU));
+  if (!host.is_contiguous()) host = torch::stable::contiguous(host);
+  if (host.scalar_type() == ScalarType::Int) {
+    check_values(static_cast<const int32_t*>(host.data_ptr()), host.numel(), tokens);
+  } else {
+    check_values(static_cast<const int64_t*>(host.data_ptr()), host.numel(), tokens);
+  }
+}
+
+void check_sequences(const ChunkFwdArguments& args, const DeviceId& device) {
+  const Tensor& cu_seqlens = *args.cu_seqlens;
+  check_cu_seqlens_form(cu_seqlens);
   check_device("cu_seqlens", cu_seqlens, device);
   if (args.q.size(0) != 1) {
     fail("q", "expected batch size B = 1 with `cu_seqlens`, got ", args.q.size(0), " in shape ", join(args.q.sizes()));
   }
-  if (args.check_cu_seqlens || cu_seqlens.is_cpu()) check_cu_seqlens_values(cu_seqlens, args.q.size(1));
+  if (args.check_cu_seqlens || cu_seqlens.is_cpu()) check_values(cu_seqlens, args.q.size(1));
 }
 
 void check_initial_state(const ChunkFwdArguments& args, const DeviceId& device) {
@@ -257,34 +291,20 @@ void check_initial_state(const ChunkFwdArguments& args, const DeviceId& device) 
   check_device("initial_state", state, device);
 }
 
-template <typename Int>
-void check_values(const Int* values, int64_t count, int64_t tokens) {
-  if (values[0] != 0) fail("cu_seqlens", "expected it to start at 0, got ", values[0]);
-  for (int64_t i = 1; i < count; ++i) {
-    if (values[i] < values[i - 1]) {
-      fail("cu_seqlens", "expected values that never decrease, got ", values[i - 1], " at index ", i - 1, " and ",
-           values[i], " at index ", i);
-    }
-  }
-  if (values[count - 1] != tokens) {
-    fail("cu_seqlens", "expected it to end at T = ", tokens, ", got ", values[count - 1]);
-  }
-}
-
 }  // namespace
 
-void check_cu_seqlens_values(const Tensor& cu_seqlens, int64_t tokens) {
-  Tensor host = cu_seqlens;
-  if (!host.is_cpu()) host = torch::stable::to(host, torch::stable::Device(DeviceType::CPU));
-  if (!host.is_contiguous()) host = torch::stable::contiguous(host);
-  if (host.scalar_type() == ScalarType::Int) {
-    check_values(static_cast<const int32_t*>(host.data_ptr()), host.numel(), tokens);
-  } else {
-    check_values(static_cast<const int64_t*>(host.data_ptr()), host.numel(), tokens);
-  }
+void check_cu_seqlens(const Tensor& cu_seqlens, int64_t tokens) {
+  check_given("cu_seqlens", cu_seqlens);
+  check_cu_seqlens_form(cu_seqlens);
+  check_values(cu_seqlens, tokens);
 }
 
 void check_chunk_fwd(const ChunkFwdArguments& args) {
+  check_given("q", args.q);
+  check_given("k", args.k);
+  check_given("v", args.v);
+  check_given("g", args.g);
+  check_given("beta", args.beta);
   const DeviceId device = device_of(args.q);
   check_activations(args, device);
   if (args.scale && !std::isfinite(*args.scale)) fail("scale", "expected a finite number, got ", *args.scale);
@@ -292,7 +312,7 @@ void check_chunk_fwd(const ChunkFwdArguments& args) {
   if (args.allow_neg_eigval && !args.use_beta_sigmoid) {
     fail("allow_neg_eigval", "expected False without use_beta_sigmoid, got True");
   }
-  if (args.cu_seqlens) check_cu_seqlens(args, device);
+  if (args.cu_seqlens) check_sequences(args, device);
   if (args.initial_state) check_initial_state(args, device);
 }
 

@@ -11,8 +11,8 @@ namespace kda::binding {
 // the CPU) or where check_cu_seqlens asks for it; reads no other contents.
 void check_chunk_fwd(const ChunkFwdArguments& args);
 
-// Values of cu_seqlens: the first is 0, none is smaller than the one before, the last is `tokens`. Copies them to the
-// host if they are elsewhere, which waits for the device.
-void check_cu_seqlens_values(const Tensor& cu_seqlens, int64_t tokens);
+// A cu_seqlens by itself: one row of int32 or int64 whose first value is 0, none smaller than the one before, the last
+// `tokens`. If it is not on the host it is copied there, which waits for the device.
+void check_cu_seqlens(const Tensor& cu_seqlens, int64_t tokens);
 
 }  // namespace kda::binding

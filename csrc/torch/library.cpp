@@ -80,7 +80,7 @@ STABLE_TORCH_LIBRARY(kda, m) {
 STABLE_TORCH_LIBRARY_IMPL(kda, CompositeExplicitAutograd, m) {
   m.impl("check_chunk_fwd", &kda::binding::boxed_check_chunk_fwd);
   m.impl("composite_reason", &kda::binding::boxed_composite_reason);
-  m.impl("check_cu_seqlens", TORCH_BOX(&kda::binding::check_cu_seqlens_values));
+  m.impl("check_cu_seqlens", TORCH_BOX(&kda::binding::check_cu_seqlens));
   m.impl("plan_chunk_fwd", TORCH_BOX(&kda::binding::plan_chunk_fwd_json));
   m.impl("build_info", TORCH_BOX(&kda::binding::build_info_json));
 }
