@@ -191,6 +191,11 @@ class TestJson:
         assert content["stage_ctas"]["state_recurrence"] == 16 * 4
         assert content["workspace_bytes"] == planner.plan_chunk_fwd(p).workspace.total_bytes
 
+    def test_ctas_of_each_stage_with_cu_seqlens(self):
+        p = problem(heads=4, tokens=1000, sequences=3, varlen=True)
+        ctas = json.loads(planner.to_json(p, planner.plan_chunk_fwd(p)))["stage_ctas"]
+        assert ctas == {"intra_chunk_solve": 18 * 4, "state_recurrence": 3 * 4 * 4, "output_gemm": 19 * 4}
+
     def test_composite(self):
         p = problem(key_dim=7)
         content = json.loads(planner.to_json(p, planner.plan_chunk_fwd(p)))

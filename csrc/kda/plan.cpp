@@ -70,7 +70,8 @@ JsonObject stage_ctas(const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
   const int64_t tiles = plan.chunk_slots * p.value_heads;
   ctas.add("intra_chunk_solve", tiles);
   ctas.add("state_recurrence", p.sequences * p.value_heads * (p.value_dim / plan.value_tile));
-  ctas.add("output_gemm", tiles);
+  // With cu_seqlens, one slot more: it clears rows past the last entry.
+  ctas.add("output_gemm", tiles + (p.varlen && p.tokens > 0 ? p.value_heads : 0));
   return ctas;
 }
 
