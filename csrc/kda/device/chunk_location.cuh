@@ -6,8 +6,8 @@
 
 namespace kda {
 
-// Token range of one sequence, in rows of its batch row. Entries of cu_seqlens are clamped into [0, T] and made non-decreasing
-// pairwise, so that no contents of cu_seqlens can lead to an access outside of a tensor.
+// Token range of one sequence, in rows of its batch row. Entries of cu_seqlens are clamped into [0, T] and made
+// non-decreasing pairwise, so that no contents of cu_seqlens can lead to an access outside of a tensor.
 struct SequenceRange {
   int64_t batch;
   int64_t begin;

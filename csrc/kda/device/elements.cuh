@@ -69,8 +69,8 @@ __device__ __forceinline__ void unpack_8(float (&values)[8], const uint4& packed
   }
 }
 
-// Eight consecutive elements of a tensor whose type is known at run time only, as they lie in memory. A load and the use of its
-// result are apart so that the load can be issued early.
+// Eight consecutive elements of a tensor whose type is known at run time only, as they lie in memory. A load and the
+// use of its result are apart so that the load can be issued early.
 struct Raw8 {
   uint4 low, high;  // `high` is used by fp32 only
 

@@ -14,8 +14,8 @@ __device__ __forceinline__ float sigmoid(float x) {
   return x >= 0.0f ? inverse : e * inverse;
 }
 
-// log(1 + e) for e in [0, 1], to fp32 relative accuracy also where e is tiny: 2 atanh(z) with z = e / (2 + e) <= 1/3, as its series up
-// to z^13.
+// log(1 + e) for e in [0, 1], to fp32 relative accuracy also where e is tiny: 2 atanh(z) with z = e / (2 + e) <= 1/3,
+// as its series up to z^13.
 __device__ __forceinline__ float log1p_unit(float e) {
   const float z = e * ptx::rcp(2.0f + e), z2 = z * z;
   float series = 2.0f / 13.0f;

@@ -1,6 +1,6 @@
-// Tiles of 16-bit elements in shared memory and in the workspace: [rows][Columns], row-major, 16-byte units of a row permuted by
-// the row (unit ^ (row & 7)) so that ldmatrix on 8 consecutive rows touches all banks once. A tile is one contiguous block, so a
-// bulk copy moves it between workspace and shared memory as it is.
+// Tiles of 16-bit elements in shared memory and in the workspace: [rows][Columns], row-major, 16-byte units of a row
+// permuted by the row (unit ^ (row & 7)) so that ldmatrix on 8 consecutive rows touches all banks once. A tile is one
+// contiguous block, so a bulk copy moves it between workspace and shared memory as it is.
 #pragma once
 
 #include <cstdint>
@@ -36,15 +36,15 @@ struct SwizzledTile {
     ptx::ldmatrix_x4_trans(a, tile + unit_offset(row + (lane & 7) + (matrix >> 1) * 8, (column >> 3) + (matrix & 1)));
   }
 
-  // Two B operands (16 x 8) whose n index runs along tile rows: n = row..row+7 in b[0], b[1], n = row+8..row+15 in b[2], b[3];
-  // the contraction runs along columns column..column+15.
+  // Two B operands (16 x 8) whose n index runs along tile rows: n = row..row+7 in b[0], b[1], n = row+8..row+15 in
+  // b[2], b[3]; the contraction runs along columns column..column+15.
   static __device__ __forceinline__ void load_b(uint32_t (&b)[4], uint32_t tile, int row, int column, int lane) {
     const int matrix = lane >> 3;
     ptx::ldmatrix_x4(b, tile + unit_offset(row + (lane & 7) + (matrix >> 1) * 8, (column >> 3) + (matrix & 1)));
   }
 
-  // Two B operands (16 x 8) whose n index runs along tile columns: n = column..column+7 in b[0], b[1], n = column+8..column+15
-  // in b[2], b[3]; the contraction runs along rows row..row+15.
+  // Two B operands (16 x 8) whose n index runs along tile columns: n = column..column+7 in b[0], b[1], n =
+  // column+8..column+15 in b[2], b[3]; the contraction runs along rows row..row+15.
   static __device__ __forceinline__ void load_b_trans(uint32_t (&b)[4], uint32_t tile, int row, int column, int lane) {
     ptx::ldmatrix_x4_trans(b, tile + unit_offset(row + (lane & 15), (column >> 3) + (lane >> 4)));
   }

@@ -1,10 +1,12 @@
-// The inverse of a unit lower triangular 64 x 64 matrix I + A in shared memory, at fp32 accuracy, by one CTA of four warps.
+// The inverse of a unit lower triangular 64 x 64 matrix I + A in shared memory, at fp32 accuracy, by one CTA of four
+// warps.
 //
 // The four diagonal 16 x 16 blocks are inverted by forward substitution in fp32; off-diagonal blocks follow from
 //   [ L11  0  ]^-1   [  T11            0  ]
 //   [ A21 L22 ]    = [ -T22 A21 T11   T22 ]
-// first 16 x 16 into 32 x 32, then 32 x 32 into 64 x 64. The products run on tensor cores in tf32, each fp32 operand split in two
-// (x = high + low, three products), which keeps about 21 bits. Nothing is truncated and nothing assumes normalised keys.
+// first 16 x 16 into 32 x 32, then 32 x 32 into 64 x 64. The products run on tensor cores in tf32, each fp32 operand
+// split in two (x = high + low, three products), which keeps about 21 bits. Nothing is truncated and nothing assumes
+// normalised keys.
 #pragma once
 
 #include <cstdint>
@@ -63,8 +65,8 @@ __device__ __forceinline__ void store_16x16(SolveMatrix block, const float (&acc
   }
 }
 
-// Replaces a unit lower triangular 16 x 16 block by its inverse; entries on and above the diagonal are not read. Lane c < 16
-// computes column c; one warp.
+// Replaces a unit lower triangular 16 x 16 block by its inverse; entries on and above the diagonal are not read. Lane c
+// < 16 computes column c; one warp.
 __device__ __forceinline__ void invert_16x16(SolveMatrix block, int lane) {
   const int column = lane & 15;
   float x[16];
@@ -91,9 +93,9 @@ __device__ __forceinline__ void invert_16x16(SolveMatrix block, int lane) {
   __syncwarp();
 }
 
-// Replaces the strictly lower triangular A by T = (I + A)^-1, in place: the whole lower triangle of 16 x 16 blocks is written, the
-// blocks above it are neither read nor written. Called by all 128 threads of the CTA after A is visible to them; ends with a
-// CTA barrier.
+// Replaces the strictly lower triangular A by T = (I + A)^-1, in place: the whole lower triangle of 16 x 16 blocks is
+// written, the blocks above it are neither read nor written. Called by all 128 threads of the CTA after A is visible to
+// them; ends with a CTA barrier.
 __device__ __forceinline__ void invert_unit_lower_64x64(SolveMatrix matrix, int warp, int lane) {
   invert_16x16(matrix.block(warp, warp), lane);
   __syncthreads();

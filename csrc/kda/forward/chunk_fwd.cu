@@ -8,7 +8,8 @@ namespace {
 
 int element_bytes(DataType type) { return type == DataType::kFloat32 ? 4 : 2; }
 
-// Whether every group of 8 elements whose index in the last dimension is a multiple of 8 starts at a multiple of 16 bytes.
+// Whether every group of 8 elements whose index in the last dimension is a multiple of 8 starts at a multiple of 16
+// bytes.
 bool is_vectorized(const void* base, const TokenStrides& stride, DataType type) {
   constexpr int64_t kVectorBytes = 16;
   const int64_t bytes = element_bytes(type);
@@ -31,10 +32,9 @@ ChunkFwdKernelParams kernel_params(const ChunkFwdParams& call, const ChunkFwdPla
   params.chunk_decay = reinterpret_cast<float*>(base + workspace.chunk_decay);
   params.chunk_slots = plan.chunk_slots;
   const DataType activation_type = call.problem.activation_type;
-  params.vectorized = is_vectorized(call.q, call.q_stride, activation_type) &&
-                      is_vectorized(call.k, call.k_stride, activation_type) &&
-                      is_vectorized(call.v, call.v_stride, activation_type) &&
-                      is_vectorized(call.g, call.g_stride, call.gate_type);
+  params.vectorized =
+      is_vectorized(call.q, call.q_stride, activation_type) && is_vectorized(call.k, call.k_stride, activation_type) &&
+      is_vectorized(call.v, call.v_stride, activation_type) && is_vectorized(call.g, call.g_stride, call.gate_type);
   return params;
 }
 

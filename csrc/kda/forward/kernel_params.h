@@ -11,14 +11,14 @@ struct ChunkFwdKernelParams {
   ChunkFwdParams call;
 
   // Workspace regions, one tile for each (chunk slot, value head); see ChunkFwdWorkspace.
-  uint8_t* W;            // [slots, HV] tiles [C, K], bf16, swizzled
-  uint8_t* K_decayed;    // [slots, HV] tiles [C, K], bf16, swizzled
-  uint8_t* Q_gated;      // [slots, HV] tiles [C, K], bf16, swizzled
-  uint8_t* Aqk;          // [slots, HV] tiles [C, C], bf16, swizzled
-  float4* U0;            // [slots, HV, V / 16, C / 8, 32 lanes] accumulator fragments
-  uint4* U;              // [slots, HV, V / 16, C / 16, 32 lanes] operand fragments
-  uint4* state;          // [slots, HV, V / 16, K / 16, 32 lanes] operand fragments
-  float* chunk_decay;    // [slots, HV, K]
+  uint8_t* W;          // [slots, HV] tiles [C, K], bf16, swizzled
+  uint8_t* K_decayed;  // [slots, HV] tiles [C, K], bf16, swizzled
+  uint8_t* Q_gated;    // [slots, HV] tiles [C, K], bf16, swizzled
+  uint8_t* Aqk;        // [slots, HV] tiles [C, C], bf16, swizzled
+  float4* U0;          // [slots, HV, V / 16, C / 8, 32 lanes] accumulator fragments
+  uint4* U;            // [slots, HV, V / 16, C / 16, 32 lanes] operand fragments
+  uint4* state;        // [slots, HV, V / 16, K / 16, 32 lanes] operand fragments
+  float* chunk_decay;  // [slots, HV, K]
 
   int64_t chunk_slots;
 

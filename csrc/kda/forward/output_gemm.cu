@@ -9,8 +9,8 @@ cudaError_t launch_output_gemm(const ChunkFwdKernelParams& params, cudaStream_t 
   const int64_t slots = params.chunk_slots + (problem.varlen && problem.tokens > 0 ? 1 : 0);
   return for_instantiation(problem, [&](auto key_dim, auto value_dim, auto element) {
     using Config = OutputGemmConfig<key_dim(), value_dim(), decltype(element)>;
-    return launch(output_gemm_kernel<Config>, slots * problem.value_heads, Config::kThreads, Config::kSharedBytes, stream,
-                  params);
+    return launch(output_gemm_kernel<Config>, slots * problem.value_heads, Config::kThreads, Config::kSharedBytes,
+                  stream, params);
   });
 }
 

@@ -2,9 +2,9 @@
 //   O = Q_gated S + Aqk U        (scale is in Q_gated and in Aqk),
 // with S the state at the entry of the chunk.
 //
-// Grid: one CTA for each (chunk slot, value head), and with cu_seqlens one more slot; 4 warps, each owns V / 4 columns of O and all 64
-// tokens. S^T and U^T lie in the workspace as operand fragments and go from global memory to registers; Q_gated and Aqk come by one
-// bulk copy each. Rows of o past the last entry of cu_seqlens are set to zero here.
+// Grid: one CTA for each (chunk slot, value head), and with cu_seqlens one more slot; 4 warps, each owns V / 4 columns
+// of O and all 64 tokens. S^T and U^T lie in the workspace as operand fragments and go from global memory to registers;
+// Q_gated and Aqk come by one bulk copy each. Rows of o past the last entry of cu_seqlens are set to zero here.
 //
 // Shared memory (bytes, K = V = 128): Q_gated 16384, then O for a coalesced store; Aqk 8192.
 // Bound by memory traffic: 2 * (K + V + C + K V / C) bytes read and 2 V written for each token and head.
@@ -32,7 +32,8 @@ struct OutputGemmConfig {
   static constexpr int kSharedBytes = kBarrier + 16;
 };
 
-// Zeroes rows of o that belong to no sequence: 64 rows past the last entry of cu_seqlens for each slot past the last used one.
+// Zeroes rows of o that belong to no sequence: 64 rows past the last entry of cu_seqlens for each slot past the last
+// used one.
 template <typename Config>
 __device__ __forceinline__ void clear_rows_past_end(const ChunkFwdParams& call, int64_t slot, int value_head) {
   if (call.cu_seqlens == nullptr) return;
@@ -44,8 +45,8 @@ __device__ __forceinline__ void clear_rows_past_end(const ChunkFwdParams& call, 
   typename Config::Element* o = static_cast<typename Config::Element*>(call.o);
   for (int64_t i = threadIdx.x; i < rows * (Config::V / 8); i += Config::kThreads) {
     const int64_t token = first + i / (Config::V / 8);
-    *reinterpret_cast<uint4*>(o + (token * call.problem.value_heads + value_head) * Config::V + i % (Config::V / 8) * 8) =
-        uint4{0, 0, 0, 0};
+    *reinterpret_cast<uint4*>(o + (token * call.problem.value_heads + value_head) * Config::V +
+                              i % (Config::V / 8) * 8) = uint4{0, 0, 0, 0};
   }
 }
 
@@ -69,7 +70,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   }
 
   const uint32_t barrier = ptx::shared_address(shared + Config::kBarrier);
-  const uint32_t q_gated = ptx::shared_address(shared + Config::kQGated), aqk = ptx::shared_address(shared + Config::kAqk);
+  const uint32_t q_gated = ptx::shared_address(shared + Config::kQGated),
+                 aqk = ptx::shared_address(shared + Config::kAqk);
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(barrier, 1);
     ptx::fence_mbarrier_init();
@@ -85,7 +87,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   float acc[C / 16][2 * kRowTiles][4] = {};
 
   // acc[mt] += A(16 tokens) * operand^T, for the 16 columns of O that one 16-row operand of S^T or U^T covers.
-  const auto multiply = [&](int mt, int row_tile, const uint32_t (&a)[4], const uint4& operand) {
+  const auto multiply = [&](int mt, int row_tile, const uint32_t(&a)[4], const uint4& operand) {
     ptx::mma_m16n8k16_bf16(acc[mt][2 * row_tile], a[0], a[1], a[2], a[3], operand.x, operand.z);
     ptx::mma_m16n8k16_bf16(acc[mt][2 * row_tile + 1], a[0], a[1], a[2], a[3], operand.y, operand.w);
   };

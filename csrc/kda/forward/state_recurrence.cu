@@ -7,11 +7,12 @@
 namespace kda {
 namespace {
 
-// Shared memory of one multiprocessor that kernels can use, less 1 KiB that the system keeps for each CTA (sm_90: 228 KiB in all).
+// Shared memory of one multiprocessor that kernels can use, less 1 KiB that the system keeps for each CTA (sm_90: 228
+// KiB in all).
 constexpr int kSharedBytesPerSm = 228 * 1024, kReservedBytesPerCta = 1024;
 
-// Stages of the ring: all that fit when a CTA of 8 warps has a multiprocessor to itself and smaller ones share it by two. A grid of
-// no more CTAs than multiprocessors never shares.
+// Stages of the ring: all that fit when a CTA of 8 warps has a multiprocessor to itself and smaller ones share it by
+// two. A grid of no more CTAs than multiprocessors never shares.
 template <typename Config>
 int choose_stages(int warps, int64_t ctas, int sm_count) {
   const int ctas_per_sm = warps == Config::kMaxWarps || ctas <= sm_count ? 1 : 2;
@@ -26,8 +27,8 @@ cudaError_t launch_for_key_dim(const ChunkFwdKernelParams& params, int value_til
   const int warps = value_tile / Config::kRowsPerWarp;
   const int64_t ctas = problem.sequences * problem.value_heads * (problem.value_dim / value_tile);
   const int stages = choose_stages<Config>(warps, ctas, problem.sm_count);
-  return launch(state_recurrence_kernel<Config>, ctas, 32 * warps, Config::shared_bytes(warps, stages), stream, params, warps,
-                stages);
+  return launch(state_recurrence_kernel<Config>, ctas, 32 * warps, Config::shared_bytes(warps, stages), stream, params,
+                warps, stages);
 }
 
 }  // namespace

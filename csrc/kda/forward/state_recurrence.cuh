@@ -3,12 +3,14 @@
 // writing, for stage 3, the state at the entry of each chunk and U, both as bf16 MMA operands.
 //
 // Grid: one CTA for each (sequence, value head, value tile); value_tile / 16 warps.
-// The state is kept transposed, S^T [V, K], in fp32 accumulator fragments for the whole sequence. Each warp owns 16 rows of V and
-// all of K, so that it needs nothing from the other warps:
+// The state is kept transposed, S^T [V, K], in fp32 accumulator fragments for the whole sequence. Each warp owns 16
+// rows of V and all of K, so that it needs nothing from the other warps:
 //   U^T  = U0^T - S^T W^T          A = S^T: its accumulators rounded to bf16;  B = W, tile [C, K] as it lies
-//   S'^T = S^T Diag(e^{G_C}) + U^T K_decayed        A = U^T, likewise;         B = K_decayed, tile [C, K], transposed by ldmatrix
-// Thread 0 keeps a ring of stages filled by bulk copies: everything a chunk needs is contiguous in the workspace. A warp of its own
-// for that would cost registers: nine warps leave 168 for each thread, eight leave 255, and the state with its operands needs 200.
+//   S'^T = S^T Diag(e^{G_C}) + U^T K_decayed        A = U^T, likewise;         B = K_decayed, tile [C, K], transposed
+//   by ldmatrix
+// Thread 0 keeps a ring of stages filled by bulk copies: everything a chunk needs is contiguous in the workspace. A
+// warp of its own for that would cost registers: nine warps leave 168 for each thread, eight leave 255, and the state
+// with its operands needs 200.
 //
 // Shared memory of one stage (bytes, K = 128): W 16384, K_decayed 16384, chunk_decay 512, U0 256 for each value row.
 // Bound, at few CTAs, by the chain of 2 * 64 products a chunk and warp; at many CTAs by the traffic of the workspace.
@@ -75,14 +77,17 @@ struct StateFragments {
     }
   }
 
-  __device__ __forceinline__ void load(const void* source, DataType type, int64_t row_stride, int64_t channel_stride, int lane) {
+  __device__ __forceinline__ void load(const void* source, DataType type, int64_t row_stride, int64_t channel_stride,
+                                       int lane) {
     for_each(lane, [&](float& value, int row, int channel) {
       value = load_1(source, row * row_stride + channel * channel_stride, type);
     });
   }
 
   __device__ __forceinline__ void store(float* destination, int64_t row_stride, int64_t channel_stride, int lane) {
-    for_each(lane, [&](float value, int row, int channel) { destination[row * row_stride + channel * channel_stride] = value; });
+    for_each(lane, [&](float value, int row, int channel) {
+      destination[row * row_stride + channel * channel_stride] = value;
+    });
   }
 };
 
@@ -123,12 +128,14 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
     const uint32_t stage = shared_base + ring_stage * stage_bytes, barrier = full(ring_stage);
     const uint32_t u0_bytes = warps * Config::kU0BytesPerWarp;
     ptx::mbarrier_arrive_expect_tx(barrier, stage_bytes);
-    ptx::cp_async_bulk_load(stage + Config::kW, params.W + tile * Config::kKeyTileBytes, Config::kKeyTileBytes, barrier);
-    ptx::cp_async_bulk_load(stage + Config::kU0, params.U0 + (tile * (V / 16) + first_row_tile) * (C / 8) * 32, u0_bytes,
+    ptx::cp_async_bulk_load(stage + Config::kW, params.W + tile * Config::kKeyTileBytes, Config::kKeyTileBytes,
                             barrier);
+    ptx::cp_async_bulk_load(stage + Config::kU0, params.U0 + (tile * (V / 16) + first_row_tile) * (C / 8) * 32,
+                            u0_bytes, barrier);
     ptx::cp_async_bulk_load(stage + Config::kKeyDecayed, params.K_decayed + tile * Config::kKeyTileBytes,
                             Config::kKeyTileBytes, barrier);
-    ptx::cp_async_bulk_load(stage + Config::kU0 + u0_bytes, params.chunk_decay + tile * K, Config::kDecayBytes, barrier);
+    ptx::cp_async_bulk_load(stage + Config::kU0 + u0_bytes, params.chunk_decay + tile * K, Config::kDecayBytes,
+                            barrier);
   };
   const bool is_producer = threadIdx.x == 0;
   if (is_producer) {
@@ -150,20 +157,24 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
     state.for_each(lane, [](float& value, int, int) { value = 0.0f; });
   }
 
+  // Where this warp writes for the current chunk; consecutive chunks are value_heads tiles apart.
+  const int64_t first_tile = first_slot * value_heads + value_head;
+  const int64_t first_operand_tile = first_tile * (V / 16) + row_tile, operand_tiles_per_chunk = value_heads * (V / 16);
+  uint4* state_operands = params.state + first_operand_tile * (K / 16) * 32 + lane;
+  uint4* u_operands = params.U + first_operand_tile * (C / 16) * 32 + lane;
+
   RingPosition ring, previous;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     if (is_producer && chunk > 0 && chunk - 1 + stages < chunks) {  // refill the stage of the chunk before
       ptx::mbarrier_wait_parity(empty(previous.stage), previous.parity);
       fill(chunk - 1 + stages, previous.stage);
     }
-    const int64_t tile = (first_slot + chunk) * value_heads + value_head;
-    const int64_t operand_tile = tile * (V / 16) + row_tile;
     if (call.chunk_states != nullptr) {
+      const int64_t tile = first_tile + chunk * value_heads;
       state.store(call.chunk_states + tile * K * V + first_row, row_stride, channel_stride, lane);
     }
 
     uint32_t s[K / 16][4];
-    uint4* const state_operands = params.state + operand_tile * (K / 16) * 32 + lane;
 #pragma unroll
     for (int kt = 0; kt < K / 16; ++kt) {
       s[kt][0] = pack_bf16(state.acc[2 * kt][0], state.acc[2 * kt][1]);
@@ -191,7 +202,6 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
 
     uint32_t ut[C / 16][4];
     const float4* const u0 = reinterpret_cast<const float4*>(stage_data + Config::kU0) + warp * (C / 8) * 32 + lane;
-    uint4* const u_operands = params.U + operand_tile * (C / 16) * 32 + lane;
 #pragma unroll
     for (int kt = 0; kt < C / 16; ++kt) {
 #pragma unroll
@@ -204,7 +214,8 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
       u_operands[kt * 32] = {ut[kt][0], ut[kt][1], ut[kt][2], ut[kt][3]};
     }
 
-    const float* const decay = reinterpret_cast<const float*>(stage_data + Config::kU0 + warps * Config::kU0BytesPerWarp);
+    const float* const decay =
+        reinterpret_cast<const float*>(stage_data + Config::kU0 + warps * Config::kU0BytesPerWarp);
 #pragma unroll
     for (int n = 0; n < K / 8; ++n) {
       const float2 factor = *reinterpret_cast<const float2*>(decay + 8 * n + 2 * (lane & 3));
@@ -225,12 +236,15 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
     }
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(empty(ring.stage));
+    state_operands += operand_tiles_per_chunk * (K / 16) * 32;
+    u_operands += operand_tiles_per_chunk * (C / 16) * 32;
     previous = ring;
     ring.advance(stages);
   }
 
   if (call.final_state != nullptr) {
-    state.store(call.final_state + (sequence * value_heads + value_head) * K * V + first_row, row_stride, channel_stride, lane);
+    state.store(call.final_state + (sequence * value_heads + value_head) * K * V + first_row, row_stride,
+                channel_stride, lane);
   }
 }
 
