@@ -128,9 +128,9 @@ class ShortConvolution(nn.Conv1d):
             )
         cache = cache.to(x.dtype)
         if cu_seqlens is None:
-            padded = torch.cat([cache, x.transpose(1, 2)], dim=2)  # [B, D, W + T]
-            y = self._convolve(padded)[:, :, 1:].transpose(1, 2)
-            return y, padded[:, :, -width:].contiguous() if output_final_state else None
+            rows = torch.cat([cache.transpose(1, 2), x], dim=1)  # [B, W + T, D]
+            state = rows[:, -width:].transpose(1, 2).contiguous() if output_final_state else None
+            return self._convolve(rows[:, 1:]), state
 
         # All sequences lie in one row, each behind the W inputs that came before it: one convolution serves them all,
         # no tap reaches across a border, and the host reads no lengths. Rows past the last border have their own gap.
@@ -150,15 +150,28 @@ class ShortConvolution(nn.Conv1d):
         row = x.new_zeros(row_length, self.hidden_size)
         row = row.index_copy(0, gap_rows, cache.transpose(1, 2).reshape(-1, self.hidden_size))
         row = row.index_copy(0, token_rows, x[0])
-        y = self._convolve(row.t()[None])[0].t()[token_rows - (width - 1)][None]
+        y = self._convolve(row)[token_rows - (width - 1)][None]
         if not output_final_state:
             return y, None
         last_rows = (gap_start[1:, None] - width + taps).clamp(min=0)  # [N, W]
         return y, row[last_rows].transpose(1, 2).contiguous()
 
-    def _convolve(self, padded: torch.Tensor) -> torch.Tensor:
-        """silu(conv) of ``[B, D, L]`` without padding: ``[B, D, L - W + 1]``."""
-        return F.silu(F.conv1d(padded, self.weight, self.bias, groups=self.hidden_size))
+    def _convolve(self, rows: torch.Tensor) -> torch.Tensor:
+        """silu(conv) of ``[.., L, D]`` without padding: ``[.., L - W + 1, D]``, in fp32 inside.
+
+        A few shifted products keep the layout of the activations, which ``conv1d`` would have to transpose twice, and
+        fuse into one kernel under ``torch.compile``.
+        """
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        wide_rows = rows.to(wide)
+        taps = self.weight[:, 0].t().to(wide)  # [W, D]
+        length = rows.shape[-2] - len(taps) + 1
+        y = wide_rows[..., :length, :] * taps[0]
+        for shift in range(1, len(taps)):
+            y = torch.addcmul(y, wide_rows[..., shift : shift + length, :], taps[shift])
+        if self.bias is not None:
+            y = y + self.bias.to(wide)
+        return F.silu(y).to(rows.dtype)
 
 
 class RMSNormGated(nn.Module):
