@@ -72,11 +72,11 @@ def _strided(x: Tensor, how: str | None) -> Tensor:
     if how is None:
         return x
     if how == "fused":
-        width = x[0, 0].numel() if x.shape[0] and x.shape[1] else 1
+        width = math.prod(x.shape[2:])
         offset = 24  # elements of another projection before this one, and after it
         wide = torch.full((*x.shape[:2], width + 2 * offset), torch.nan, dtype=x.dtype, device=x.device)
         view = wide[:, :, offset : offset + width].unflatten(2, x.shape[2:])
-        return view.copy_(x) if x.numel() else x
+        return view.copy_(x)
     if how == "head_major":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if how == "last":
