@@ -4,9 +4,8 @@
 //   random     g ~ N(0, 1), A_log ~ U(0, 1), dt_bias ~ U(0, 1), lower bound -5
 //   long       as a layer with a bounded gate starts: A_log = 0, dt = exp(U(ln 0.001, ln 0.1)) per channel,
 //              dt_bias = dt + ln(-expm1(-dt)), g ~ N(0, 0.5^2), lower bound -5
-//   unbounded  softplus gate with magnitudes seen in checkpoints: exp(A_log) log-uniform in [0.05, 201], dt_bias as in
-//   long,
-//              g ~ N(0, 3^2)
+//   unbounded  softplus gate with magnitudes seen in checkpoints: A_log ~ U(-4, ln 201), the last head at ln 201,
+//              dt_bias ~ U(-6, 1), g ~ N(0, 3^2)
 #pragma once
 
 #include <cuda_bf16.h>
@@ -24,6 +23,7 @@
 namespace bench {
 
 inline constexpr double kLowerBound = -5.0;
+inline constexpr double kLargestRate = 201.0;  // exp(A_log) of a checkpoint
 inline constexpr size_t kActivationBytes = 2;  // bf16 and fp16
 
 // What is measured: the sizes of one call.
@@ -206,17 +206,21 @@ class InputSet {
     const Options& o = shape_.options;
     A_log.resize(o.value_heads);
     dt_bias.resize(static_cast<size_t>(o.value_heads) * o.key_dim);
-    for (float& value : A_log) {
-      const double draw = o.gate == GateFamily::kRandom ? random.uniform(0.0, 1.0)
-                          : o.gate == GateFamily::kLong ? 0.0
-                                                        : random.uniform(std::log(0.05), std::log(201.0));
-      value = static_cast<float>(draw);
-    }
-    for (float& value : dt_bias) {
-      const double dt = std::exp(random.uniform(std::log(0.001), std::log(0.1)));
-      const double draw = o.gate == GateFamily::kRandom ? random.uniform(0.0, 1.0) : dt + std::log(-std::expm1(-dt));
-      value = static_cast<float>(draw);
-    }
+    for (float& value : A_log) value = static_cast<float>(draw_A_log(o.gate, random));
+    if (o.gate == GateFamily::kUnbounded) A_log.back() = static_cast<float>(std::log(kLargestRate));
+    for (float& value : dt_bias) value = static_cast<float>(draw_dt_bias(o.gate, random));
+  }
+
+  static double draw_A_log(GateFamily gate, Generator& random) {
+    if (gate == GateFamily::kRandom) return random.uniform(0.0, 1.0);
+    return gate == GateFamily::kLong ? 0.0 : random.uniform(-4.0, std::log(kLargestRate));
+  }
+
+  static double draw_dt_bias(GateFamily gate, Generator& random) {
+    if (gate == GateFamily::kRandom) return random.uniform(0.0, 1.0);
+    if (gate == GateFamily::kUnbounded) return random.uniform(-6.0, 1.0);
+    const double dt = std::exp(random.uniform(std::log(0.001), std::log(0.1)));
+    return dt + std::log(-std::expm1(-dt));
   }
 
   Shape shape_;
