@@ -8,6 +8,7 @@
 
 #include <type_traits>
 
+#include "../device/decay_scan.cuh"
 #include "../device/decay_tree.cuh"
 #include "../device/gate.cuh"
 #include "intra_chunk_context.cuh"
@@ -23,7 +24,8 @@ __device__ __forceinline__ void scale_and_pack(uint32_t (&packed)[4], const floa
   }
 }
 
-__device__ __forceinline__ void load_8_shared(float (&values)[8], const float* source) {
+// Eight fp32 values at a multiple of 16 bytes.
+__device__ __forceinline__ void load_8_aligned(float (&values)[8], const float* source) {
   const float4 low = reinterpret_cast<const float4*>(source)[0], high = reinterpret_cast<const float4*>(source)[1];
   values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
   values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
@@ -33,8 +35,7 @@ template <typename Config>
 struct IntraChunkPairs : IntraChunkContext<Config> {
   using Context = IntraChunkContext<Config>;
   using Element = typename Config::Element;
-  using Context::beta, Context::channel, Context::group, Context::key_norm, Context::lane, Context::lane_unit,
-      Context::location;
+  using Context::beta, Context::channel, Context::group, Context::lane, Context::lane_unit, Context::location;
   using Context::member, Context::params, Context::row, Context::row_offset, Context::shared, Context::suffix_operand;
   using Context::tile, Context::tile_total, Context::valid, Context::value_head, Context::warp;
   static constexpr int K = Config::K, C = Config::C;
@@ -70,12 +71,16 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
     }
   };
 
-  // Products of one 8-row block of the tile with itself at one level: columns 0, 1 hold q k^T, columns 2, 3 hold k k^T.
-  // A rows 0-7 are q rows, A rows 8-15 the k rows of the same tokens.
+  // How far apart in the levels of the decay tree two tokens of one 8-row block can be; one level suffices for bounded
+  // gates.
+  static constexpr int kLevels = Config::kBoundedGate ? 1 : 3;
+
+  // Products of the tile with itself, in blocks of 8 x 8. Rows 0-7 of each A operand are q rows and rows 8-15 the k
+  // rows of the same tokens, so that elements 0, 1 of an accumulator belong to q k^T and elements 2, 3 to k k^T.
   struct DiagonalProducts {
-    float exact[2][4] = {};     // unscaled operands, for the diagonal of Aqk
-    float level[3][2][4] = {};  // blocks of 1, 2, 4 tokens; [block of 8 rows]
-    float level8[4] = {};       // rows 8-15 against rows 0-7
+    float exact[2][4] = {};           // block on the diagonal, unscaled operands: for the diagonal of Aqk
+    float level[kLevels][2][4] = {};  // block on the diagonal, pairs of each level
+    float lower[4] = {};              // rows 8-15 against rows 0-7
   };
 
   float q_norm[2], k_norm[2];
@@ -98,8 +103,13 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
         gate_next[hi].template load<Config::kVectorized>(call.g, gate_rows[hi] + 32 * slice, call.gate_type);
       }
       if (call.dt_bias != nullptr) {
+        const float* bias = call.dt_bias + int64_t{value_head} * K + channel(slice);
+        if constexpr (Config::kVectorized) {
+          load_8_aligned(bias_next, bias);
+        } else {
 #pragma unroll
-        for (int c = 0; c < 8; ++c) bias_next[c] = __ldg(call.dt_bias + int64_t{value_head} * K + channel(slice) + c);
+          for (int c = 0; c < 8; ++c) bias_next[c] = bias[c];
+        }
       }
     };
     issue_gate(0);
@@ -130,24 +140,40 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
         }
       }
 
-      float log_sum[8], product[8];
+      float log2_alpha[2][8];
 #pragma unroll
       for (int hi = 0; hi < 2; ++hi) {
-        float g[8], log2_alpha[8], alpha[8];
+        float g[8];
         gate_units[hi].to_floats(g, call.gate_type);
-        gate.log2_alpha(log2_alpha, g, bias);
+        gate.log2_alpha(log2_alpha[hi], g, bias);
+        if (!valid(hi)) {  // a token past the end has gate 0
+#pragma unroll
+          for (int c = 0; c < 8; ++c) log2_alpha[hi][c] = 0.0f;
+        }
+      }
+      if constexpr (Config::kBoundedGate) {
+        DecayScan::accumulate(log2_alpha, lane);
+        store_lane_floats(s, log2_alpha);
+        if (group == 7) {
+#pragma unroll
+          for (int c = 0; c < 8; ++c) {
+            log_totals[channel(s) + c] = log2_alpha[1][c];
+            totals[channel(s) + c] = ptx::ex2(log2_alpha[1][c]);
+          }
+        }
+      } else {
+        float alpha[2][8], log_sum[8], product[8];
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
-          if (!valid(hi)) log2_alpha[c] = 0.0f;  // a token past the end has gate 0
-          alpha[c] = ptx::ex2(log2_alpha[c]);
-          log_sum[c] = hi == 0 ? log2_alpha[c] : log_sum[c] + log2_alpha[c];
-          product[c] = hi == 0 ? alpha[c] : product[c] * alpha[c];
+          alpha[0][c] = ptx::ex2(log2_alpha[0][c]);
+          alpha[1][c] = ptx::ex2(log2_alpha[1][c]);
+          log_sum[c] = log2_alpha[0][c] + log2_alpha[1][c];
+          product[c] = alpha[0][c] * alpha[1][c];
         }
-        *reinterpret_cast<float4*>(lane_unit(s, 2 * hi)) = {alpha[0], alpha[1], alpha[2], alpha[3]};
-        *reinterpret_cast<float4*>(lane_unit(s, 2 * hi + 1)) = {alpha[4], alpha[5], alpha[6], alpha[7]};
+        store_lane_floats(s, alpha);
+        totals[channel(s) + group] = combine_rows<Multiply>(product, lane);
+        log_totals[channel(s) + group] = combine_rows<Add>(log_sum, lane);
       }
-      totals[channel(s) + group] = combine_rows<Multiply>(product, lane);
-      log_totals[channel(s) + group] = combine_rows<Add>(log_sum, lane);
     }
 
     constexpr float kEpsilon = 1e-6f;
@@ -173,7 +199,6 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
           if (call.beta_sigmoid) write_strength = call.beta_scale * sigmoid(write_strength);
         }
         beta()[row(hi)] = write_strength;
-        key_norm()[row(hi)] = k_norm[hi];
       }
     }
   }
@@ -188,6 +213,32 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
     }
   }
 
+  // Adds the products of 16 channels' worth of packed operands: qa, ka as the later token of a pair, kb as the earlier
+  // one.
+  template <int kLevel>
+  __device__ __forceinline__ void multiply_diagonal_blocks(const uint32_t (&qa)[2][4], const uint32_t (&ka)[2][4],
+                                                           const uint32_t (&kb)[2][4]) {
+#pragma unroll
+    for (int step = 0; step < 4; step += 2) {
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+        ptx::mma_m16n8k16_bf16(products.level[kLevel][b], qa[b][step], ka[b][step], qa[b][step + 1], ka[b][step + 1],
+                               kb[b][step], kb[b][step + 1]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void multiply_lower_block(const uint32_t (&qa)[2][4], const uint32_t (&ka)[2][4],
+                                                       const uint32_t (&kb)[2][4]) {
+#pragma unroll
+    for (int step = 0; step < 4; step += 2) {
+      ptx::mma_m16n8k16_bf16(products.lower, qa[1][step], ka[1][step], qa[1][step + 1], ka[1][step + 1], kb[0][step],
+                             kb[0][step + 1]);
+    }
+  }
+
+  // The level of blocks of kBlock tokens. Each row is the later token of all its pairs at this level, or the earlier
+  // one of all.
   template <int kLevel, int kBlock>
   __device__ __forceinline__ void add_level(const DecayTree& tree, const float (&q)[2][8], const float (&k)[2][8]) {
     uint32_t qs[2][4], ks[2][4];
@@ -199,132 +250,179 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
       scale_and_pack(qs[hi], q[hi], factor);
       scale_and_pack(ks[hi], k[hi], factor);
     }
+    if constexpr (kBlock == 8) {
+      multiply_lower_block(qs, ks, ks);
+    } else {
+      multiply_diagonal_blocks<kLevel>(qs, ks, ks);
+    }
+  }
+
+  // The diagonal of Aqk from q and k as they came: products of 16-bit numbers are exact in fp32.
+  __device__ __forceinline__ void add_exact(const uint4 (&q_units)[2], const uint4 (&k_units)[2]) {
 #pragma unroll
-    for (int step = 0; step < 4; step += 2) {
-      if constexpr (kBlock == 8) {
-        ptx::mma_m16n8k16_bf16(products.level8, qs[1][step], ks[1][step], qs[1][step + 1], ks[1][step + 1], ks[0][step],
-                               ks[0][step + 1]);
-      } else {
+    for (int hi = 0; hi < 2; ++hi) {
+      const uint32_t q[4] = {q_units[hi].x, q_units[hi].y, q_units[hi].z, q_units[hi].w};
+      const uint32_t k[4] = {k_units[hi].x, k_units[hi].y, k_units[hi].z, k_units[hi].w};
 #pragma unroll
-        for (int b = 0; b < 2; ++b) {
-          ptx::mma_m16n8k16_bf16(products.level[kLevel][b], qs[b][step], ks[b][step], qs[b][step + 1], ks[b][step + 1],
-                                 ks[b][step], ks[b][step + 1]);
+      for (int step = 0; step < 4; step += 2) {
+        if constexpr (std::is_same_v<Element, BFloat16>) {
+          ptx::mma_m16n8k16_bf16(products.exact[hi], q[step], 0, q[step + 1], 0, k[step], k[step + 1]);
+        } else {
+          ptx::mma_m16n8k16_f16(products.exact[hi], q[step], 0, q[step + 1], 0, k[step], k[step + 1]);
         }
       }
     }
   }
 
-  __device__ __forceinline__ void store_key_unit(uint8_t* destination, int hi, int slice,
-                                                 const uint32_t (&packed)[4]) const {
-    *reinterpret_cast<uint4*>(destination + Config::KeyTile::unit_offset(row(hi), channel(slice) >> 3)) = {
-        packed[0], packed[1], packed[2], packed[3]};
+  __device__ __forceinline__ void store_lane_floats(int slice, const float (&values)[2][8]) const {
+#pragma unroll
+    for (int hi = 0; hi < 2; ++hi) {
+      const float(&v)[8] = values[hi];
+      *reinterpret_cast<float4*>(lane_unit(slice, 2 * hi)) = {v[0], v[1], v[2], v[3]};
+      *reinterpret_cast<float4*>(lane_unit(slice, 2 * hi + 1)) = {v[4], v[5], v[6], v[7]};
+    }
   }
 
-  // Phase 2: products inside the tile, level by level, and every operand that carries a gate factor.
+  __device__ __forceinline__ void load_lane_floats(int slice, float (&values)[2][8]) const {
+#pragma unroll
+    for (int hi = 0; hi < 2; ++hi) {
+      const float4 low = *reinterpret_cast<const float4*>(lane_unit(slice, 2 * hi));
+      const float4 high = *reinterpret_cast<const float4*>(lane_unit(slice, 2 * hi + 1));
+      values[hi][0] = low.x, values[hi][1] = low.y, values[hi][2] = low.z, values[hi][3] = low.w;
+      values[hi][4] = high.x, values[hi][5] = high.y, values[hi][6] = high.z, values[hi][7] = high.w;
+    }
+  }
+
+  __device__ __forceinline__ void store_key_units(uint8_t* destination, int slice, const float (&values)[2][8],
+                                                  const float (&factor)[8]) const {
+#pragma unroll
+    for (int hi = 0; hi < 2; ++hi) {
+      uint32_t packed[4];
+      scale_and_pack(packed, values[hi], factor);
+      *reinterpret_cast<uint4*>(destination + Config::KeyTile::unit_offset(row(hi), channel(slice) >> 3)) = {
+          packed[0], packed[1], packed[2], packed[3]};
+    }
+  }
+
+  // Phase 2: products inside the tile, and every operand that carries a gate factor.
   __device__ __forceinline__ void scale_operands(RowReader& q_rows, RowReader& k_rows) {
-    const ChunkFwdParams& call = params.call;
+    // Prefix factors are 2^kReference too large and suffix factors as much too small if the gate is bounded.
+    constexpr float kUp = Config::kBoundedGate ? DecayScan::kUp : 1.0f;
+    constexpr float kDown = Config::kBoundedGate ? DecayScan::kDown : 1.0f;
 #pragma unroll 1
     for (int s = 0; s < Config::kSlices; ++s) {
-      float alpha[2][8], q[2][8], k[2][8];
-      uint4 q_units[2], k_units[2];
-      q_rows.take(q_units, s);
-      k_rows.take(k_units, s);
-#pragma unroll
-      for (int hi = 0; hi < 2; ++hi) {
-        unpack_8<Element>(q[hi], q_units[hi]);
-        unpack_8<Element>(k[hi], k_units[hi]);
-        const uint32_t qw[4] = {q_units[hi].x, q_units[hi].y, q_units[hi].z, q_units[hi].w};
-        const uint32_t kw[4] = {k_units[hi].x, k_units[hi].y, k_units[hi].z, k_units[hi].w};
-#pragma unroll
-        for (int step = 0; step < 4; step += 2) {
-          if constexpr (std::is_same_v<Element, BFloat16>) {
-            ptx::mma_m16n8k16_bf16(products.exact[hi], qw[step], 0, qw[step + 1], 0, kw[step], kw[step + 1]);
-          } else {
-            ptx::mma_m16n8k16_f16(products.exact[hi], qw[step], 0, qw[step + 1], 0, kw[step], kw[step + 1]);
-          }
-        }
-        const float4 low = *reinterpret_cast<const float4*>(lane_unit(s, 2 * hi));
-        const float4 high = *reinterpret_cast<const float4*>(lane_unit(s, 2 * hi + 1));
-        alpha[hi][0] = low.x, alpha[hi][1] = low.y, alpha[hi][2] = low.z, alpha[hi][3] = low.w;
-        alpha[hi][4] = high.x, alpha[hi][5] = high.y, alpha[hi][6] = high.z, alpha[hi][7] = high.w;
-      }
-
-      DecayTree tree(alpha);
-      add_level<0, 1>(tree, q, k);
-      tree.template double_blocks<1>(lane);
-      add_level<1, 2>(tree, q, k);
-      tree.template double_blocks<2>(lane);
-      add_level<2, 4>(tree, q, k);
-      tree.template double_blocks<4>(lane);
-      add_level<2, 8>(tree, q, k);
-      tree.join_halves();
-
-      // Operands of the tiles above this one's columns: q P and k P as A operands, over alpha in region A.
-      uint32_t qs[2][4], ks[2][4];
-#pragma unroll
-      for (int hi = 0; hi < 2; ++hi) {
-        scale_and_pack(qs[hi], q[hi], tree.prefix[hi]);
-        scale_and_pack(ks[hi], k[hi], tree.prefix[hi]);
-      }
-#pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        *lane_unit(s, step) = {qs[0][2 * step], qs[1][2 * step], qs[0][2 * step + 1], qs[1][2 * step + 1]};
-        *lane_unit(s, 2 + step) = {ks[0][2 * step], ks[1][2 * step], ks[0][2 * step + 1], ks[1][2 * step + 1]};
-      }
-
-      // k R times the totals of the tiles between, as B operands for each later tile.
-      float between[8];
-#pragma unroll
-      for (int c = 0; c < 8; ++c) between[c] = 1.0f;
-#pragma unroll 1
-      for (int target = warp + 1; target < Config::kWarps; ++target) {
+      float q[2][8], k[2][8];
+      {
+        uint4 q_units[2], k_units[2];
+        q_rows.take(q_units, s);
+        k_rows.take(k_units, s);
+        add_exact(q_units, k_units);
 #pragma unroll
         for (int hi = 0; hi < 2; ++hi) {
-          float factor[8];
+          unpack_8<Element>(q[hi], q_units[hi]);
+          unpack_8<Element>(k[hi], k_units[hi]);
 #pragma unroll
-          for (int c = 0; c < 8; ++c) factor[c] = tree.suffix[hi][c] * between[c];
-          scale_and_pack(ks[hi], k[hi], factor);
+          for (int c = 0; c < 8; ++c) {
+            q[hi][c] *= q_norm[hi] * params.call.scale;
+            k[hi][c] *= k_norm[hi];
+          }
         }
+      }
+
+      // From here on: q P, k P, and k R, with P and R over the tile. `rest` completes R: the total over the tile where
+      // R was taken relative to the tile's beginning.
+      float k_suffix[2][8], rest[8];
+      uint32_t qp[2][4], kp[2][4];
+      const auto apply = [&](const auto& prefix, const auto& suffix) {
+#pragma unroll
+        for (int hi = 0; hi < 2; ++hi) {
+#pragma unroll
+          for (int c = 0; c < 8; ++c) {
+            const float factor = prefix(hi, c);
+            k_suffix[hi][c] = k[hi][c] * suffix(hi, c);
+            q[hi][c] *= factor;
+            k[hi][c] *= factor;
+          }
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            qp[hi][i] = pack_bf16(q[hi][2 * i], q[hi][2 * i + 1]);
+            kp[hi][i] = pack_bf16(k[hi][2 * i], k[hi][2 * i + 1]);
+          }
+        }
+      };
+      if constexpr (Config::kBoundedGate) {
+        float log2_decay[2][8];
+        load_lane_floats(s, log2_decay);
+        apply([&](int hi, int c) { return DecayScan::prefix(log2_decay[hi][c]); },
+              [&](int hi, int c) { return DecayScan::inverse(log2_decay[hi][c]); });
+        uint32_t kb[2][4];
+#pragma unroll
+        for (int hi = 0; hi < 2; ++hi) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) kb[hi][i] = pack_bf16(k_suffix[hi][2 * i], k_suffix[hi][2 * i + 1]);
+        }
+        multiply_diagonal_blocks<0>(qp, kp, kb);
+        multiply_lower_block(qp, kp, kb);
+        load_8_aligned(rest, tile_total(warp, s));
+      } else {
+        float alpha[2][8];
+        load_lane_floats(s, alpha);
+        DecayTree tree(alpha);
+        add_level<0, 1>(tree, q, k);
+        tree.template double_blocks<1>(lane);
+        add_level<1, 2>(tree, q, k);
+        tree.template double_blocks<2>(lane);
+        add_level<2, 4>(tree, q, k);
+        tree.template double_blocks<4>(lane);
+        add_level<0, 8>(tree, q, k);
+        tree.join_halves();
+        apply([&](int hi, int c) { return tree.prefix[hi][c]; }, [&](int hi, int c) { return tree.suffix[hi][c]; });
+#pragma unroll
+        for (int c = 0; c < 8; ++c) rest[c] = 1.0f;
+      }
+
+      // A operands for the products with earlier tiles, over the gates in region A.
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        *lane_unit(s, step) = {qp[0][2 * step], qp[1][2 * step], qp[0][2 * step + 1], qp[1][2 * step + 1]};
+        *lane_unit(s, 2 + step) = {kp[0][2 * step], kp[1][2 * step], kp[0][2 * step + 1], kp[1][2 * step + 1]};
+      }
+
+      // B operands for each later tile: k R times the totals of the tiles between.
+#pragma unroll 1
+      for (int target = warp + 1; target < Config::kWarps; ++target) {
+        uint32_t kr[2][4];
+        scale_and_pack(kr[0], k_suffix[0], rest);
+        scale_and_pack(kr[1], k_suffix[1], rest);
         const int index = suffix_operand_index(warp, target);
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
-          *suffix_operand(index, s, step) = {ks[0][2 * step], ks[0][2 * step + 1], ks[1][2 * step],
-                                             ks[1][2 * step + 1]};
+          *suffix_operand(index, s, step) = {kr[0][2 * step], kr[0][2 * step + 1], kr[1][2 * step],
+                                             kr[1][2 * step + 1]};
         }
         float total[8];
-        load_8_shared(total, tile_total(target, s));
+        load_8_aligned(total, tile_total(target, s));
 #pragma unroll
-        for (int c = 0; c < 8; ++c) between[c] *= total[c];
+        for (int c = 0; c < 8; ++c) rest[c] *= total[c];
       }
-      // `between` is now the decay from the end of this tile to the end of the chunk.
+
+      // `rest` now reaches to the end of the chunk, `before` from its beginning to the tile.
       float before[8];
 #pragma unroll
-      for (int c = 0; c < 8; ++c) before[c] = 1.0f;
+      for (int c = 0; c < 8; ++c) {
+        rest[c] *= kUp;
+        before[c] = kDown;
+      }
 #pragma unroll 1
       for (int source = 0; source < warp; ++source) {
         float total[8];
-        load_8_shared(total, tile_total(source, s));
+        load_8_aligned(total, tile_total(source, s));
 #pragma unroll
         for (int c = 0; c < 8; ++c) before[c] *= total[c];
       }
-
-#pragma unroll
-      for (int hi = 0; hi < 2; ++hi) {
-        uint32_t packed[4];
-        float factor[8];
-#pragma unroll
-        for (int c = 0; c < 8; ++c) factor[c] = tree.suffix[hi][c] * between[c] * k_norm[hi];
-        scale_and_pack(packed, k[hi], factor);
-        store_key_unit(params.K_decayed + tile * Config::kKeyTileBytes, hi, s, packed);
-#pragma unroll
-        for (int c = 0; c < 8; ++c) factor[c] = tree.prefix[hi][c] * before[c] * k_norm[hi];
-        scale_and_pack(packed, k[hi], factor);
-        store_key_unit(shared + Config::kRegionC, hi, s, packed);
-#pragma unroll
-        for (int c = 0; c < 8; ++c) factor[c] = tree.prefix[hi][c] * before[c] * (q_norm[hi] * call.scale);
-        scale_and_pack(packed, q[hi], factor);
-        store_key_unit(params.Q_gated + tile * Config::kKeyTileBytes, hi, s, packed);
-      }
+      store_key_units(params.K_decayed + tile * Config::kKeyTileBytes, s, k_suffix, rest);
+      store_key_units(params.Q_gated + tile * Config::kKeyTileBytes, s, q, before);
+      store_key_units(shared + Config::kRegionC, s, k, before);
     }
   }
 
@@ -349,23 +447,28 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
     }
   }
 
-  // Writes (row, column) and (row, column + 1) of Aqk and Akk, applying the norms, scale and beta.
+  // Writes (row, column) and (row, column + 1) of Aqk and Akk.
   __device__ __forceinline__ void store_pair(int row, int column, float qk0, float qk1, float kk0, float kk1,
-                                             float q_scale, float k_scale) const {
-    const float2 norm = *reinterpret_cast<const float2*>(key_norm() + column);
+                                             float row_beta) const {
     *reinterpret_cast<uint32_t*>(shared + Config::kAqkOffset + Config::PairTile::pair_offset(row, column)) =
-        pack_bf16(qk0 * q_scale * norm.x, qk1 * q_scale * norm.y);
-    *reinterpret_cast<float2*>(&this->Akk().at(row, column)) = {kk0 * k_scale * norm.x, kk1 * k_scale * norm.y};
+        pack_bf16(qk0, qk1);
+    *reinterpret_cast<float2*>(&this->Akk().at(row, column)) = {kk0 * row_beta, kk1 * row_beta};
   }
 
-  // Phase 4: Aqk and Akk into shared memory.
+  // The product of the pair (group, column) of a block on the diagonal, out of the level that their highest differing
+  // bit names; `offset` 0 for q k^T, 2 for k k^T.
+  __device__ __forceinline__ float select_level(int block, int element, int column) const {
+    if constexpr (kLevels == 1) return products.level[0][block][element];
+    const int differing = group ^ column;
+    return differing >= 4
+               ? products.level[kLevels - 1][block][element]
+               : (differing >= 2 ? products.level[kLevels / 2][block][element] : products.level[0][block][element]);
+  }
+
+  // Phase 4: Aqk and Akk into shared memory. What is not a pair of the tile is dropped by selection: it may be inf or
+  // NaN.
   __device__ __forceinline__ void store_products() const {
-    float q_scale[2], k_scale[2];
-#pragma unroll
-    for (int hi = 0; hi < 2; ++hi) {
-      q_scale[hi] = q_norm[hi] * params.call.scale;
-      k_scale[hi] = k_norm[hi] * beta()[row(hi)];
-    }
+    const float row_beta[2] = {beta()[row(0)], beta()[row(1)]};
     const int pair = 2 * member;  // first of the lane's two columns of an 8-column block
 #pragma unroll
     for (int source = 0; source < 3; ++source) {
@@ -375,32 +478,25 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
 #pragma unroll
           for (int hi = 0; hi < 2; ++hi) {
             store_pair(row(hi), 16 * source + 8 * n + pair, qk[source][n][2 * hi], qk[source][n][2 * hi + 1],
-                       kk[source][n][2 * hi], kk[source][n][2 * hi + 1], q_scale[hi], k_scale[hi]);
+                       kk[source][n][2 * hi], kk[source][n][2 * hi + 1], row_beta[hi]);
           }
         }
       }
     }
-    // The tile itself. Inside a block of 8 rows the highest bit in which row and column differ names the level; entries
-    // of other levels are dropped by selection.
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
       float qk_values[2], kk_values[2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int column = pair + e, differing = group ^ column;
-        const int level = differing >= 4 ? 2 : (differing >= 2 ? 1 : 0);
-        const float qk_level =
-            level == 2 ? products.level[2][b][e] : (level == 1 ? products.level[1][b][e] : products.level[0][b][e]);
-        const float kk_level = level == 2 ? products.level[2][b][2 + e]
-                                          : (level == 1 ? products.level[1][b][2 + e] : products.level[0][b][2 + e]);
-        qk_values[e] = group > column ? qk_level : (group == column ? products.exact[b][e] : 0.0f);
-        kk_values[e] = group > column ? kk_level : 0.0f;
+        const int column = pair + e;
+        const float diagonal = products.exact[b][e] * (q_norm[b] * k_norm[b] * params.call.scale);
+        qk_values[e] = group > column ? select_level(b, e, column) : (group == column ? diagonal : 0.0f);
+        kk_values[e] = group > column ? select_level(b, 2 + e, column) : 0.0f;
       }
-      store_pair(row(b), 16 * warp + 8 * b + pair, qk_values[0], qk_values[1], kk_values[0], kk_values[1], q_scale[b],
-                 k_scale[b]);
+      store_pair(row(b), 16 * warp + 8 * b + pair, qk_values[0], qk_values[1], kk_values[0], kk_values[1], row_beta[b]);
     }
-    store_pair(row(1), 16 * warp + pair, products.level8[0], products.level8[1], products.level8[2], products.level8[3],
-               q_scale[1], k_scale[1]);
+    store_pair(row(1), 16 * warp + pair, products.lower[0], products.lower[1], products.lower[2], products.lower[3],
+               row_beta[1]);
     // Above the diagonal Aqk is zero; Akk is not read there.
     for (int column = 16 * warp + 8; column < C; column += 8) {
 #pragma unroll

@@ -22,7 +22,7 @@ struct ChunkFwdKernelParams {
 
   int64_t chunk_slots;
 
-  bool vectorized;  // every 8-element group of q, k, v and g starts at a multiple of 16 bytes
+  bool vectorized;  // every 8-element group of q, k, v, g and dt_bias starts at a multiple of 16 bytes
 };
 
 // Launches of the stages, for the K, V and types of the call. Each returns the error of its launch.
