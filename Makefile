@@ -1,7 +1,7 @@
 # One entry to everything. `make demo` and `make test` need only Python 3.10+, a C++ compiler and (for the kernels) nvcc:
 # they make their own virtual environment and build the extension first.
 #
-#   make demo ARGS="--text my.txt"      make test ARGS="-k plan"
+#   make demo ARGS="--text my.txt"      make test ARGS="tests/test_plan.py -k slots"
 
 # The first Python that is recent enough; override with PYTHON=...
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
@@ -38,11 +38,11 @@ build: env ## Build the PyTorch extension in place
 demo: build ## Run the main job on a text (ARGS="--text FILE --plot out.png")
 	$(VENV_PYTHON) -m kda_cuda demo $(ARGS)
 
-test: build ## Run the tests; those that need a GPU skip where there is none (ARGS="-k name")
-	$(VENV_PYTHON) -m pytest tests $(ARGS)
+test: build ## Run the tests; those that need a GPU skip where there is none (ARGS="tests/test_plan.py -x")
+	$(VENV_PYTHON) -m pytest $(ARGS)
 
 gpu-test: build ## Run only the tests that need a GPU
-	$(VENV_PYTHON) -m pytest tests -m gpu $(ARGS)
+	$(VENV_PYTHON) -m pytest -m gpu $(ARGS)
 
 lint: env-ci ## Check Python with ruff and C++ with clang-format
 	$(VENV_PYTHON) -m ruff check .
@@ -53,7 +53,8 @@ format: env-ci ## Format C++ and fix what ruff can fix
 	$(VENV_PYTHON) -m ruff check --fix .
 
 cmake: env-cmake ## Build the torch-free library, the benchmark and the planner module with CMake
-	cmake -S . -B $(CMAKE_BUILD) -G Ninja -DPython3_EXECUTABLE=$(CURDIR)/$(VENV_PYTHON) -DKDA_BUILD_PYTHON=ON
+	cmake -S . -B $(CMAKE_BUILD) $(if $(wildcard $(CMAKE_BUILD)/CMakeCache.txt),,-G Ninja) \
+	  -DPython3_EXECUTABLE=$(CURDIR)/$(VENV_PYTHON) -DKDA_BUILD_PYTHON=ON
 	cmake --build $(CMAKE_BUILD)
 
 kernel-report: env-ci build ## Check registers, spills and instructions of every compiled kernel
