@@ -38,6 +38,7 @@ EXIT_GOOD, EXIT_CONTRACT, EXIT_USAGE = 0, 1, 2
 
 # Uneven on purpose: single tokens, one below and one above the 64 tokens of a chunk, and long ones.
 PIECE_LENGTHS = (1, 63, 64, 65, 200, 1, 1000, 77, 3000, 129)
+ENOUGH_SECONDS = 2.5  # of repeating one measurement
 CALLS_BETWEEN_EVENTS = 5  # so that the GPU, not the host, is what is measured
 REFERENCE_PIECE = 256  # tokens between two steps of the progress bar
 DEFAULT_TEXT = "demo.txt"
@@ -98,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         help=f"tokens compared with the reference (default {cuda.reference_tokens}; {cpu.reference_tokens} on CPU)",
     )
-    add("--repeats", type=positive, help=f"timed runs, the median counts (default {cuda.repeats}; {cpu.repeats})")
+    add("--repeats", type=positive, help=f"timed runs, at most (default {cuda.repeats}; {cpu.repeats} on CPU)")
     add("--seed", type=int, default=0, help="of the embedding and the layer (default 0)")
 
 
@@ -259,8 +260,11 @@ class _Demo:
         ]
         return relative_rmse(torch.cat(pieces, dim=1), whole)
 
-    def seconds(self, call: Callable[[], object]) -> float:
-        """Median time of `call`: by CUDA events over calls back to back on a GPU, by the clock elsewhere."""
+    def seconds(self, call: Callable[[], object], advance: Callable[[int], None] | None = None) -> float:
+        """Median time of `call`: by CUDA events over calls back to back on a GPU, by the clock elsewhere.
+
+        Fewer repeats than asked for if they would take long. `advance` is told about `self.repeats` steps.
+        """
         on_gpu = self.device.type == "cuda"
         calls = CALLS_BETWEEN_EVENTS if on_gpu else 1
         for _ in range(calls):
@@ -279,6 +283,11 @@ class _Demo:
                 start = time.perf_counter()
                 call()
                 times.append(time.perf_counter() - start)
+            late = sum(times) * calls > ENOUGH_SECONDS
+            if advance is not None:
+                advance(self.repeats - len(times) + 1 if late else 1)
+            if late:
+                break
         return statistics.median(times)
 
     def least_bytes(self, tokens: int, pieces: int = 1) -> int:
@@ -311,12 +320,14 @@ class _Demo:
         inputs, _ = self.layer.project(hidden_states)
         borders = piece_borders(self.tokens, self.checked)
 
-        o, _ = self.operator(inputs)
-        _, state = self.operator(_slice(inputs, 0, self.checked))
+        o, whole_state = self.operator(inputs)
+        state = whole_state
+        if self.checked < self.tokens:
+            state = self.operator(_slice(inputs, 0, self.checked))[1]
         o_pieces, states = self.in_pieces(inputs, borders)
-        whole_state = states[self.tokens] if self.checked == self.tokens else self.operator(inputs)[1]
-        prefill_seconds = self.seconds(lambda: self.operator(inputs))
-        pieces_seconds = self.seconds(lambda: self.in_pieces(inputs, borders))
+        with report.progress("timing", 2 * self.repeats) as advance:
+            prefill_seconds = self.seconds(lambda: self.operator(inputs), advance)
+            pieces_seconds = self.seconds(lambda: self.in_pieces(inputs, borders), advance)
         o_reference, state_reference = self.reference(inputs, report)
 
         # Two runs that each keep the contract differ by at most the sum of their errors.

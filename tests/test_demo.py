@@ -86,22 +86,41 @@ def test_broken_contract_fails_loudly(limits: demo.Limits, text: Path, capsys: p
     assert "within the accuracy contract" not in captured.out
 
 
-@pytest.mark.parametrize("fault", ["o", "nan", "state"])
-def test_wrong_operator_is_found(
-    fault: str, text: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+FAULTS = {  # fault of the operator -> checks that must find it
+    "o": NAMES[:1] + NAMES[2:3],
+    "nan": NAMES[:1] + NAMES[2:3] + NAMES[4:5],
+    "transposed state": NAMES[1:4],
+    "state not carried": NAMES[2:6],
+    "state of the prefill": (NAMES[1], NAMES[5]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("checked", [[], ["--reference-tokens", "100"]], ids=["all", "100"])
+def test_faulty_operator_is_found(
+    fault: str, checked: list[str], text: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = demo._Demo.operator
 
-    def wrong(self, inputs, state=None):
-        o, final_state = right(self, inputs, state)
-        if fault == "state":
-            return o, final_state.transpose(-1, -2).contiguous()  # K = V: no shape tells
-        o[:, -1] = torch.nan if fault == "nan" else o[:, -1] + 1
+    def faulty(self, inputs, state=None):
+        o, final_state = right(self, inputs, None if fault == "state not carried" else state)
+        if fault == "transposed state":
+            final_state = final_state.transpose(-1, -2).contiguous()  # K = V: no shape tells
+        elif fault == "state of the prefill" and state is None:
+            final_state = final_state * 1.02
+        elif fault == "nan":
+            o[:, -1] = torch.nan
+        elif fault == "o":
+            o[:, ::3] *= 1.02
         return o, final_state
 
-    monkeypatch.setattr(demo._Demo, "operator", wrong)
-    assert demo.main([*SMALL, "--text", str(text)]) == 1
-    assert "FAILED" in capsys.readouterr().err
+    monkeypatch.setattr(demo._Demo, "operator", faulty)
+    assert demo.main([*SMALL, "--text", str(text), *checked]) == 1
+    message = capsys.readouterr().err
+    assert "FAILED" in message
+    if not checked:
+        for name in FAULTS[fault]:
+            assert f"{name}: " in message
 
 
 def test_pieces_are_uneven_and_complete() -> None:
