@@ -207,8 +207,9 @@ def _intra_chunk(
         Aqk [X, C, C]; Tinv [X, C, C]; qk_gated [X, C, 2, K]: Q * e^G and K * e^G of each token; k_decayed [X, C, K]: K * e^{G_C - G}.
     """
     X, C, K = k.shape
-    Aqk = torch.linalg.vecdot(q, k).view(X * C, 1, 1)
-    inverse = torch.ones_like(Aqk)
+    Aqk = k.new_zeros(X, C, C)
+    Aqk.diagonal(dim1=1, dim2=2).copy_(torch.linalg.vecdot(q, k))
+    inverse = k.new_ones(X * C, 1, 1)
     qk_gated = torch.stack((q * alpha, k * alpha), dim=2)  # q, k times the prefix product P_h; P_1 = alpha
     k_decayed = k.clone() if in_place else k  # k times the suffix product R_h; R_1 = 1
     total = alpha  # [X, C / h, K] product of alpha over each block of h tokens
@@ -228,7 +229,8 @@ def _intra_chunk(
         if h > 1:
             corner = torch.bmm(inverse[:, 1], torch.bmm(corner, inverse[:, 0]))
         inverse = _block_lower(inverse, corner)
-        Aqk = _block_lower(Aqk.view(N, 2, h, h), pairs[:, :, 0])
+        corners = Aqk.view(X, -1, 2, h, C // (2 * h), 2, h)[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3)  # [X, h, h, N / X]
+        corners.copy_(pairs[:, :, 0].view(X, -1, h, h).permute(0, 2, 3, 1))
         lower, upper = total.view(N, 2, 1, K).unbind(1)
         qk_gated = _scaled_half(qk_gated, 1, lower, in_place)
         k_decayed = _scaled_half(k_decayed, 0, upper, in_place)
@@ -285,23 +287,20 @@ def _run_segment(
     q, k, v, g, beta = (head_major(x) for x in (q, k, v, g, beta.unsqueeze(-1)))
     decay = g.sum(1).exp().unsqueeze(-1)  # e^{G_C} [X, K, 1]
     Aqk, Tinv, qk_gated, k_decayed = _intra_chunk(q, k, g.exp(), beta, in_place)
-    k_decayed = k_decayed.transpose(1, 2)
-    qk_gated = qk_gated.flatten(1, 2)  # [X, 2C, K]
 
     S, finished = S.flatten(0, 1), []  # [sequences * HV, K, V]
     entries, outputs = [], []
-    first = 0
-    for count in segment.active:
-        tiles = slice(first, first + count * HV)
-        first = tiles.stop
-        if count * HV < S.shape[0]:  # the shortest sequences have ended
-            finished.append(S[count * HV :])
-            S = S[: count * HV]
+    step_tiles = [count * HV for count in segment.active]
+    factors = (x.split(step_tiles) for x in (qk_gated.flatten(1, 2), Tinv, v, Aqk, decay, k_decayed.transpose(1, 2)))
+    for qk_gated_c, Tinv_c, v_c, Aqk_c, decay_c, k_decayed_c in zip(*factors, strict=True):
+        if len(Tinv_c) < len(S):  # the shortest sequences have ended
+            finished.append(S[len(Tinv_c) :])
+            S = S[: len(Tinv_c)]
         entries.append(S)
-        from_state = torch.bmm(qk_gated[tiles], S).view(-1, C, 2, V)
-        U = torch.bmm(Tinv[tiles], v[tiles] - from_state[:, :, 1])
-        outputs.append(torch.baddbmm(from_state[:, :, 0], Aqk[tiles], U))
-        S = torch.baddbmm(decay[tiles] * S, k_decayed[tiles], U)
+        q_S, k_S = torch.bmm(qk_gated_c, S).view(-1, C, 2, V).unbind(2)
+        U = torch.bmm(Tinv_c, v_c - k_S)
+        outputs.append(torch.baddbmm(q_S, Aqk_c, U))
+        S = (decay_c * S).baddbmm_(k_decayed_c, U)
     S = torch.cat([S, *reversed(finished)]) if finished else S
 
     o = torch.cat(outputs).view(rows, HV, C, V).transpose(1, 2).flatten(0, 1)
@@ -370,7 +369,8 @@ def chunk_fwd(
     compute = _compute_dtype(q)
     with torch.no_grad():
         states = _entry_states(initial_state, len(spans), v, K, state_v_first, compute)
-        o = torch.zeros(B, T, HV, V, dtype=v.dtype, device=v.device)
+        covered = sum(length for _, length in spans) == B * T
+        o = (torch.empty if covered else torch.zeros)(B, T, HV, V, dtype=v.dtype, device=v.device)
         chunk_states = torch.zeros(slot_shape[0] * slot_shape[1] if output_chunk_states else 0, HV, K, V, dtype=compute, device=v.device)
         q, k, v, g, beta = (_flat(x) for x in (q, k, v, g, beta))
         for group in _segments(spans, first_slots, HV, q.device):
