@@ -19,6 +19,7 @@ import hashlib
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
 from pathlib import Path
@@ -40,8 +41,8 @@ GROUPS: dict[str, list[tuple[str, list[str]]]] = {
 # Distributions whose module has another name.
 MODULES = {"nvidia-cutlass": "cutlass_library", "clang-format": "clang_format", "pytest-timeout": "pytest_timeout"}
 
-# Without these, nothing can run; the others only make a part impossible.
-ESSENTIAL = {"torch", "numpy", "setuptools", "pytest"}
+# Without these, nothing can run; without another, only the step that needs it fails.
+ESSENTIAL = {"torch", "numpy"}
 
 
 def say(text: str) -> None:
@@ -99,6 +100,11 @@ def create(reuse: bool) -> None:
             sys.exit(f"{sys.executable} has neither ensurepip nor pip: install the venv package of your Python")
         command += ["--without-pip", "--system-site-packages"]
     subprocess.run(command, check=True)
+    if reuse and sys.prefix != sys.base_prefix:
+        # This interpreter is itself that of an environment, whose packages --system-site-packages does not show.
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        lines = "".join(f"{folder}\n" for folder in site.getsitepackages())
+        (VENV / "lib" / version / "site-packages/kda_parent.pth").write_text(lines)
 
 
 def importable(names: list[str]) -> set[str]:
