@@ -152,7 +152,8 @@ def _put(destination: Tensor, rows: Tensor, segment: _Segment) -> None:
 
 def _l2_normalised(x: Tensor, scale: float) -> Tensor:
     """scale * x * rsqrt(sum x^2 + 1e-6) over the last dimension."""
-    return x * (torch.rsqrt(x.square().sum(-1, keepdim=True) + L2NORM_EPS) * scale)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * (torch.rsqrt(norm.square() + L2NORM_EPS) * scale)
 
 
 def _log_gate(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, options: _Options) -> Tensor:
@@ -192,26 +193,26 @@ def _block_lower(diagonal: Tensor, corner: Tensor) -> Tensor:
     return result.view(N, 2 * h, 2 * h)
 
 
-def _intra_chunk(
-    q: Tensor, k: Tensor, alpha: Tensor, beta: Tensor, in_place: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _intra_chunk(qk: Tensor, alpha: Tensor, beta: Tensor, in_place: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Everything of a chunk that does not depend on the state, level by level (see the head of this file).
 
     (I + Akk)^{-1} grows with the levels by block substitution: [[L0, 0], [B, L1]]^{-1} = [[L0^{-1}, 0], [-L1^{-1} B L0^{-1}, L1^{-1}]].
 
     Args:
-        q, k, alpha: [X, C, K].
+        qk: [X, C, 2, K] q and k of each token; overwritten if ``in_place``.
+        alpha: [X, C, K].
         beta: [X, C, 1].
 
     Returns:
         Aqk [X, C, C]; Tinv [X, C, C]; qk_gated [X, C, 2, K]: Q * e^G and K * e^G of each token; k_decayed [X, C, K]: K * e^{G_C - G}.
     """
-    X, C, K = k.shape
-    Aqk = k.new_zeros(X, C, C)
-    Aqk.diagonal(dim1=1, dim2=2).copy_(torch.linalg.vecdot(q, k))
-    inverse = k.new_ones(X * C, 1, 1)
-    qk_gated = torch.stack((q * alpha, k * alpha), dim=2)  # q, k times the prefix product P_h; P_1 = alpha
-    k_decayed = k.clone() if in_place else k  # k times the suffix product R_h; R_1 = 1
+    X, C, _, K = qk.shape
+    Aqk = qk.new_zeros(X, C, C)
+    Aqk.diagonal(dim1=1, dim2=2).copy_(torch.linalg.vecdot(qk[:, :, 0], qk[:, :, 1]))
+    inverse = qk.new_ones(X * C, 1, 1)
+    k_decayed = qk[:, :, 1].contiguous()  # k times the suffix product R_h; R_1 = 1
+    alpha_qk = alpha.unsqueeze(2)
+    qk_gated = qk.mul_(alpha_qk) if in_place else qk * alpha_qk  # q, k times the prefix product P_h; P_1 = alpha
     total = alpha  # [X, C / h, K] product of alpha over each block of h tokens
     h = 1
     while h < C:
@@ -279,14 +280,14 @@ def _run_segment(
 
     X = rows * HV  # tiles
 
-    def head_major(x: Tensor) -> Tensor:  # [tokens, H or HV, D] -> [X, C, D]
-        x = x.reshape(rows, C, -1, x.shape[-1]).transpose(1, 2)
-        groups = HV // x.shape[1]
-        return x.unsqueeze(2).expand(-1, -1, groups, -1, -1).reshape(X, C, -1).contiguous()
+    def head_major(x: Tensor) -> Tensor:  # [tokens, H or HV, D] -> [rows, HV, C, D], a view
+        x = x.unflatten(0, (rows, C)).transpose(1, 2)
+        return x.unsqueeze(2).expand(-1, -1, HV // x.shape[1], -1, -1).flatten(1, 2)
 
-    q, k, v, g, beta = (head_major(x) for x in (q, k, v, g, beta.unsqueeze(-1)))
+    qk = torch.stack((head_major(q), head_major(k)), dim=3).view(X, C, 2, K)
+    v, g, beta = (head_major(x).reshape(X, C, -1).contiguous() for x in (v, g, beta.unsqueeze(-1)))
     decay = g.sum(1).exp().unsqueeze(-1)  # e^{G_C} [X, K, 1]
-    Aqk, Tinv, qk_gated, k_decayed = _intra_chunk(q, k, g.exp(), beta, in_place)
+    Aqk, Tinv, qk_gated, k_decayed = _intra_chunk(qk, g.exp(), beta, in_place)
 
     S, finished = S.flatten(0, 1), []  # [sequences * HV, K, V]
     entries, outputs = [], []
