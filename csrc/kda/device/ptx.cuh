@@ -132,14 +132,4 @@ __device__ __forceinline__ void mbarrier_wait_parity(uint32_t mbarrier, uint32_t
       : "memory");
 }
 
-// ---- Programmatic dependent launch ----
-
-// Waits until the grids this launch depends on have completed and their writes are visible.
-__device__ __forceinline__ void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-// Allows the dependent grid to be scheduled.
-__device__ __forceinline__ void griddepcontrol_launch_dependents() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
 }  // namespace kda::ptx

@@ -1,27 +1,30 @@
-// Stage 1 of the forward: the intra-chunk solve. For every chunk of 64 tokens and value head, with G the cumulative
-// log-gate:
-//   Aqk[i,j] = scale * sum_d q_i k_j exp(G_i - G_j)   (i >= j)       Akk[i,j] = beta_i * sum_d k_i k_j exp(G_i - G_j)
-//   (i > j) Tinv = (I + Akk)^-1 Diag(beta)                                   U0 = Tinv V,   W = Tinv (K ⊙ e^G)
-// and the operands of the later stages, Q_gated = scale * Q ⊙ e^G, K_decayed = K ⊙ e^{G_C - G}, chunk_decay = e^{G_C}.
+// Stage 1 of the forward: the intra-chunk solve. For every chunk of 64 tokens and value head, G the cumulative log-gate:
+//   Aqk[i,j] = scale * sum_d q_i k_j exp(G_i - G_j)    (i >= j)
+//   Akk[i,j] = beta_i * sum_d k_i k_j exp(G_i - G_j)   (i > j)
+//   Tinv = (I + Akk)^-1 Diag(beta),   U0 = Tinv V,   W = Tinv (K ⊙ e^G)
+// and the operands of the later stages,
+//   Q_gated = scale * Q ⊙ e^G,   K_decayed = K ⊙ e^{G_C - G},   chunk_decay = e^{G_C}.
 //
-// Grid: one CTA for each (chunk slot, value head); 4 warps. Until the solve, warp w owns the 16-token tile w;
-// afterwards it owns K / 4 columns of W and V / 4 rows of U0^T.
+// Grid: one CTA for each (chunk slot, value head); 4 warps. Until the solve, warp w owns the 16-token tile w; afterwards
+// it owns K / 4 columns of W and V / 4 rows of U0^T.
 //
-// Where a token sits in registers: lane l holds rows l / 4 and l / 4 + 8 of its tile and, for each slice of 32
-// channels, the 8 consecutive channels 32 s + 8 (l % 4) .. + 7, as a 16-byte load gives them. Read as MMA operands
-// these are channels in a permuted order; A and B operands are permuted alike and the products contract over channels,
-// so the order does not matter.
+// Where a token sits in registers: lane l holds rows l / 4 and l / 4 + 8 of its tile and, for each slice of 32 channels,
+// the 8 consecutive channels 32 s + 8 (l % 4) .. + 7, as a 16-byte load gives them. Read as MMA operands these are
+// channels in a permuted order; A and B operands are permuted alike and the products contract over channels, so the
+// order does not matter.
 //
-// Numerics: gate factors are products of alpha <= 1 (decay_tree.cuh). The diagonal of Aqk comes from the unscaled q and
-// k, which are exact operands; normalisation is applied to fp32 results. The diagonal of Tinv (beta) is kept out of the
-// bf16 operand and applied in fp32. The inverse is taken at fp32 accuracy (triangular_inverse.cuh).
+// Numerics: gate factors are products of alpha <= 1 (decay_tree.cuh), or, where the gate is bounded and q and k are
+// normalised, powers of two with a proven range (decay_scan.cuh). The diagonal of Aqk comes from q and k as they are in
+// memory, whose products are exact. The diagonal of Tinv, beta, is kept out of the bf16 operand and applied in fp32. The
+// inverse is taken at fp32 accuracy (triangular_inverse.cuh).
 //
 // Shared memory (bytes, K = V = 128; regions are reused from phase to phase, barriers between):
-//   region A  32768   alpha (fp32)  ->  operands q P, k P of the tile  ->  Akk (17408, fp32) and Aqk (8192, bf16)
-//   region B  24576   log-decay totals of the tiles  ->  operands k R for the tiles below  ->  V (16384) and Tinv
-//   (8192, bf16) region C  16384   K ⊙ e^G  ->  W, in place rest       2560   decay totals of the tiles, beta, 1 / |k|
-// Registers: at most 168, so that three CTAs fit a multiprocessor. Bound by issue slots and special functions, not by
-// memory.
+//   region A  32768   alpha or G (fp32)  ->  operands q P, k P  ->  Akk (17408, fp32) and Aqk (8192, bf16)
+//   region B  24576   log totals of the tiles  ->  operands k R for later tiles  ->  V (16384), Tinv (8192, bf16)
+//   region C  16384   K ⊙ e^G  ->  W, in place
+//   rest       2304   decay over each tile, beta
+// Registers: at most 168, so that three CTAs fit a multiprocessor. Bound by latency: loads, exchanges between lanes and
+// barriers, at 12 warps a multiprocessor.
 #pragma once
 
 #include "intra_chunk_pairs.cuh"

@@ -3,11 +3,10 @@
 // writing, for stage 3, the state at the entry of each chunk and U, both as bf16 MMA operands.
 //
 // Grid: one CTA for each (sequence, value head, value tile); value_tile / 16 warps.
-// The state is kept transposed, S^T [V, K], in fp32 accumulator fragments for the whole sequence. Each warp owns 16
-// rows of V and all of K, so that it needs nothing from the other warps:
-//   U^T  = U0^T - S^T W^T          A = S^T: its accumulators rounded to bf16;  B = W, tile [C, K] as it lies
-//   S'^T = S^T Diag(e^{G_C}) + U^T K_decayed        A = U^T, likewise;         B = K_decayed, tile [C, K], transposed
-//   by ldmatrix
+// The state is kept transposed, S^T [V, K], in fp32 accumulator fragments for the whole sequence. Each warp owns 16 rows
+// of V and all of K, so that it needs nothing from the other warps:
+//   U^T  = U0^T - S^T W^T                      A = S^T, its accumulators rounded to bf16;  B = W [C, K]
+//   S'^T = S^T Diag(e^{G_C}) + U^T K_decayed   A = U^T, likewise;                          B = K_decayed [C, K]
 // Thread 0 keeps a ring of stages filled by bulk copies: everything a chunk needs is contiguous in the workspace. A
 // warp of its own for that would cost registers: nine warps leave 168 for each thread, eight leave 255, and the state
 // with its operands needs 200.
