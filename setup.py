@@ -82,6 +82,13 @@ def cuda_archs() -> list[str]:
     return archs or [DEFAULT_ARCHS]
 
 
+def put_ninja_on_path() -> None:
+    """Lets a Python that runs outside of its activated environment find the ninja of that environment."""
+    if shutil.which("ninja") is None and (spec := importlib.util.find_spec("ninja")) and spec.origin:
+        scripts = [Path(sys.executable).parent, Path(spec.origin).parent / "data" / "bin"]
+        os.environ["PATH"] = os.pathsep.join([*map(str, scripts), os.environ.get("PATH", "")])
+
+
 def read_version() -> str:
     """The version that kda_cuda/_version.py states."""
     text = (ROOT / "kda_cuda" / "_version.py").read_text()
@@ -161,6 +168,7 @@ def main() -> None:
     except ImportError as error:
         raise SystemExit(f"kda-cuda: building needs torch 2.10 or later in the environment: {error}") from error
 
+    put_ninja_on_path()
     cuda_home = None if env_flag("KDA_CUDA_WITHOUT_KERNELS") else find_cuda_home()
     if cuda_home is None:
         print("kda-cuda: no nvcc (or KDA_CUDA_WITHOUT_KERNELS=1): building without CUDA kernels", file=sys.stderr)

@@ -7,6 +7,8 @@ kernels do not cover.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,10 @@ from . import _extension, composite  # noqa: F401  (_extension defines the opera
 _library = torch.library.Library("kda", "IMPL", "CompositeExplicitAutograd")
 
 
-def _no_autocast(device: torch.device) -> torch.amp.autocast_mode.autocast:
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Autocast off: the composite implementation chooses its precision itself."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 

@@ -190,6 +190,13 @@ def test_autocast_casts_what_matrix_products_take() -> None:
     same(o, chunk_fwd(**inputs)[0])
 
 
+def test_meta_device() -> None:
+    inputs = make_inputs()
+    o, final_state = chunk_kda(*(x.to("meta") for x in activations(inputs)), output_final_state=True)
+    assert o.is_meta and o.shape == inputs["v"].shape
+    assert final_state.shape == (2, 4, 16, 24)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "cp_context": ({"cp_context": object()}, NotImplementedError, "cp_context"),
     "chunk_size_32": ({"chunk_size": 32}, NotImplementedError, "chunk_size.*32"),

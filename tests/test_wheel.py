@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -62,6 +63,21 @@ def test_library_uses_the_stable_abi_of_torch_alone() -> None:
 def test_library_keeps_the_cuda_runtime_to_itself() -> None:
     exported = binutils("nm", "--dynamic", "--defined-only", str(LIBRARY_PATH))
     assert not re.search(r"\bcu(da|[A-Z])\w+", exported)
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
+def test_build_asks_only_for_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    backend = importlib.import_module("build_backend")
+    monkeypatch.delenv("KDA_CUDA_WITHOUT_KERNELS", raising=False)
+    monkeypatch.setattr(backend.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
+    assert backend.get_requires_for_build_wheel() == []
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    assert backend.get_requires_for_build_wheel() == [backend.TORCH, backend.CUTLASS]
+    monkeypatch.setenv("KDA_CUDA_WITHOUT_KERNELS", "1")
+    monkeypatch.setattr(backend.shutil, "which", lambda name: None)
+    assert backend.get_requires_for_build_wheel() == [backend.TORCH, backend.NINJA]
 
 
 def test_library_is_named_for_the_stable_python_abi() -> None:
