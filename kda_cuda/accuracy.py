@@ -11,7 +11,8 @@ STATE_RELATIVE_RMSE = 4.0e-3
 def relative_rmse(actual: Tensor, expected: Tensor) -> float:
     """RMS of ``actual - expected`` over RMS of ``expected``, in fp64 on the CPU.
 
-    Infinite if ``actual`` has a NaN or an infinity; if ``expected`` is all zeros, 0.0 when ``actual`` is too, else infinite.
+    Infinite if ``actual`` has a NaN or an infinity; if ``expected`` is all zeros, 0.0 when ``actual`` is too, else
+    infinite.
 
     Raises:
         ValueError: the shapes differ.

@@ -1,23 +1,24 @@
 """Kimi Delta Attention by chunks in PyTorch operators: the CPU path, and whatever no CUDA kernel covers on any device.
 
-Chunks of C = 64 tokens, batched over heads and over the sequences that are equally far. For a chunk entered with state S
-(G_i: sum of the log-gates of the chunk up to token i; products of vectors element by element):
+Chunks of C = 64 tokens, batched over heads and over the sequences that are equally far. For a chunk entered with state
+S (G_i: sum of the log-gates of the chunk up to token i; products of vectors element by element):
 
     Akk[i,j] = beta_i sum_d k_i k_j exp(G_i - G_j)  (i > j)        Aqk[i,j] = sum_d q_i k_j exp(G_i - G_j)  (i >= j)
     Tinv = (I + Akk)^{-1} Diag(beta)                                W = Tinv (K * e^G)
     U  = Tinv V - W S                                               O = scale ((Q * e^G) S + Aqk U)
     S' = Diag(e^{G_C}) S + (K * e^{G_C - G})^T U
 
-Numerics: no exponential but alpha = exp(g) <= 1 and e^{G_C} <= 1 is ever formed. exp(G_i - G_j) is a product of alphas, cut where
-the halves of the smallest aligned block of 2h tokens (h = 1, 2, .., 32) that holds i and j meet: prefix product up to i in the
-upper half, times suffix product behind j in the lower half. Both are <= 1, g = -inf is alpha = 0, and nothing overflows.
+Numerics: no exponential but alpha = exp(g) <= 1 and e^{G_C} <= 1 is ever formed. exp(G_i - G_j) is a product of alphas,
+cut where the halves of the smallest aligned block of 2h tokens (h = 1, 2, .., 32) that holds i and j meet: prefix
+product up to i in the upper half, times suffix product behind j in the lower half. Both are <= 1, g = -inf is alpha =
+0, and nothing overflows.
 
-Work is cut into segments of chunks, so that temporaries have a bounded size, and the backward pass recomputes one segment at a
-time from the state at its entry: memory beyond inputs and outputs is bounded for the forward, and for the backward it is one
-state per segment.
+Work is cut into segments of chunks, so that temporaries have a bounded size, and the backward pass recomputes one
+segment at a time from the state at its entry: memory beyond inputs and outputs is bounded for the forward, and for the
+backward it is one state per segment.
 
-The functions here are bodies of custom operators. With ``cu_seqlens`` they read it on the host: on a CUDA device this synchronises and
-cannot be captured in a CUDA graph (the kernels of ``kda::chunk_fwd`` have neither limitation).
+The functions here are bodies of custom operators. With ``cu_seqlens`` they read it on the host: on a CUDA device this
+synchronises and cannot be captured in a CUDA graph (the kernels of ``kda::chunk_fwd`` have neither limitation).
 """
 
 import contextlib
@@ -32,8 +33,8 @@ from torch.nn import functional
 CHUNK_TOKENS = 64  # C in the formulas
 L2NORM_EPS = 1e-6
 
-# Chunks x value heads of one segment. On a CPU the temporaries of a segment then stay in the caches (32 tiles of 64 x 128 fp32
-# are 1 MiB a tensor); on a GPU it takes many tiles to fill the device.
+# Chunks x value heads of one segment. On a CPU the temporaries of a segment then stay in the caches (32 tiles of 64 x
+# 128 fp32 are 1 MiB a tensor); on a GPU it takes many tiles to fill the device.
 SEGMENT_TILES_CPU = 64
 SEGMENT_TILES_CUDA = 1024
 
@@ -54,18 +55,19 @@ class _Options:
 class _Segment:
     """Consecutive chunks of a group of sequences, step-major: all chunks c of the sequences, then all chunks c + 1, ..
 
-    The sequences of a group are sorted by length, longest first: those with a chunk c are the first ``active[c]`` of the group.
+    The sequences of a group are sorted by length, longest first: those with a chunk c are the first ``active[c]`` of
+    the group.
     """
 
     sequences: list[int]  # of the group, longest first
     active: list[int]  # for each step: how many of them have a chunk there
     slots: list[int]  # [rows] slot of the chunk in chunk_states
-    token_range: tuple[int, int] | None  # flat tokens, if the rows are adjacent and full chunks; then index and valid are None
+    token_range: tuple[int, int] | None  # flat tokens, if the rows are adjacent full chunks (no index needed then)
     index: Tensor | None  # [rows * C] flat token of each row; behind the end of a sequence its last token
     valid: Tensor | None  # [rows * C] bool: not behind the end; None if all are valid
 
 
-# --------------------------------------------------------------------------------------------------------------- planning
+# --- planning ---------------------------------------------------------------------------------------------------------
 
 
 def _sequence_spans(
@@ -78,7 +80,7 @@ def _sequence_spans(
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or any(a > b for a, b in zip(offsets[:-1], offsets[1:], strict=True)) or offsets[-1] > tokens:
         raise ValueError(
-            f"kda::chunk_fwd: argument `cu_seqlens`: expected offsets from 0, never decreasing, up to T = {tokens} at most, "
+            f"kda::chunk_fwd: argument `cu_seqlens`: expected offsets from 0, never decreasing, up to T = {tokens}, "
             f"got {offsets if len(offsets) <= 16 else [*offsets[:8], '..', *offsets[-8:]]}"
         )
     spans = [(begin, end - begin) for begin, end in zip(offsets[:-1], offsets[1:], strict=True)]
@@ -130,7 +132,9 @@ def _segment(
 
 
 def _take(x: Tensor, segment: _Segment) -> Tensor:
-    """Rows of the segment [rows * C, ...] of a flat tensor [B * T, ...]; those behind the end of a sequence repeat its last token."""
+    """Rows of the segment [rows * C, ...] of a flat tensor [B * T, ...]; those behind the end of a sequence repeat its
+    last token.
+    """
     if segment.token_range is not None:
         return x[segment.token_range[0] : segment.token_range[1]]
     return x.index_select(0, segment.index)
@@ -147,7 +151,7 @@ def _put(destination: Tensor, rows: Tensor, segment: _Segment) -> None:
     destination.index_copy_(0, index, rows.to(destination.dtype))
 
 
-# ------------------------------------------------------------------------------------------------------------- input transforms
+# --- input transforms -------------------------------------------------------------------------------------------------
 
 
 def _l2_normalised(x: Tensor, scale: float) -> Tensor:
@@ -170,7 +174,7 @@ def _log_gate(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, options: 
     return functional.softplus(g) * -rate
 
 
-# ---------------------------------------------------------------------------------------------------------------- one segment
+# --- one segment ------------------------------------------------------------------------------------------------------
 
 
 def _scaled_half(x: Tensor, half: int, factor: Tensor, in_place: bool) -> Tensor:
@@ -196,7 +200,8 @@ def _block_lower(diagonal: Tensor, corner: Tensor) -> Tensor:
 def _intra_chunk(qk: Tensor, alpha: Tensor, beta: Tensor, in_place: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Everything of a chunk that does not depend on the state, level by level (see the head of this file).
 
-    (I + Akk)^{-1} grows with the levels by block substitution: [[L0, 0], [B, L1]]^{-1} = [[L0^{-1}, 0], [-L1^{-1} B L0^{-1}, L1^{-1}]].
+    (I + Akk)^{-1} grows with the levels by block substitution, never by powers of Akk, which exceed any precision
+    when keys repeat: [[L0, 0], [B, L1]]^{-1} = [[X0, 0], [-X1 B X0, X1]] with X = L^{-1}.
 
     Args:
         qk: [X, C, 2, K] q and k of each token; overwritten if ``in_place``.
@@ -204,7 +209,8 @@ def _intra_chunk(qk: Tensor, alpha: Tensor, beta: Tensor, in_place: bool) -> tup
         beta: [X, C, 1].
 
     Returns:
-        Aqk [X, C, C]; Tinv [X, C, C]; qk_gated [X, C, 2, K]: Q * e^G and K * e^G of each token; k_decayed [X, C, K]: K * e^{G_C - G}.
+        Aqk [X, C, C]; Tinv [X, C, C]; qk_gated [X, C, 2, K]: Q * e^G and K * e^G of each token; k_decayed [X, C, K]: K
+        * e^{G_C - G}.
     """
     X, C, _, K = qk.shape
     Aqk = qk.new_zeros(X, C, C)
@@ -230,7 +236,8 @@ def _intra_chunk(qk: Tensor, alpha: Tensor, beta: Tensor, in_place: bool) -> tup
         if h > 1:
             corner = torch.bmm(inverse[:, 1], torch.bmm(corner, inverse[:, 0]))
         inverse = _block_lower(inverse, corner)
-        corners = Aqk.view(X, -1, 2, h, C // (2 * h), 2, h)[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3)  # [X, h, h, N / X]
+        corners = Aqk.view(X, -1, 2, h, C // (2 * h), 2, h)[:, :, 1, :, :, 0]
+        corners = corners.diagonal(dim1=1, dim2=3)  # [X, h, h, N / X]
         corners.copy_(pairs[:, :, 0].view(X, -1, h, h).permute(0, 2, 3, 1))
         lower, upper = total.view(N, 2, 1, K).unbind(1)
         qk_gated = _scaled_half(qk_gated, 1, lower, in_place)
@@ -261,10 +268,11 @@ def _run_segment(
         in_place: reuse memory; not for autograd.
 
     Returns:
-        o [tokens, HV, V]; the states at exit, shaped as ``S``; for each step the states [active, HV, K, V] at its entry.
+        o [tokens, HV, V]; the states at exit, shaped as ``S``; for each step the states [active, HV, K, V] at its
+        entry.
     """
     compute = S.dtype
-    C, (H, K), (HV, V) = CHUNK_TOKENS, q.shape[1:], v.shape[1:]
+    C, K, (HV, V) = CHUNK_TOKENS, q.shape[2], v.shape[1:]
     rows = q.shape[0] // C
     q, k, v, g, beta = (x.to(compute) for x in (q, k, v, g, beta))
     if options.use_qk_l2norm:
@@ -308,7 +316,7 @@ def _run_segment(
     return o, S.unflatten(0, (-1, HV)), [entry.unflatten(0, (-1, HV)) for entry in entries]
 
 
-# ------------------------------------------------------------------------------------------------------------------ forward
+# --- forward ----------------------------------------------------------------------------------------------------------
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -358,9 +366,9 @@ def chunk_fwd(
     ``kda::check_chunk_fwd``.
 
     Returns:
-        o [B, T, HV, V] in the dtype of ``v``; final_state [N, HV, K, V] ([N, HV, V, K] with ``state_v_first``) and chunk_states
-        [B, ceil(T / 64), HV, K, V] (with ``cu_seqlens`` [1, T // 64 + N, ...]), fp32 (fp64 for fp64 inputs), or [0] if not
-        requested.
+        o [B, T, HV, V] in the dtype of ``v``; final_state [N, HV, K, V] ([N, HV, V, K] with ``state_v_first``) and
+        chunk_states [B, ceil(T / 64), HV, K, V] (with ``cu_seqlens`` [1, T // 64 + N, ...]), fp32 (fp64 for fp64
+        inputs), or [0] if not requested.
     """
     (B, T, _, K), (HV, V) = q.shape, v.shape[-2:]
     options = _Options(
@@ -372,7 +380,9 @@ def chunk_fwd(
         states = _entry_states(initial_state, len(spans), v, K, state_v_first, compute)
         covered = sum(length for _, length in spans) == B * T
         o = (torch.empty if covered else torch.zeros)(B, T, HV, V, dtype=v.dtype, device=v.device)
-        chunk_states = torch.zeros(slot_shape[0] * slot_shape[1] if output_chunk_states else 0, HV, K, V, dtype=compute, device=v.device)
+        chunk_states = torch.zeros(
+            slot_shape[0] * slot_shape[1] if output_chunk_states else 0, HV, K, V, dtype=compute, device=v.device
+        )
         q, k, v, g, beta = (_flat(x) for x in (q, k, v, g, beta))
         for group in _segments(spans, first_slots, HV, q.device):
             sequences = torch.tensor(group[0].sequences, device=q.device)
@@ -391,16 +401,17 @@ def chunk_fwd(
     return o, final_state, chunk_states
 
 
-# ----------------------------------------------------------------------------------------------------------------- backward
+# --- backward ---------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _autograd_enabled() -> Iterator[None]:
     """Autograd inside the body of an operator, also in inference mode (the leaves must then be new tensors).
 
-    The dispatcher calls a body below autograd: the autograd keys are excluded for this thread, and operators called there record no
-    graph even with grad mode on. Removing them (AutogradCPU and AutogradCUDA share one functionality bit) and ADInplaceOrView,
-    which tracks views and versions, from the excluded set makes a body differentiable like any other code.
+    The dispatcher calls a body below autograd: the autograd keys are excluded for this thread, and operators called
+    there record no graph even with grad mode on. Removing them (AutogradCPU and AutogradCUDA share one functionality
+    bit) and ADInplaceOrView, which tracks views and versions, from the excluded set makes a body differentiable like
+    any other code.
     """
     keys = (
         torch._C.DispatchKey.AutogradFunctionality,
@@ -440,7 +451,8 @@ def chunk_bwd(
     allow_neg_eigval: bool = False,
     state_v_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Body of ``kda::chunk_bwd``: gradients by autograd through the segments of :func:`chunk_fwd`, recomputed one at a time.
+    """Body of ``kda::chunk_bwd``: gradients by autograd through the segments of :func:`chunk_fwd`, recomputed one at a
+    time.
 
     Args:
         do: [B, T, HV, V] gradient of ``o``.
@@ -448,8 +460,8 @@ def chunk_bwd(
         others: as in :func:`chunk_fwd`.
 
     Returns:
-        dq, dk, dv, dg, dbeta, dA_log, ddt_bias, dinitial_state: each contiguous, in shape and dtype of its input, or [0] where the
-        input is None. Tokens past cu_seqlens[-1] get zero.
+        dq, dk, dv, dg, dbeta, dA_log, ddt_bias, dinitial_state: each contiguous, in shape and dtype of its input, or
+        [0] where the input is None. Tokens past cu_seqlens[-1] get zero.
     """
     (B, T, _, K), HV = q.shape, v.shape[2]
     options = _Options(
@@ -506,7 +518,7 @@ def chunk_bwd(
     return dq, dk, dv, dg, dbeta, dA_log, ddt_bias, dinitial_state
 
 
-# ----------------------------------------------------------------------------------------------------------------- warnings
+# --- warnings ---------------------------------------------------------------------------------------------------------
 
 _warned: set[str] = set()
 
@@ -515,4 +527,6 @@ def warn_fallback(reason: str) -> None:
     """Warns (UserWarning), once for each reason, that a call on a CUDA device runs without kernels."""
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"kda: running in PyTorch operators, much slower than a kernel: {reason}", UserWarning, stacklevel=3)
+        warnings.warn(
+            f"kda: running in PyTorch operators, much slower than a kernel: {reason}", UserWarning, stacklevel=3
+        )

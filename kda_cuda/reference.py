@@ -1,6 +1,7 @@
 """Kimi Delta Attention token by token: the ground truth of the tests.
 
-The recurrence is equation by equation that of the Kimi Linear paper (arXiv 2510.26692), per head with state S in R^{K x V}:
+The recurrence is equation by equation that of the Kimi Linear paper (arXiv 2510.26692), per head with state S in R^{K x
+V}:
 
     S_t = (I - beta_t k_t k_t^T) Diag(alpha_t) S_{t-1} + beta_t k_t v_t^T        alpha_t = exp(g_t)
     o_t = scale * S_t^T q_t
@@ -22,8 +23,8 @@ L2NORM_EPS = 1e-6
 def log_gate(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None) -> Tensor:
     """Log-gate of raw gate logits ``g`` [B, T, HV, K], in the dtype of ``g``.
 
-    Without ``lower_bound``: -exp(A_log) * softplus(g + dt_bias). With it: lower_bound * sigmoid(exp(A_log) * (g + dt_bias)),
-    where ``A_log`` (HV elements) may be absent. ``dt_bias`` (HV * K elements) may always be absent.
+    Without ``lower_bound``: -exp(A_log) * softplus(g + dt_bias). With it: lower_bound * sigmoid(exp(A_log) * (g +
+    dt_bias)), where ``A_log`` (HV elements) may be absent. ``dt_bias`` (HV * K elements) may always be absent.
     """
     heads, key_dim = g.shape[-2:]
     x = g if dt_bias is None else g + dt_bias.to(g.dtype).reshape(heads, key_dim)
@@ -66,9 +67,9 @@ def recurrent_kda(
         scale: factor of the output; None: K ** -0.5.
 
     Returns:
-        o [B, T, HV, V] (zero past cu_seqlens[-1]); final_state, laid out as ``state_v_first`` says; chunk_states: the states at
-        entry of every 64-token chunk, [B, ceil(T / 64), HV, K, V], or with ``cu_seqlens`` [1, T // 64 + N, HV, K, V] with chunk
-        c of sequence n in slot cu_seqlens[n] // 64 + n + c and zeros in the other slots.
+        o [B, T, HV, V] (zero past cu_seqlens[-1]); final_state, laid out as ``state_v_first`` says; chunk_states: the
+        states at entry of every 64-token chunk, [B, ceil(T / 64), HV, K, V], or with ``cu_seqlens`` [1, T // 64 + N,
+        HV, K, V] with chunk c of sequence n in slot cu_seqlens[n] // 64 + n + c and zeros in the other slots.
     """
     (B, T, H, K), (HV, V) = q.shape, v.shape[-2:]
     q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
@@ -89,7 +90,9 @@ def recurrent_kda(
         offsets = cu_seqlens.tolist()
         sequences = len(offsets) - 1
         slots = T // CHUNK_TOKENS + sequences
-        spans = [(0, a, b, n, a // CHUNK_TOKENS + n) for n, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))]
+        spans = [
+            (0, a, b, n, a // CHUNK_TOKENS + n) for n, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))
+        ]
 
     outputs: dict[tuple[int, int], Tensor] = {}
     finals: dict[int, Tensor] = {}
@@ -101,11 +104,12 @@ def recurrent_kda(
         for t in range(begin, end):
             if (t - begin) % CHUNK_TOKENS == 0:
                 entries[row, first_slot + (t - begin) // CHUNK_TOKENS] = S
-            q_t, k_t, v_t, g_t, beta_t = q[row, t], k[row, t], v[row, t], g[row, t], beta[row, t]  # [HV, K|V], beta [HV]
+            q_t, k_t, v_t, g_t = (x[row, t] for x in (q, k, v, g))  # [HV, K], [HV, K], [HV, V], [HV, K]
+            beta_t = beta[row, t].unsqueeze(-1)  # [HV, 1]
             S = g_t.exp().unsqueeze(-1) * S  # Diag(alpha_t) S
-            u_t = beta_t.unsqueeze(-1) * (v_t - torch.matmul(k_t.unsqueeze(-2), S).squeeze(-2))  # beta (v - S^T k)
-            S = S + k_t.unsqueeze(-1) * u_t.unsqueeze(-2)  # + k u^T
-            outputs[row, t] = scale * torch.matmul(q_t.unsqueeze(-2), S).squeeze(-2)  # scale S^T q
+            u_t = beta_t * (v_t - torch.einsum("hk,hkv->hv", k_t, S))  # beta_t (v_t - S^T k_t)
+            S = S + torch.einsum("hk,hv->hkv", k_t, u_t)  # S + k_t u_t^T
+            outputs[row, t] = scale * torch.einsum("hk,hkv->hv", q_t, S)  # scale S^T q_t
         finals[n] = S
 
     def gather(parts: dict, rows: int, columns: int, shape: tuple[int, ...]) -> Tensor:

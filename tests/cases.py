@@ -1,4 +1,6 @@
-"""Inputs of ``kda::chunk_fwd`` for the tests of numerics: gate families, shapes and memory layouts, seeded, on any device."""
+"""Inputs of ``kda::chunk_fwd`` for the tests of numerics: gate families, shapes and memory layouts, seeded, on any
+device.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from kda_cuda.reference import recurrent_kda
 
 CHUNK_TOKENS = 64
 
-# How the gates are drawn. An error that only long memory shows hides behind steep gates, and the other way round: every test of
-# accuracy takes all of them.
+# How the gates are drawn. An error that only long memory shows hides behind steep gates, and the other way round: every
+# test of accuracy takes all of them.
 #   random         lower-bounded gate, mean log-decay -3.2 a token: a memory of a token or less
 #   long           lower-bounded gate as a KDA layer initialises it: half-lives of 1 to 220 tokens
 #   unbounded      softplus gate as in checkpoints: exp(A_log) up to 201, log-gates down to thousands a token
@@ -66,8 +68,8 @@ def _gates(family: str, B: int, T: int, HV: int, K: int, generator: torch.Genera
 def _strided(x: Tensor, how: str | None) -> Tensor:
     """The values of ``x`` [B, T, ...] in another memory layout.
 
-    how: None as it is; "fused" as a slice of a wider projection, odd offset; "head_major" with the heads outside the tokens; "last"
-    with a last dimension that is not contiguous.
+    how: None as it is; "fused" as a slice of a wider projection, odd offset; "head_major" with the heads outside the
+    tokens; "last" with a last dimension that is not contiguous.
     """
     if how is None:
         return x
@@ -112,7 +114,8 @@ def make_inputs(
         lengths: of sequences packed into one row; replaces B and T.
         dtype: of q, k, v. gate_dtype: of g and beta; None: as ``dtype``.
         strided: memory layout of q, k, v, g, beta, see _strided.
-        options: further arguments of the operator. By default q and k are normalised and beta is a logit; outputs are all requested.
+        options: further arguments of the operator. By default q and k are normalised and beta is a logit; outputs are
+            all requested.
     """
     generator = torch.Generator().manual_seed(seed)
     HV = H if HV is None else HV

@@ -17,10 +17,12 @@ from kda_cuda import composite
 from kda_cuda.accuracy import O_RELATIVE_RMSE, STATE_RELATIVE_RMSE, relative_rmse
 from kda_cuda.reference import recurrent_kda
 
-# What the dtype of the computation allows, well inside the accuracy contract, so that a slip in a formula cannot hide in it.
+# What the dtype of the computation allows, well inside the accuracy contract, so that a slip in a formula cannot hide
+# in it.
 FP32_RELATIVE_RMSE = 5e-6
 FP64_RELATIVE_RMSE = 1e-13
-# Of gradients in fp32 and in bf16 (there the gradients themselves are rounded to bf16: 1.7e-3). The peers agree to 1e-3 .. 8e-3.
+# Of gradients in fp32 and in bf16 (there the gradients themselves are rounded to bf16: 1.7e-3). The peers agree to 1e-3
+# .. 8e-3.
 FP32_GRADIENT_RELATIVE_RMSE = 1e-4
 BF16_GRADIENT_RELATIVE_RMSE = 3e-3
 
@@ -55,7 +57,9 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 
 def with_features(family: str, features: dict[str, Any], **others: Any) -> dict[str, Any]:
-    """Inputs; raw keys of unit variance would make the recurrence itself explode, so without normalisation they are small."""
+    """Inputs; raw keys of unit variance would make the recurrence itself explode, so without normalisation they are
+    small.
+    """
     inputs = make_inputs(family, **features, **others)
     if not inputs["use_qk_l2norm"]:
         inputs["k"] = (inputs["k"] * 0.2).to(inputs["k"].dtype)
@@ -63,7 +67,9 @@ def with_features(family: str, features: dict[str, Any], **others: Any) -> dict[
 
 
 def assert_close(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], o_limit: float, state_limit: float) -> None:
-    for name, limit, a, e in zip(("o", "final_state", "chunk_states"), (o_limit, state_limit, state_limit), actual, expected, strict=True):
+    for name, limit, a, e in zip(
+        ("o", "final_state", "chunk_states"), (o_limit, state_limit, state_limit), actual, expected, strict=True
+    ):
         error = relative_rmse(a, e)
         assert error <= limit, f"{name}: relative RMSE {error:.2e} > {limit:.1e}"
 
@@ -109,7 +115,9 @@ def test_continuity(family: str) -> None:
 
 def test_segments_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """However the chunks are cut into segments: many sequences a segment, or many segments a sequence."""
-    inputs = make_inputs("long", lengths=[300, 1, 64, 0, 500, 65], H=2, HV=4, K=16, V=24, with_state=True, dtype=torch.float64)
+    inputs = make_inputs(
+        "long", lengths=[300, 1, 64, 0, 500, 65], H=2, HV=4, K=16, V=24, with_state=True, dtype=torch.float64
+    )
     expected = run_reference(inputs)
     for tiles in (1, 4, 12, 1000):
         monkeypatch.setattr(composite, "SEGMENT_TILES_CPU", tiles)
@@ -136,7 +144,7 @@ def test_sequences_behind_the_last_offset_are_not_computed() -> None:
             composite.chunk_fwd(**{**inputs, "cu_seqlens": torch.tensor(wrong)})
 
 
-# --- Gradients ------------------------------------------------------------------------------------------------------------------
+# --- Gradients --------------------------------------------------------------------------------------------------------
 
 DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
 GRADIENT_FEATURES: dict[str, dict[str, Any]] = {
@@ -148,7 +156,9 @@ GRADIENT_FEATURES: dict[str, dict[str, Any]] = {
 
 
 def gradients(inputs: dict[str, Any], call: Any) -> dict[str, Tensor]:
-    """Gradients of a weighted sum of o and final_state; the weights depend on the shapes, and the dtype of ``v``, alone."""
+    """Gradients of a weighted sum of o and final_state; the weights depend on the shapes, and the dtype of ``v``,
+    alone.
+    """
     leaves = {name: inputs[name].detach().requires_grad_() for name in DIFFERENTIABLE if name in inputs}
     o, final_state, _ = call({**inputs, **leaves})
     generator = torch.Generator().manual_seed(1)
@@ -215,17 +225,24 @@ def test_gradients_of_empty_inputs() -> None:
 def test_backward_returns_empty_gradients_for_absent_inputs() -> None:
     inputs = make_inputs("unbounded_log", T=70, dtype=torch.float32)
     with torch.inference_mode():
-        results = torch.ops.kda.chunk_bwd(torch.ones_like(inputs["v"]), None, *(inputs[x] for x in ("q", "k", "v", "g", "beta")))
+        results = torch.ops.kda.chunk_bwd(
+            torch.ones_like(inputs["v"]), None, *(inputs[x] for x in ("q", "k", "v", "g", "beta"))
+        )
     assert [x.shape for x in results[5:]] == [(0,)] * 3
     assert all(x.isfinite().all() for x in results)
 
 
-# --- Time and memory ------------------------------------------------------------------------------------------------------------
+# --- Time and memory --------------------------------------------------------------------------------------------------
+
+
+ROUNDS = 12  # of the comparison of times, until one is undisturbed enough
 
 
 @pytest.mark.slow
 def test_is_20_times_faster_than_the_token_loop() -> None:
-    """T = 4096, H = 4, K = V = 128. The best of several runs each, taken in turns: other work on the machine only adds time."""
+    """T = 4096, H = 4, K = V = 128. The best of several runs each, taken in turns: other work on the machine only adds
+    time.
+    """
     inputs = make_inputs("long", T=4096, H=4, K=128, V=128, dtype=torch.float32, output_chunk_states=False)
     arguments = {name: x for name, x in inputs.items() if not name.startswith("output")}
 
@@ -236,10 +253,12 @@ def test_is_20_times_faster_than_the_token_loop() -> None:
         return time.perf_counter() - begin
 
     chunked, loop = [], []
-    for _ in range(3):
+    for _ in range(ROUNDS):
         chunked += [seconds(kda_cuda.chunk_fwd, **inputs) for _ in range(10)]
         loop.append(seconds(recurrent_kda, **arguments))
-    assert min(loop) >= 20 * min(chunked), f"{min(chunked) * 1e3:.1f} ms by chunks, {min(loop) * 1e3:.1f} ms token by token"
+        if min(loop) >= 20 * min(chunked):
+            return
+    pytest.fail(f"{min(chunked) * 1e3:.1f} ms by chunks, {min(loop) * 1e3:.1f} ms token by token")
 
 
 _PEAK = """
@@ -264,9 +283,13 @@ def test_memory_is_linear(backward: bool) -> None:
     """Peak memory of a process grows with T by no more than a small multiple of inputs and outputs."""
     tokens = (8192, 16384, 32768)
     code = [_PEAK.format(path=sys.path, T=T, backward=backward) for T in tokens]
-    peaks = [int(subprocess.run([sys.executable, "-c", c], check=True, capture_output=True, text=True).stdout) for c in code]
+    peaks = [
+        int(subprocess.run([sys.executable, "-c", c], check=True, capture_output=True, text=True).stdout) for c in code
+    ]
     token_bytes = 2 * 5 * 64 * 4  # H * (q, k, v, g, o) * D * fp32
     allowed = (6 if backward else 4) * token_bytes  # generation of the inputs holds a copy too
-    for (T0, peak0), (T1, peak1) in zip(zip(tokens, peaks, strict=True), list(zip(tokens, peaks, strict=True))[1:], strict=False):
+    for (T0, peak0), (T1, peak1) in zip(
+        zip(tokens, peaks, strict=True), list(zip(tokens, peaks, strict=True))[1:], strict=False
+    ):
         growth = (peak1 - peak0) / (T1 - T0)
         assert growth <= allowed, f"{growth:.0f} bytes a token from T = {T0} to {T1}, allowed {allowed}"

@@ -1,4 +1,6 @@
-"""Failures that implementations of gated delta rules have had, each as a test: on the CPU, and on the kernels where there is a GPU."""
+"""Failures that implementations of gated delta rules have had, each as a test: on the CPU, and on the kernels where
+there is a GPU.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     assert actual.shape == expected.shape and torch.equal(actual, expected)
 
 
-# --- Sequences ------------------------------------------------------------------------------------------------------------------
+# --- Sequences --------------------------------------------------------------------------------------------------------
 
 
 @all_families
@@ -60,7 +62,9 @@ def test_sequence_boundary_inside_a_tile(device: str, family: str) -> None:
 
 @pytest.mark.parametrize("T", [1, 15, 63, 65, 100, 127])
 def test_final_partial_chunk_does_not_transform_its_padding(device: str, T: int) -> None:
-    """sigmoid(0) = 0.5 and the gate of a zero logit are not neutral: rows past the end have beta 0 and gate 0 after the transforms."""
+    """sigmoid(0) = 0.5 and the gate of a zero logit are not neutral: rows past the end have beta 0 and gate 0 after the
+    transforms.
+    """
     for family in FAMILIES:
         inputs = make_inputs(family, T=T, with_state=True, allow_neg_eigval=True, device=device)
         assert_contract(inputs)
@@ -69,7 +73,13 @@ def test_final_partial_chunk_does_not_transform_its_padding(device: str, T: int)
 def test_zero_length_sequences_keep_their_state_bit_for_bit(device: str) -> None:
     for state_v_first in (False, True):
         inputs = make_inputs(
-            "long", lengths=[0, 70, 0, 0, 64, 0], with_state=True, state_v_first=state_v_first, K=64, V=128, device=device
+            "long",
+            lengths=[0, 70, 0, 0, 64, 0],
+            with_state=True,
+            state_v_first=state_v_first,
+            K=64,
+            V=128,
+            device=device,
         )
         final_state = assert_contract(inputs)[1]
         empty = [0, 2, 3, 5]
@@ -78,7 +88,7 @@ def test_zero_length_sequences_keep_their_state_bit_for_bit(device: str) -> None
         assert not run(inputs)[1][empty].any()
 
 
-# --- Gates ----------------------------------------------------------------------------------------------------------------------
+# --- Gates ------------------------------------------------------------------------------------------------------------
 
 
 def test_bounded_gate_at_its_bound(device: str) -> None:
@@ -120,7 +130,9 @@ def test_gates_that_do_not_forget_at_all(device: str) -> None:
 
 
 def test_memory_that_moves_between_channels(device: str) -> None:
-    """The delta rule mixes channels: state survives where each channel's decay over a chunk is strong, but no token's weakest is."""
+    """The delta rule mixes channels: state survives where each channel's decay over a chunk is strong, but no token's
+    weakest is.
+    """
     inputs = make_inputs("unbounded_log", T=256, H=1, with_state=True, allow_neg_eigval=True, device=device)
     half = inputs["g"].shape[-1] // 2
     inputs["g"][:] = 0.0
@@ -136,7 +148,7 @@ def test_long_memory_is_not_hidden_by_steep_gates(device: str, family: str) -> N
     assert_contract(make_inputs(family, T=1500, H=1, K=128, V=128, with_state=True, device=device))
 
 
-# --- beta and keys --------------------------------------------------------------------------------------------------------------
+# --- beta and keys ----------------------------------------------------------------------------------------------------
 
 
 @all_families
@@ -150,7 +162,9 @@ def test_beta_up_to_two(device: str, family: str) -> None:
 @pytest.mark.parametrize("beta_logit", [0.0, 8.0])
 @pytest.mark.parametrize("allow_neg_eigval", [False, True])
 def test_identical_keys(device: str, allow_neg_eigval: bool, beta_logit: float) -> None:
-    """Repeated tokens have one key: the entries of Akk are all beta, and its powers, unlike (I + Akk)^-1, grow beyond any precision."""
+    """Repeated tokens have one key: the entries of Akk are all beta, and its powers, unlike (I + Akk)^-1, grow beyond
+    any precision.
+    """
     inputs = make_inputs("unbounded_log", T=200, with_state=True, allow_neg_eigval=allow_neg_eigval, device=device)
     inputs["k"][:] = inputs["k"][:, :1].clone()
     inputs["g"][:] = 0.0
@@ -166,7 +180,7 @@ def test_zero_keys_and_queries(device: str) -> None:
     assert_contract(inputs)
 
 
-# --- Memory layout --------------------------------------------------------------------------------------------------------------
+# --- Memory layout ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strided", ["fused", "head_major", "last"])
@@ -188,7 +202,9 @@ def test_strided_beta_alone(device: str) -> None:
 
 @all_families
 def test_transposed_state_is_not_accepted_silently(device: str, family: str) -> None:
-    """K = V hides a transposed state. Asymmetric data in both layouts; where K != V a wrong layout is an error by shape."""
+    """K = V hides a transposed state. Asymmetric data in both layouts; where K != V a wrong layout is an error by
+    shape.
+    """
     inputs = make_inputs(family, T=100, K=64, V=64, with_state=True, device=device)
     o, final_state, chunk_states = assert_contract(inputs)
     transposed = dict(inputs, initial_state=inputs["initial_state"].transpose(-1, -2).contiguous(), state_v_first=True)
@@ -198,7 +214,9 @@ def test_transposed_state_is_not_accepted_silently(device: str, family: str) -> 
     assert_same_bits(v_first[1], final_state.transpose(-1, -2))
     assert_same_bits(v_first[2], chunk_states.transpose(-1, -2))
     wrong = run(dict(inputs, state_v_first=True))
-    assert relative_rmse(wrong[2].transpose(-1, -2), chunk_states) > 0.1, "the layouts cannot be told apart: the test is blind"
+    assert relative_rmse(wrong[2].transpose(-1, -2), chunk_states) > 0.1, (
+        "the layouts cannot be told apart: the test is blind"
+    )
     for state_v_first in (False, True):
         mismatched = make_inputs(family, T=10, K=64, V=128, with_state=True, state_v_first=state_v_first, device=device)
         with pytest.raises((ValueError, RuntimeError), match="initial_state"):
@@ -206,7 +224,9 @@ def test_transposed_state_is_not_accepted_silently(device: str, family: str) -> 
 
 
 def test_strided_offsets_beyond_2_to_the_31(device: str) -> None:
-    """int32 offsets wrapped. Token 64 of these views starts 2^31 elements behind token 0; only what is touched takes memory on a CPU."""
+    """int32 offsets wrapped. Token 64 of these views starts 2^31 elements behind token 0; only what is touched takes
+    memory on a CPU.
+    """
     T, H, D = 80, 1, 64
     inputs = make_inputs("long", T=T, H=H, K=D, V=D, with_state=True, device=device)
     packed = run(inputs)
@@ -251,11 +271,13 @@ def test_tensors_beyond_2_to_the_31_elements() -> None:
     assert relative_rmse(o_alone, expected[0]) <= O_RELATIVE_RMSE
 
 
-# --- States -----------------------------------------------------------------------------------------------------------------------
+# --- States -----------------------------------------------------------------------------------------------------------
 
 
 def test_chunk_states_are_those_of_the_boundary(device: str) -> None:
-    """A state saved after the last token was used as the checkpoint of a page boundary: they differ, and a resumed run shows it."""
+    """A state saved after the last token was used as the checkpoint of a page boundary: they differ, and a resumed run
+    shows it.
+    """
     T = 200
     inputs = make_inputs("long", T=T, H=1, with_state=True, device=device)
     o, final_state, chunk_states = assert_contract(inputs)
@@ -281,7 +303,7 @@ def test_whole_chunks_have_no_state_after_the_last_token(device: str) -> None:
         assert bool(chunk_states[0, slot].any()) == (slot in used)
 
 
-# --- Repeatability ----------------------------------------------------------------------------------------------------------------
+# --- Repeatability ----------------------------------------------------------------------------------------------------
 
 
 @all_families
@@ -320,11 +342,11 @@ def test_gradients_leave_inputs_as_they_are(device: str) -> None:
         assert leaves[name].grad.isfinite().all()
 
 
-# --- CUDA graphs and padding ------------------------------------------------------------------------------------------------------
+# --- CUDA graphs and padding ------------------------------------------------------------------------------------------
 
 
 def test_padded_offsets_do_not_crash() -> None:
-    """The body that runs for a padded cu_seqlens: trailing sequences are empty, rows behind the last offset are zero."""
+    """The composite body with a padded cu_seqlens: trailing sequences are empty, rows behind the last offset zero."""
     inputs = make_inputs("long", T=200, with_state=False)
     inputs["cu_seqlens"] = torch.tensor([0, 70, 130, 130, 130], dtype=torch.int32)
     o, final_state, _ = assert_contract(inputs, composite.chunk_fwd(**inputs))

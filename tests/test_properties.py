@@ -73,7 +73,9 @@ def limits(inputs: dict[str, Any]) -> tuple[float, float]:
 def test_any_call_matches_the_recurrence(inputs: dict[str, Any]) -> None:
     o_limit, state_limit = limits(inputs)
     actual, expected = run(inputs), run_reference(inputs)
-    for name, limit, a, e in zip(("o", "final_state", "chunk_states"), (o_limit, state_limit, state_limit), actual, expected, strict=True):
+    for name, limit, a, e in zip(
+        ("o", "final_state", "chunk_states"), (o_limit, state_limit, state_limit), actual, expected, strict=True
+    ):
         assert a.is_contiguous()
         error = relative_rmse(a, e)
         assert error <= limit, f"{name}: relative RMSE {error:.2e} > {limit:.1e}"

@@ -21,7 +21,9 @@ def by_hand() -> dict:
         "q": torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]], dtype=torch.float64).view(*row, 2),
         "k": torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]], dtype=torch.float64).view(*row, 2),
         "v": torch.tensor([[4.0], [6.0], [1.0]], dtype=torch.float64).view(*row, 1),
-        "g": torch.tensor([[0.0, 0.0], [math.log(0.5), math.log(0.25)], [-math.inf, 0.0]], dtype=torch.float64).view(*row, 2),
+        "g": torch.tensor([[0.0, 0.0], [math.log(0.5), math.log(0.25)], [-math.inf, 0.0]], dtype=torch.float64).view(
+            *row, 2
+        ),
         "beta": torch.tensor([0.5, 1.0, 0.25], dtype=torch.float64).view(row),
         "scale": 10.0,
     }
@@ -53,7 +55,9 @@ def test_initial_state_by_hand() -> None:
 
 def test_equation_of_the_paper() -> None:
     """S_t = (I - beta k k^T) Diag(alpha) S + beta k v^T written with matrices, token by token."""
-    inputs = make_inputs("unbounded_log", T=5, H=1, K=3, V=2, dtype=torch.float64, use_qk_l2norm=False, use_beta_sigmoid=False)
+    inputs = make_inputs(
+        "unbounded_log", T=5, H=1, K=3, V=2, dtype=torch.float64, use_qk_l2norm=False, use_beta_sigmoid=False
+    )
     S = torch.zeros(3, 2, dtype=torch.float64)
     o, final_state, _ = run_reference(inputs)
     for t in range(5):
