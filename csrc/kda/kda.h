@@ -15,9 +15,9 @@ namespace kda {
 
 // How the log-gate is obtained from the tensor `g`.
 enum class GateKind : int32_t {
-  kLog = 0,      // g is the log-gate, in (-inf, 0]
-  kSoftplus = 1, // -exp(A_log) * softplus(g + dt_bias)
-  kSigmoid = 2,  // lower_bound * sigmoid(exp(A_log) * (g + dt_bias)); A_log optional
+  kLog = 0,       // g is the log-gate, in (-inf, 0]
+  kSoftplus = 1,  // -exp(A_log) * softplus(g + dt_bias)
+  kSigmoid = 2,   // lower_bound * sigmoid(exp(A_log) * (g + dt_bias)); A_log optional
 };
 
 // Element strides of a [B, T, heads, dim] tensor whose last dimension is contiguous. For beta [B, T, HV] likewise.
@@ -31,25 +31,25 @@ struct TokenStrides {
 struct ChunkFwdParams {
   ChunkFwdProblem problem;
 
-  const void* q = nullptr;    // [B, T, H, K]   activation_type
-  const void* k = nullptr;    // [B, T, H, K]   activation_type
-  const void* v = nullptr;    // [B, T, HV, V]  activation_type
-  const void* g = nullptr;    // [B, T, HV, K]  gate_type
-  const void* beta = nullptr; // [B, T, HV]     beta_type
+  const void* q = nullptr;     // [B, T, H, K]   activation_type
+  const void* k = nullptr;     // [B, T, H, K]   activation_type
+  const void* v = nullptr;     // [B, T, HV, V]  activation_type
+  const void* g = nullptr;     // [B, T, HV, K]  gate_type
+  const void* beta = nullptr;  // [B, T, HV]     beta_type
   TokenStrides q_stride, k_stride, v_stride, g_stride, beta_stride;
   DataType gate_type = DataType::kFloat32;
   DataType beta_type = DataType::kFloat32;
 
-  const float* A_log = nullptr;   // [HV], or null
-  const float* dt_bias = nullptr; // [HV, K], or null
+  const float* A_log = nullptr;    // [HV], or null
+  const float* dt_bias = nullptr;  // [HV, K], or null
 
-  const void* initial_state = nullptr; // [N, HV, K, V] ([N, HV, V, K] if state_v_first), state_type, or null: zeros
+  const void* initial_state = nullptr;  // [N, HV, K, V] ([N, HV, V, K] if state_v_first), state_type, or null: zeros
   int64_t initial_state_stride_sequence = 0;
   int64_t initial_state_stride_head = 0;
-  DataType state_type = DataType::kFloat32; // of initial_state: kFloat32 or kBFloat16
-  bool state_v_first = false;               // of initial_state, final_state and chunk_states
+  DataType state_type = DataType::kFloat32;  // of initial_state: kFloat32 or kBFloat16
+  bool state_v_first = false;                // of initial_state, final_state and chunk_states
 
-  const void* cu_seqlens = nullptr; // [N + 1] int32 or int64, or null: N = B sequences of T tokens
+  const void* cu_seqlens = nullptr;  // [N + 1] int32 or int64, or null: N = B sequences of T tokens
   bool cu_seqlens_int64 = false;
 
   float scale = 1.0f;
@@ -61,13 +61,14 @@ struct ChunkFwdParams {
 
   void* o = nullptr;             // [B, T, HV, V] contiguous, activation_type
   float* final_state = nullptr;  // [N, HV, K, V] or [N, HV, V, K], contiguous; or null
-  float* chunk_states = nullptr; // [slots, HV, K, V] or [slots, HV, V, K]: state at entry of each chunk; unused slots are
-                                 // not written; or null
-  void* workspace = nullptr;     // plan.workspace.total_bytes, 256-byte aligned
+  float* chunk_states =
+      nullptr;                // [slots, HV, K, V] or [slots, HV, V, K]: state at entry of each chunk; unused slots are
+                              // not written; or null
+  void* workspace = nullptr;  // plan.workspace.total_bytes, 256-byte aligned
 };
 
 // Enqueues the forward on `stream`: no synchronisation, no allocation, no host read of device memory. Capturable in a CUDA
 // graph; the contents of cu_seqlens may change between replays. Returns cudaErrorNotSupported if the plan is not a kernel path.
 [[nodiscard]] cudaError_t chunk_fwd(const ChunkFwdParams& params, const ChunkFwdPlan& plan, cudaStream_t stream);
 
-} // namespace kda
+}  // namespace kda

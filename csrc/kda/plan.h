@@ -16,42 +16,42 @@ enum class DataType : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
 // What the plan of a forward call depends on. Never the contents of a tensor.
 struct ChunkFwdProblem {
-  int64_t batch = 1;                              // B
-  int64_t tokens = 0;                             // T, tokens of one batch row
-  int64_t sequences = 1;                          // N: B, or len(cu_seqlens) - 1
-  bool varlen = false;                            // cu_seqlens is given (then batch == 1)
-  int heads = 1;                                  // H, heads of q and k
-  int value_heads = 1;                            // HV, heads of v, g, beta and the states; a multiple of H
-  int key_dim = 128;                              // K
-  int value_dim = 128;                            // V
-  DataType activation_type = DataType::kBFloat16; // of q, k, v and o
-  int compute_capability = 0;                     // major * 10 + minor of the device; 0: no CUDA device
-  int sm_count = 0;                               // multiprocessors of the device
+  int64_t batch = 1;                               // B
+  int64_t tokens = 0;                              // T, tokens of one batch row
+  int64_t sequences = 1;                           // N: B, or len(cu_seqlens) - 1
+  bool varlen = false;                             // cu_seqlens is given (then batch == 1)
+  int heads = 1;                                   // H, heads of q and k
+  int value_heads = 1;                             // HV, heads of v, g, beta and the states; a multiple of H
+  int key_dim = 128;                               // K
+  int value_dim = 128;                             // V
+  DataType activation_type = DataType::kBFloat16;  // of q, k, v and o
+  int compute_capability = 0;                      // major * 10 + minor of the device; 0: no CUDA device
+  int sm_count = 0;                                // multiprocessors of the device
 };
 
 enum class ChunkFwdPath : int32_t {
-  kComposite = 0, // the implementation in PyTorch operators
-  kStaged = 1,    // three kernels: intra-chunk solve, state recurrence, output GEMM
+  kComposite = 0,  // the implementation in PyTorch operators
+  kStaged = 1,     // three kernels: intra-chunk solve, state recurrence, output GEMM
 };
 
 // Byte offsets of the regions of the workspace. A region holds one tile for each (chunk slot, value head), slot-major.
 struct ChunkFwdWorkspace {
-  size_t W = 0;           // Tinv (K ⊙ e^G)            [slots, HV, C, K]   bf16, swizzled tile
-  size_t K_decayed = 0;   // K ⊙ e^{G_C − G}           [slots, HV, C, K]   bf16, swizzled tile
-  size_t Q_gated = 0;     // scale · Q ⊙ e^G           [slots, HV, C, K]   bf16, swizzled tile
-  size_t Aqk = 0;         // scale · Aqk               [slots, HV, C, C]   bf16, swizzled tile
-  size_t U0 = 0;          // Tinv V                    [slots, HV, V, C]   fp32, fragment order
-  size_t U = 0;           // corrected values          [slots, HV, V, C]   bf16, fragment order
-  size_t state = 0;       // state at entry of a chunk [slots, HV, V, K]   bf16, fragment order
-  size_t chunk_decay = 0; // e^{G_C}                   [slots, HV, K]      fp32
+  size_t W = 0;            // Tinv (K ⊙ e^G)            [slots, HV, C, K]   bf16, swizzled tile
+  size_t K_decayed = 0;    // K ⊙ e^{G_C − G}           [slots, HV, C, K]   bf16, swizzled tile
+  size_t Q_gated = 0;      // scale · Q ⊙ e^G           [slots, HV, C, K]   bf16, swizzled tile
+  size_t Aqk = 0;          // scale · Aqk               [slots, HV, C, C]   bf16, swizzled tile
+  size_t U0 = 0;           // Tinv V                    [slots, HV, V, C]   fp32, fragment order
+  size_t U = 0;            // corrected values          [slots, HV, V, C]   bf16, fragment order
+  size_t state = 0;        // state at entry of a chunk [slots, HV, V, K]   bf16, fragment order
+  size_t chunk_decay = 0;  // e^{G_C}                   [slots, HV, K]      fp32
   size_t total_bytes = 0;
 };
 
 struct ChunkFwdPlan {
   ChunkFwdPath path = ChunkFwdPath::kComposite;
-  const char* reason = "";   // one clause: why this path
-  int64_t chunk_slots = 0;   // grid extent over chunks; see chunk_slot()
-  int value_tile = 0;        // V columns of one CTA of the state recurrence
+  const char* reason = "";  // one clause: why this path
+  int64_t chunk_slots = 0;  // grid extent over chunks; see chunk_slot()
+  int value_tile = 0;       // V columns of one CTA of the state recurrence
   ChunkFwdWorkspace workspace;
 };
 
@@ -65,4 +65,4 @@ struct ChunkFwdPlan {
 // The plan as one JSON object, for the command line and for logs.
 [[nodiscard]] std::string to_json(const ChunkFwdProblem& problem, const ChunkFwdPlan& plan);
 
-} // namespace kda
+}  // namespace kda
