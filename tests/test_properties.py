@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kda_cuda.accuracy import O_RELATIVE_RMSE, STATE_RELATIVE_RMSE, relative_rmse
 
 FP32_RELATIVE_RMSE = 1e-5
-EXAMPLES = 60
+EXAMPLES = 150
 
 lengths = st.lists(
     st.one_of(st.integers(0, 3), st.integers(0, 200), st.sampled_from([63, 64, 65, 127, 128, 129])), max_size=6
