@@ -38,6 +38,7 @@ QUICK_BUDGET = Budget(total_us=100e3, fewest=7, most=30)
 HOST_COPY_BYTES = 1 << 24
 
 Json = dict[str, Any]
+Job = tuple[Operator, list[Shape], list[str]]  # what to measure: the operator, its shapes and families of gates
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -79,13 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _store_fla_tuning(args.results, console)
     tables.print_board(result, console)
     console.print(f"written: {path}", soft_wrap=True)
-    failures = _failures_of_ours(result)
+    failures = [*_failures_of_ours(result), *([result["aborted"]] if result["aborted"] else [])]
     for failure in failures:
         console.print(f"[red]FAILED[/red] {failure}", soft_wrap=True)
     return EXIT_WRONG if failures else EXIT_GOOD
 
 
-def _job(operator: Operator, args: argparse.Namespace) -> tuple[Operator, list[Shape], list[str]]:
+def _job(operator: Operator, args: argparse.Namespace) -> Job:
     """The operator with the shapes and families that the arguments ask for.
 
     Raises:
@@ -103,54 +104,25 @@ def _job(operator: Operator, args: argparse.Namespace) -> tuple[Operator, list[S
     return operator, select(operator.shapes, operator.quick) if args.quick else list(operator.shapes), families
 
 
-def run_board(
-    device: Device, jobs: list[tuple[Operator, list[Shape], list[str]]], args: argparse.Namespace, console: Console
-) -> Json:
+def run_board(device: Device, jobs: list[Job], args: argparse.Namespace, console: Console) -> Json:
     """Measures everything. Returns the content of the run's file."""
     created = datetime.now(timezone.utc)
-    columns = {operator.name: operator.implementations(not args.no_peers) for operator, _, _ in jobs}
-    reasons = {name: {i.name: i.unavailable() for i in found} for name, found in columns.items()}
-    columns = {name: [i for i in found if reasons[name][i.name] is None] for name, found in columns.items()}
     on_gpu = device.torch_device.type == "cuda"
-    if not on_gpu:  # the peers have no CPU implementation
-        columns = {name: [i for i in found if i.kind != "peer"] for name, found in columns.items()}
-    cases = [(operator, shape, family) for operator, found, families in jobs for shape in found for family in families]
-    fla_shapes = [shape for o, shapes, _ in jobs if any(i.name == "fla" for i in columns[o.name]) for shape in shapes]
-
-    clocks = {"before": device.clocks()}
+    columns, about, unavailable = _columns(jobs, peers=not args.no_peers, on_gpu=on_gpu)
     copied = COPY_BYTES if on_gpu else HOST_COPY_BYTES
+    clocks = {"before": device.clocks()}
     bandwidth = copy_bandwidth(device, copied)
     device.release()
-    measured: list[Json] = []
-    preparation: list[str] = []
-    budget = QUICK_BUDGET if args.quick else Budget()
-    with _progress(console) as progress:
-        if fla_shapes:
-            task = progress.add_task("FLA: compiling", total=len(fla_tuning.distinct(fla_shapes)))
-            preparation = [
-                f"FLA: {fla_tuning.use_stored()}",
-                f"FLA: {fla_tuning.compile_ahead(fla_shapes, lambda: progress.advance(task))}",
-            ]
-        total = sum(len(columns[operator.name]) for operator, _, _ in cases)
-        task = progress.add_task("measuring", total=total)
-        for number, (operator, shape, family) in enumerate(cases, start=1):
-            found, turn = columns[operator.name], iter(range(len(columns[operator.name])))
-
-            def advance(name: str, shape: Shape = shape, family: str = family, turn: Any = turn) -> None:
-                progress.update(task, description=f"{shape.name} {family}: {name}", advance=1 if next(turn) else 0)
-
-            case = measure_case(device, operator, shape, family, found, budget, advance)
-            progress.advance(task)
-            measured.append(case)
-            if not console.is_terminal:
-                console.print(f"[{number}/{len(cases)}] {tables.one_line(case)}", markup=False, soft_wrap=True)
-    bandwidth += copy_bandwidth(device, copied)
+    preparation = _prepare_fla(jobs, columns, console)
+    measured, aborted = _measure_all(device, jobs, columns, QUICK_BUDGET if args.quick else Budget(), console)
+    if not aborted:
+        bandwidth += copy_bandwidth(device, copied)
     clocks["after"] = device.clocks()
 
     speed = Statistics.of(bandwidth)
     for case in measured:
         case["roofline_us"] = round(case["least_bytes"] / (speed.median * 1e3), 3)
-    complete = on_gpu and all(
+    everything = all(
         set(shapes) == set(operator.shapes) and set(families) == set(operator.families)
         for operator, shapes, families in jobs
     )
@@ -160,25 +132,77 @@ def run_board(
         "created": created.isoformat(timespec="seconds"),
         **commit_state(args.commit),
         "note": args.note,
-        "complete": complete and not args.no_peers and not args.quick,
+        "complete": everything and on_gpu and not (args.no_peers or args.quick or aborted),
+        "aborted": aborted,
         "seconds": round((datetime.now(timezone.utc) - created).total_seconds(), 1),
         "environment": describe(device.torch_device),
         "clocks": clocks,
         "bandwidth_gbps": speed.as_json(),
-        "implementations": {
-            name: {
-                i.name: {"label": i.label, "kind": i.kind, "method": i.method, "version": i.version(), "note": i.note}
-                for i in found
-            }
-            for name, found in columns.items()
-        },
-        "unavailable": {
-            name: {peer: reason for peer, reason in found.items() if reason is not None}
-            for name, found in reasons.items()
-        },
+        "implementations": about,
+        "unavailable": unavailable,
         "preparation": preparation,
         "cases": measured,
     }
+
+
+def _columns(jobs: list[Job], peers: bool, on_gpu: bool) -> tuple[dict[str, list[Any]], Json, Json]:
+    """For each operator: the implementations to measure, what is to be said of them, and why others are missing."""
+    columns, about, unavailable = {}, {}, {}
+    for operator, _, _ in jobs:
+        found, reasons = [], {}
+        for implementation in operator.implementations(peers):
+            no_cpu = "it has no CPU implementation" if implementation.kind == "peer" and not on_gpu else None
+            if reason := implementation.unavailable() or no_cpu:
+                reasons[implementation.name] = reason
+            else:
+                found.append(implementation)
+        columns[operator.name], unavailable[operator.name] = found, reasons
+        about[operator.name] = {
+            i.name: {"label": i.label, "kind": i.kind, "method": i.method, "version": i.version(), "note": i.note}
+            for i in found
+        }
+    return columns, about, unavailable
+
+
+def _prepare_fla(jobs: list[Job], columns: dict[str, list[Any]], console: Console) -> list[str]:
+    """Compiles FLA's kernels ahead, where it is measured. Returns what was done, line by line."""
+    shapes = [s for operator, found, _ in jobs if any(i.name == "fla" for i in columns[operator.name]) for s in found]
+    if not shapes:
+        return []
+    done = [f"FLA: {fla_tuning.use_stored()}"]
+    with _progress(console) as progress:
+        task = progress.add_task("FLA: compiling", total=len(fla_tuning.distinct(shapes)))
+        done.append(f"FLA: {fla_tuning.compile_ahead(shapes, lambda: progress.advance(task))}")
+    for text in done:
+        console.print(text, markup=False, soft_wrap=True)
+    return done
+
+
+def _measure_all(
+    device: Device, jobs: list[Job], columns: dict[str, list[Any]], budget: Budget, console: Console
+) -> tuple[list[Json], str]:
+    """All cases; and what ended it early, empty if nothing did."""
+    cases = [(operator, shape, family) for operator, found, families in jobs for shape in found for family in families]
+    measured: list[Json] = []
+    with _progress(console) as progress:
+        task = progress.add_task("measuring", total=sum(len(columns[operator.name]) for operator, _, _ in cases))
+        done = 0
+        for number, (operator, shape, family) in enumerate(cases, start=1):
+            names = [i.name for i in columns[operator.name]]
+
+            def show(name: str, before: int = done, names: Any = names, title: str = f"{shape.name} {family}") -> None:
+                progress.update(task, description=f"{title}: {name}", completed=before + names.index(name))
+
+            try:
+                case = measure_case(device, operator, shape, family, columns[operator.name], budget, show)
+            except Exception as error:  # the device itself no longer answers: keep what there is
+                return measured, f"{shape.name} {family}: {type(error).__name__}: {error}"
+            done += len(names)
+            progress.update(task, completed=done)
+            measured.append(case)
+            if not console.is_terminal:
+                console.print(f"[{number}/{len(cases)}] {tables.one_line(case)}", markup=False, soft_wrap=True)
+    return measured, ""
 
 
 def _progress(console: Console) -> Progress:

@@ -119,7 +119,6 @@ class CudaDevice:
         return torch.cuda.max_memory_allocated() - self._allocated
 
     def release(self) -> None:
-        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -175,7 +174,6 @@ class HostDevice:
 @contextmanager
 def _no_garbage_collection():
     """A collection inside a capture could free another graph, which a capture forbids."""
-    gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -217,7 +215,9 @@ class _Nvml:
                 return None
 
         power = ask(n.nvmlDeviceGetPowerUsage)
-        reasons = ask(n.nvmlDeviceGetCurrentClocksThrottleReasons)
+        # The name that newer bindings give, and the older one.
+        names = ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons")
+        reasons = next((ask(getattr(n, name)) for name in names if hasattr(n, name)), None)
         values = (
             ask(n.nvmlDeviceGetClockInfo, n.NVML_CLOCK_SM),
             ask(n.nvmlDeviceGetClockInfo, n.NVML_CLOCK_MEM),

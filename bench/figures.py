@@ -24,6 +24,7 @@ OURS_COLOR = "tab:blue"
 COLORS = {"fla": "tab:orange", "flash_kda": "tab:green", "cudnn": "tab:red", "ours_composite": "tab:gray"}
 OTHER_COLOR = "tab:purple"
 FEWEST_POINTS = 3  # of a curve
+MARGIN = 1.6  # from the shortest and longest time to the border, as a factor
 
 
 def figure_data(result: Json, operator: str) -> dict[str, Json]:
@@ -110,13 +111,19 @@ def draw(figures: dict[str, Json], folder: Path, subtitle: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in figures.items():
         panels = data["panels"]
+        lowest = min(_times(panels)) / MARGIN if data["kind"] == "time" else 0.0
         height = 1.9 + 0.36 * len(panels[0]["shapes"]) if data["kind"] == "time" else 4.7
         figure = Figure(figsize=(5.5 * len(panels), height), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
         for axis, panel in zip(axes, panels, strict=True):
-            (_draw_times if data["kind"] == "time" else _draw_speeds)(axis, panel)
+            if data["kind"] == "time":
+                _draw_times(axis, panel, lowest)
+            else:
+                _draw_speeds(axis, panel)
             axis.set_title(panel["title"], fontsize="medium")
+        if data["kind"] == "time":
+            axes[0].set_xlim(lowest, MARGIN * max(_times(panels)))
         lines, labels = axes[0].get_legend_handles_labels()
         figure.legend(lines, labels, fontsize="small", loc="outside lower center", ncols=len(labels))
         if data["kind"] == "speed":
@@ -127,23 +134,28 @@ def draw(figures: dict[str, Json], folder: Path, subtitle: str) -> None:
         figure.savefig(folder / name, dpi=110, metadata={"Software": None})
 
 
+def _times(panels: list[Json]) -> list[float]:
+    """All times of a picture, rooflines included."""
+    times = [us for panel in panels for one in panel["series"] for us in one["us"] if us is not None]
+    return times + [us for panel in panels for us in panel["roofline_us"]]
+
+
 def _style(one: Json) -> dict[str, Any]:
     color = OURS_COLOR if one["name"] == "ours" else COLORS.get(one["name"], OTHER_COLOR)
     return {"color": color, "markerfacecolor": "none" if one["recorded"] else color, "label": one["label"]}
 
 
-def _draw_times(axis: Any, panel: Json) -> None:
-    """A line for each shape: the roofline as a bar, implementations as marks, time to the right."""
+def _draw_times(axis: Any, panel: Json, lowest: float) -> None:
+    """A line for each shape: the roofline as a bar from ``lowest`` on, implementations as marks, time to the right."""
     rows = range(len(panel["shapes"]))
-    lowest = min(panel["roofline_us"]) / 2
     axis.barh(rows, [x - lowest for x in panel["roofline_us"]], left=lowest, color="0.85", label="roofline", zorder=0)
     for height, one in enumerate(panel["series"]):  # ours first, and on top
         points = [(us, row) for us, row in zip(one["us"], rows, strict=True) if us is not None]
         marker = "o" if one["name"] == "ours" else "D" if not one["recorded"] else "s"
         size = 8 if one["name"] == "ours" else 6
-        axis.plot(*zip(*points, strict=True) if points else ([], []), marker, markersize=size, zorder=9 - height, **_style(one))
+        style = _style(one) | {"markersize": size, "zorder": 9 - height}
+        axis.plot(*zip(*points, strict=True) if points else ([], []), marker, **style)
     axis.set_xscale("log")
-    axis.set_xlim(left=lowest)
     axis.set_yticks(list(rows), panel["shapes"])
     if not axis.yaxis_inverted():  # the panels share the axis
         axis.invert_yaxis()

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -129,22 +130,15 @@ def compile_ahead(shapes: Sequence[Shape], advance: Callable[[], None] = lambda:
 
     Returns: what was done, as a clause.
     """
-    waiting = distinct(shapes)
     slots = max(1, (os.cpu_count() or 1) - SPARE_CORES)
-    running: list[subprocess.Popen] = []
-    failed = 0
-    while waiting or running:
-        while waiting and len(running) < slots:
-            running.append(_start_compiling(waiting.pop(0)))
-        process = running.pop(0)
-        try:
-            status = process.wait(COMPILE_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            status = process.wait()
-        failed += status != 0
-        advance()
-    return f"compiled ahead in {len(distinct(shapes))} processes" + (f", {failed} failed" if failed else "")
+    with ThreadPoolExecutor(slots) as threads:
+        failures = []
+        for failure in threads.map(_compile, distinct(shapes)):
+            failures += [failure] if failure else []
+            advance()
+    if failures:
+        return f"compiled ahead, but {len(failures)} of {len(distinct(shapes))} processes failed: {failures[0]}"
+    return f"compiled ahead in {len(distinct(shapes))} processes"
 
 
 def distinct(shapes: Sequence[Shape]) -> list[Shape]:
@@ -152,13 +146,22 @@ def distinct(shapes: Sequence[Shape]) -> list[Shape]:
     return list({(s.heads, s.varlen): s for s in reversed(shapes)}.values())[::-1]
 
 
-def _start_compiling(shape: Shape) -> subprocess.Popen:
+def _compile(shape: Shape) -> str | None:
+    """Runs one process. Returns the end of its complaint, None if it has none."""
     command = [sys.executable, "-m", "bench.fla_tuning", "--lengths", ",".join(map(str, shape.lengths))]
+    command += ["--heads", str(shape.heads)]
     # One thread for each process: there are as many processes as cores.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     root = Path(__file__).resolve().parents[1]
-    command += ["--heads", str(shape.heads)]
-    return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        done = subprocess.run(
+            command, cwd=root, env=environment, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{shape.name}: {type(error).__name__}"
+    if done.returncode == 0:
+        return None
+    return f"{shape.name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
 
 
 def _compile_only() -> None:

@@ -99,9 +99,6 @@ class OurForward(ForwardImplementation):
     def version(self) -> str:
         return kda_cuda.__version__
 
-    def declines(self, shape: Shape) -> str | None:
-        return None
-
     def call(self, inputs: dict[str, Any]) -> Call:
         return Call(lambda: self._operator(**inputs), lambda results: {"o": results[0], "final_state": results[1]})
 
@@ -121,9 +118,7 @@ class FlaForward(ForwardImplementation):
         return _missing("fla.ops.kda", "triton")
 
     def version(self) -> str:
-        import fla
-
-        return fla.__version__
+        return _distribution_version("fla", "fla-core", "flash-linear-attention")
 
     def call(self, inputs: dict[str, Any]) -> Call:
         # Its other back ends have columns of their own, or none.

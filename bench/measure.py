@@ -57,11 +57,12 @@ def measure_case(
             measurement, outputs = _measure(device, implementation, shape, sets, expected, budget)
         except Exception as error:  # whatever a peer raises, out of memory included: it stands in the file
             measurement, outputs = {"error": _one_line(error)}, None
+            device.release()
         measurements[implementation.name] = measurement
         if implementation is implementations[0] and outputs is not None:
             expected = outputs  # from here on the others against ours
         device.synchronize()
-        device.release()
+    device.release()
     return {
         "operator": operator.name,
         "shape": shape.name,

@@ -15,6 +15,7 @@ from bench.shapes import Shape
 __all__ = ["WIDTH_OF_LOGS", "comparison_text", "label_of", "one_line", "print_board", "time_text"]
 
 WIDTH_OF_LOGS = 200  # columns where output does not go to a terminal
+WIDTH_OF_ALL = 150  # columns of a terminal from which on the tables show everything
 NOTHING = "–"
 RECORDED_MARK = "†"  # of times that were recorded earlier, not measured in the run
 
@@ -85,7 +86,7 @@ def print_board(result: Json, console: Console) -> None:
     console.print(headline(result), markup=False, soft_wrap=True)
     for operator in result["implementations"]:
         for family in dict.fromkeys(case["family"] for case in cases(result, operator)):
-            console.print(_family_table(result, operator, family))
+            console.print(_family_table(result, operator, family, everything=console.width >= WIDTH_OF_ALL))
         found = comparisons(result, operator)
         if found:
             console.print(_comparison_table(operator, found))
@@ -103,14 +104,17 @@ def print_board(result: Json, console: Console) -> None:
         console.print(f"clock moved: {warning}", markup=False, soft_wrap=True)
 
 
-def _family_table(result: Json, operator: str, family: str) -> Table:
+def _family_table(result: Json, operator: str, family: str, everything: bool) -> Table:
     about = result["implementations"][operator]
     others = [name for name in about if name != "ours"]
     recorded = recorded_peers(result, operator)
     table = Table(title=f"{operator}, gates {family}: microseconds", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("shape")
-    table.add_column("lengths", max_width=18)
-    columns = ["H", "roofline", "ours", "p10 to p90", "of roofline", "TFLOP/s", "host", "MiB"]
+    table.add_column("shape", no_wrap=True)
+    if everything:
+        table.add_column("lengths", max_width=18)
+        table.add_column("H", justify="right")
+    columns = ["roofline", "ours", *(["p10 to p90"] if everything else []), "of it"]
+    columns += ["TFLOP/s", "host", "MiB"] if everything else ["host"]
     columns += [about[name]["label"] for name in others]
     columns += [f"{peer['label']} {RECORDED_MARK}" for peer in recorded.values()]
     for column in columns:
@@ -121,19 +125,21 @@ def _family_table(result: Json, operator: str, family: str) -> Table:
             table.add_section()
         group = case["group"]
         ours, us = case["measurements"].get("ours", {}), median_us(case, "ours")
-        row = [case["shape"], shape_of(case).lengths_text, str(case["heads"]), time_text(case["roofline_us"])]
+        row = [case["shape"], *([shape_of(case).lengths_text, str(case["heads"])] if everything else [])]
+        row.append(time_text(case["roofline_us"]))
         if us is None:
-            row += ["failed", *[NOTHING] * 5]
+            row += ["failed", *[NOTHING] * (5 if everything else 2)]
         else:
             spread, host = ours["gpu"]["us"], ours["host_us"]
-            row += [
-                f"[bold]{time_text(us)}[/bold]",
-                f"{time_text(spread['p10'])} to {time_text(spread['p90'])}",
-                f"{case['roofline_us'] / us:.1%}",
-                f"{case['flop'] / us / 1e6:.0f}",
-                time_text(host and host["median"]),
-                bytes_text(ours["peak_bytes"]),
-            ]
+            row.append(f"[bold]{time_text(us)}[/bold]")
+            if everything:
+                row.append(f"{time_text(spread['p10'])} to {time_text(spread['p90'])}")
+            row.append(f"{case['roofline_us'] / us:.1%}")
+            if everything:
+                row.append(f"{case['flop'] / us / 1e6:.0f}")
+            row.append(time_text(host and host["median"]))
+            if everything:
+                row.append(bytes_text(ours["peak_bytes"]))
         row += [_against(median_us(case, name), us) for name in others]
         row += [_against(recorded_us(operator, case["shape"], name, family), us) for name in recorded]
         table.add_row(*row)

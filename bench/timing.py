@@ -26,7 +26,7 @@ WARMUP_US = 30e3  # replays before the first sample also last at least so long: 
 SHORTEST_SAMPLE_US = 1000.0  # a sample is long against the resolution of events and the start of a replay
 
 HOST_CALLS = 20  # a queue this short never makes the host wait for the device
-HOST_REPEATS = 9
+HOST_REPEATS = 7
 
 COPY_BYTES = 1 << 31
 COPY_REPEATS = 21

@@ -416,6 +416,33 @@ def test_board_refuses_wrong_arguments(arguments: list[str]) -> None:
     assert stopped.value.code == board.EXIT_USAGE
 
 
+def test_what_was_measured_is_kept_when_the_device_fails(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = measure.measure_case
+
+    def fails_late(device: Any, operator: Any, shape: Shape, family: str, *rest: Any) -> dict[str, Any]:
+        if family == "long":
+            raise RuntimeError("unspecified launch failure")
+        return measured(device, operator, shape, family, *rest)
+
+    monkeypatch.setattr(board, "measure_case", fails_late)
+    arguments = ["--device", "cpu", "--lengths", "40", "--heads", "1", "--results", str(tmp_path)]
+    assert board.main(arguments) == board.EXIT_WRONG
+    result = results.load(results.newest("board", tmp_path, complete=False))
+    assert "unspecified launch failure" in result["aborted"] and not result["complete"]
+    assert [case["family"] for case in result["cases"]] == ["random"]
+
+
+def test_choice_of_shapes() -> None:
+    def chosen(*arguments: str) -> tuple[list[str], list[str]]:
+        _, found, families = board._job(operators.FORWARD, board.make_parser().parse_args(arguments))
+        return [shape.name for shape in found], families
+
+    assert chosen() == ([shape.name for shape in shapes.FORWARD_SHAPES], ["random", "long"])
+    assert set(chosen("--quick")[0]) == set(shapes.QUICK)
+    assert chosen("--only", "h16_65536,h4_1024", "--families", "long") == (["h4_1024", "h16_65536"], ["long"])
+    assert chosen("--lengths", "2x7", "--heads", "3")[0] == ["h3_2x7"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_board_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert board.main([]) == board.EXIT_USAGE
@@ -438,6 +465,13 @@ def test_fla_is_compiled_once_for_each_kind_of_kernel() -> None:
     found = fla_tuning.distinct(shapes.BOARD)
     assert len({(s.heads, s.varlen) for s in shapes.BOARD}) == len(found) == 12
     assert found[0].name == "h96_8192" and "h8_4096" in {s.name for s in found}
+
+
+def test_compiling_ahead_says_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done: list[int] = []
+    text = fla_tuning.compile_ahead([TINY], lambda: done.append(1))
+    assert done == [1] and "1 of 1 processes failed" in text and "tiny" in text
 
 
 def test_stored_fla_configurations_are_used_only_where_they_belong(tmp_path: Any, monkeypatch: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import bench_results
 import pytest
+from rich.console import Console
 
-from bench import compare, figures, report, results, sweep
+from bench import compare, figures, report, results, sweep, tables
 from bench.shapes import BOARD, FORWARD_SHAPES, Shape
 
 matplotlib = pytest.importorskip("matplotlib", reason="the pictures are drawn with matplotlib")
@@ -85,6 +87,21 @@ def test_recorded_times_do_not_stand_beside_another_gpu() -> None:
     assert results.recorded_peers(run, "chunk_fwd") == {}
     assert not any(c.recorded for c in results.comparisons(run, "chunk_fwd"))
     assert report.RECORDED_MARK not in report.readme_section(run, "")
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_terminal_tables_have_all_shapes_and_say_what_failed(width: int) -> None:
+    run = bench_results.board()
+    run["cases"][0]["measurements"]["ours"] = {"error": "wrong result, not timed"}
+    run["cases"][2]["measurements"]["fla"]["gpu"]["clocks"]["after"]["sm_mhz"] = 1400.0
+    console = Console(width=width, file=io.StringIO())
+    tables.print_board(run, console)
+    text = console.file.getvalue()
+    assert all(text.count(f" {shape.name} ") >= 2 for shape in FORWARD_SHAPES)
+    assert "h96_8192 random ours: wrong result, not timed" in text and ("failed" in text or width == 80)
+    assert "h96_mixed random fla: SM clock 1980 -> 1400 MHz" in text
+    assert "3.00×" in text and "flash_kda not measured: flash_kda is not installed" in text
+    assert ("p10 to p90" in text) == (width == 200)
 
 
 # ---- report ----
