@@ -1,13 +1,11 @@
 #!/usr/bin/env python3
-"""Shows that one wheel serves several torch versions: builds it, installs it beside each, and runs the tests against
-it.
+"""Shows that one wheel serves several torch versions: builds it, installs it beside each, and runs its tests there.
 
-    python tools/check_wheel.py --torch 2.14.1 --torch 2.13.0 [--wheel dist/NAME.whl] [--environments FOLDER] [--
-    PYTEST...]
+    python tools/check_wheel.py --torch 2.14.1 --torch 2.13.0 [--wheel FILE] [--environments FOLDER] [-- PYTEST...]
 
 Each torch gets an environment FOLDER/torch-VERSION, which is kept: a second run only installs the wheel again. Nothing
-is compiled there. The tests run in a copy of tests/ away from the source tree, so that `import kda_cuda` can only find
-the wheel; those that need the source tree stay out. On a machine with a GPU the GPU tests run as well.
+is compiled there. The tests of the package run in a copy of tests/ away from the source tree, so that `import kda_cuda`
+can only find the wheel; on a machine with a GPU those in tests/gpu as well.
 """
 
 from __future__ import annotations
@@ -23,7 +21,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TEST_PACKAGES = ["pytest>=8", "pytest-timeout", "hypothesis", "numpy", "rich", "matplotlib"]
-NEEDS_SOURCE_TREE = ["test_build.py", "test_plan.py", "test_readme.py"]
+# The tests of what the wheel carries; the others test the source tree, its build and its tools.
+PACKAGE_TESTS = ["operators", "errors", "compile", "drop_in", "wheel", "reference", "composite", "properties"]
+PACKAGE_TESTS += ["field_failures", "layer", "layer_sequences", "demo"]
 
 
 def say(text: str) -> None:
@@ -64,7 +64,7 @@ def check(wheel: Path, python: Path, pytest_arguments: list[str]) -> None:
     run(python, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", wheel)
     with tempfile.TemporaryDirectory() as folder:
         tests = Path(folder) / "tests"
-        shutil.copytree(ROOT / "tests", tests, ignore=shutil.ignore_patterns("__pycache__", *NEEDS_SOURCE_TREE))
+        shutil.copytree(ROOT / "tests", tests, ignore=shutil.ignore_patterns("__pycache__"))
         # The configuration (markers) without the package beside it.
         shutil.copy(ROOT / "pyproject.toml", folder)
         program = (
@@ -73,7 +73,10 @@ def check(wheel: Path, python: Path, pytest_arguments: list[str]) -> None:
             "print('[wheel] torch', torch.__version__, 'Python', platform.python_version(), kda_cuda.build_info())"
         )
         run(python, "-c", program, cwd=Path(folder))
-        run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", *pytest_arguments, cwd=Path(folder))
+        files = [f"tests/test_{name}.py" for name in PACKAGE_TESTS]
+        if (tests / "gpu").is_dir():
+            files.append("tests/gpu")
+        run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *pytest_arguments, cwd=Path(folder))
 
 
 def main() -> None:
