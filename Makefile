@@ -18,7 +18,7 @@ export PATH := $(PATH):$(CURDIR)/.venv/bin
 CPP_SOURCES = $(shell find csrc bench tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-ci env-cmake build demo test gpu-test board lint format cmake kernel-report wheel clean
+.PHONY: help env env-ci env-cmake build demo test gpu-test gpu-round sanitize board lint format cmake kernel-report wheel clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -43,6 +43,12 @@ test: build ## Run the tests; those that need a GPU skip where there is none (AR
 
 gpu-test: build ## Run only the tests that need a GPU
 	$(VENV_PYTHON) -m pytest -m gpu $(ARGS)
+
+gpu-round: build ## All that only a GPU can tell: GPU tests, sanitizers, board (ARGS="--skip board")
+	$(VENV_PYTHON) tools/gpu_round.py $(ARGS)
+
+sanitize: build ## Run compute-sanitizer's four tools on small calls of all kernels
+	$(VENV_PYTHON) tools/gpu_round.py --only sanitizer $(ARGS)
 
 board: build ## Time all shapes beside the peers on a GPU (ARGS="--quick"); then: python -m bench.report
 	$(VENV_PYTHON) -m bench.board $(ARGS)

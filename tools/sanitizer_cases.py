@@ -1,0 +1,201 @@
+#!/usr/bin/env python3
+"""Small calls that reach every kernel instantiation and feature once, for compute-sanitizer. Each is checked as well.
+
+    compute-sanitizer --tool memcheck python tools/sanitizer_cases.py
+    python tools/sanitizer_cases.py [--list] [--only NAME,NAME] [--skip-wrong-contents] [--device cpu]
+
+Every tensor has an allocation of its own, of its own size: torch's caching allocator is off, as its slack would hide
+accesses beyond the end. Inputs are made on the host and copied, so that no kernel but this project's runs and
+initcheck knows what has been written. Expected results come from the composite implementation on the CPU, in fp32.
+
+Exit status 0: every result keeps the accuracy contract. 1: one does not. 2: wrong arguments, or no device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+from cases import make_inputs  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import kda_cuda  # noqa: E402
+from kda_cuda import composite  # noqa: E402
+from kda_cuda.accuracy import O_RELATIVE_RMSE, STATE_RELATIVE_RMSE, relative_rmse  # noqa: E402
+
+HOST_THREADS = 2  # four tools run this at once
+ACTIVATIONS = ("q", "k", "v", "g", "beta")
+OUTPUTS = {"o": O_RELATIVE_RMSE, "final_state": STATE_RELATIVE_RMSE, "chunk_states": STATE_RELATIVE_RMSE}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. ``features`` are arguments of make_inputs (tests/cases.py)."""
+
+    name: str
+    features: dict[str, Any] = field(default_factory=dict)
+    odd: bool = False  # inputs at odd offsets with odd strides: kernels that load single elements
+    contents: tuple[int, ...] | None = None  # of cu_seqlens, instead of those of the lengths
+    is_wrong: bool = False  # the contents are no cu_seqlens: nothing to compare, and unwritten workspace may be read
+
+
+def cases() -> list[Case]:
+    """All cases; names are unique."""
+    packed = {"lengths": [1, 0, 63, 65, 0, 130], "with_state": True}
+    result = [
+        Case(
+            f"K{K}_V{V}_{str(dtype).removeprefix('torch.')}_{'odd' if odd else 'aligned'}",
+            {"T": 70, "H": 1, "HV": 2, "K": K, "V": V, "dtype": dtype, "with_state": True},
+            odd=odd,
+        )
+        for K in (64, 128)
+        for V in (64, 128)
+        for dtype in (torch.bfloat16, torch.float16)
+        for odd in (False, True)
+    ]
+    result += [
+        # The recurrence: more chunks than its ring has stages; V in four, in two and uncut, as 132 multiprocessors ask.
+        *(Case(f"ring_K{K}_V{V}", {"T": 390, "H": 1, "K": K, "V": V}) for K in (64, 128) for V in (64, 128)),
+        *(
+            Case(f"ring_value_tile_64_K{K}", {"lengths": [330, *[1, 2] * 34, 1], "H": 1, "K": K, "V": 128})
+            for K in (64, 128)
+        ),
+        *(
+            Case(f"ring_value_tile_128_K{K}", {"lengths": [330, *[2, 1] * 33], "H": 1, "HV": 2, "K": K, "V": 128})
+            for K in (64, 128)
+        ),
+        Case("ring_value_tile_all_of_64", {"lengths": [330, *[1] * 131], "H": 1, "with_state": True}),
+        Case("seventy_sequences", {"lengths": [0, 1, 3, 0, 2, 1, 1] * 10, "H": 1, "index_dtype": torch.int32}),
+        # Sequences and states.
+        Case("packed_int32", {**packed, "index_dtype": torch.int32}),
+        Case("packed_int64_v_first", {**packed, "state_v_first": True, "K": 128}),
+        Case("packed_odd", {**packed, "K": 128, "V": 128}, odd=True),
+        Case("padded", {"lengths": [50, 50, 50, 50]}, contents=(0, 70, 100, 100, 100)),
+        Case("padded_to_nothing", {"lengths": [64, 64]}, contents=(0, 0, 0)),
+        Case(
+            "batch_v_first_bf16_state",
+            {"B": 2, "T": 65, "state_v_first": True, "V": 128, "with_state": True, "state_dtype": torch.bfloat16},
+        ),
+        Case("one_token", {"T": 1, "with_state": True}),
+        Case("only_o", {"T": 65, "output_final_state": False, "output_chunk_states": False}),
+        Case("no_tokens", {"B": 2, "T": 0, "with_state": True}),
+        Case("no_rows", {"B": 0, "T": 70, "with_state": True}),
+        Case("no_sequences", {"lengths": []}),
+        Case("empty_sequences", {"lengths": [0, 0], "with_state": True}),
+        # Gates, types and layouts.
+        Case("gate_random_fp32", {"family": "random", "T": 80, "gate_dtype": torch.float32}),
+        Case("gate_unbounded", {"family": "unbounded", "T": 80, "gate_dtype": torch.float16, "HV": 4}),
+        Case("gate_log_fp32", {"family": "unbounded_log", "T": 80, "gate_dtype": torch.float32}),
+        Case("gate_log_odd", {"family": "unbounded_log", "T": 80, "gate_dtype": torch.float32, "K": 128}, odd=True),
+        Case("negative_eigenvalues", {"T": 80, "allow_neg_eigval": True, "scale": -0.5}),
+        Case("fused_projection", {"B": 2, "T": 70, "HV": 4, "strided": "fused"}),
+        Case("head_major", {"B": 2, "T": 70, "HV": 4, "strided": "head_major"}),
+    ]
+    wrong = {
+        "decreasing": (0, 200, 100, 260),
+        "reversed": (260, 200, 100, 0),
+        "negative": (-5, -300, 100, 260),
+        "not_from_zero": (130, 200, 250, 260),
+        "beyond": (0, 100, 261, 5000),
+        "extreme": (-(2**62), 2**62, 0, 2**62),
+        "alternating": (0, 260, 0, 260),
+    }
+    features = {"lengths": [60, 100, 100], "with_state": True}
+    result += [Case(f"wrong_{name}", features, contents=contents, is_wrong=True) for name, contents in wrong.items()]
+    return result
+
+
+def odd_layout(x: Tensor) -> Tensor:
+    """The values of ``x`` [B, T, ...] at an odd offset and with an odd token stride, NaN around."""
+    if x.numel() == 0:
+        return x
+    width = x[0, 0].numel()
+    wide = torch.full((*x.shape[:2], width + 3), torch.nan, dtype=x.dtype)
+    return wide[:, :, 1 : 1 + width].unflatten(2, x.shape[2:]).copy_(x)
+
+
+def to_device(x: Tensor, device: str) -> Tensor:
+    """A copy with the same strides and offset, made by one memory copy of the whole storage; no kernel runs."""
+    elements = x.untyped_storage().nbytes() // x.element_size()
+    whole = x.as_strided((elements,), (1,), 0).to(device)
+    return whole.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def make_call(case: Case) -> dict[str, Any]:
+    """The arguments of the operator, on the CPU."""
+    inputs = make_inputs(**{"family": "long", "H": 2, **case.features})
+    if case.contents is not None:
+        inputs["cu_seqlens"] = torch.tensor(case.contents, dtype=inputs["cu_seqlens"].dtype)
+    if case.odd:
+        inputs |= {name: odd_layout(inputs[name]) for name in ACTIVATIONS}
+    return inputs
+
+
+def run_case(case: Case, device: str) -> str:
+    """Runs a case. Returns what is wrong with the result; empty if nothing is."""
+    inputs = make_call(case)
+    moved = {name: to_device(x, device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    if device == "cpu" and case.contents is not None:  # the operator itself refuses such contents where it can see them
+        return ""
+    if reason := torch.ops.kda.composite_reason(**moved):
+        return f"no kernel takes this call: {reason}"
+    outputs = tuple(x.cpu() for x in kda_cuda.chunk_fwd(**moved))
+    if case.is_wrong:
+        return ""
+    wide = {name: inputs[name].float() for name in ("q", "k", "v")}
+    with torch.no_grad():
+        expected = composite.chunk_fwd(**{**inputs, **wide})
+    for (name, limit), actual, e in zip(OUTPUTS.items(), outputs, expected, strict=True):
+        if actual.shape != e.shape:
+            return f"{name} has shape {list(actual.shape)}, not {list(e.shape)}"
+        if (error := relative_rmse(actual, e)) > limit:
+            return f"{name} misses by {error:.2e}, allowed are {limit:.1e}"
+    return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    parser.add_argument("--only", metavar="NAME[,NAME...]", help="run these cases")
+    parser.add_argument("--skip-wrong-contents", action="store_true", help="leave out what initcheck must not see")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries out the cases")
+    args = parser.parse_args()
+    chosen = [case for case in cases() if not (args.skip_wrong_contents and case.is_wrong)]
+    if args.only:
+        names = args.only.split(",")
+        if unknown := set(names) - {case.name for case in chosen}:
+            parser.error(f"unknown case {', '.join(sorted(unknown))}; --list prints them")
+        chosen = [case for case in chosen if case.name in names]
+    if args.list:
+        print("\n".join(case.name for case in chosen))
+        return 0
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("sanitizer_cases: no CUDA device", file=sys.stderr)
+        return 2
+
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # torch reads it when it first allocates on the device
+    torch.set_num_threads(HOST_THREADS)
+    failed = 0
+    for case in chosen:
+        begin = time.perf_counter()
+        problem = run_case(case, args.device)
+        failed += bool(problem)
+        print(f"{time.perf_counter() - begin:6.2f} s  {case.name:<32} {problem or 'right'}", flush=True)
+    if args.device == "cuda" and torch.cuda.memory_reserved() > 0:
+        print("sanitizer_cases: torch's caching allocator is on, and hides accesses beyond the end", file=sys.stderr)
+        return 2
+    print(f"{len(chosen) - failed} of {len(chosen)} cases right", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
