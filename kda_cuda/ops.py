@@ -261,10 +261,16 @@ def _in_fp32(parameter: Tensor | None) -> Tensor | None:
     return parameter
 
 
+# Asked once: torch.compile does not trace the question on torch 2.11.
+_AUTOCAST_DEVICES = frozenset(
+    name for name in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(name)
+)
+
+
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of the autocast region around the call, if there is one; fp64 stays, as in autocast."""
     device_type = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if device_type not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

@@ -147,8 +147,7 @@ class TestWorkspace:
         "K_decayed": lambda K, V: C * K * 2,
         "Q_gated": lambda K, V: C * K * 2,
         "Aqk": lambda K, V: C * C * 2,
-        "U0": lambda K, V: V * C * 4,
-        "U": lambda K, V: V * C * 2,
+        "U": lambda K, V: V * C * 4,
         "state": lambda K, V: V * K * 2,
         "chunk_decay": lambda K, V: K * 4,
     }

@@ -96,8 +96,7 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p) {
   w.K_decayed = reserve(w, tiles * C * K * kBf16);
   w.Q_gated = reserve(w, tiles * C * K * kBf16);
   w.Aqk = reserve(w, tiles * C * C * kBf16);
-  w.U0 = reserve(w, tiles * V * C * kFp32);
-  w.U = reserve(w, tiles * V * C * kBf16);
+  w.U = reserve(w, tiles * V * C * kFp32);
   w.state = reserve(w, tiles * V * K * kBf16);
   w.chunk_decay = reserve(w, tiles * K * kFp32);
   return plan;

@@ -40,8 +40,7 @@ struct ChunkFwdWorkspace {
   size_t K_decayed = 0;    // K ⊙ e^{G_C − G}           [slots, HV, C, K]   bf16, swizzled tile
   size_t Q_gated = 0;      // scale · Q ⊙ e^G           [slots, HV, C, K]   bf16, swizzled tile
   size_t Aqk = 0;          // scale · Aqk               [slots, HV, C, C]   bf16, swizzled tile
-  size_t U0 = 0;           // Tinv V                    [slots, HV, V, C]   fp32, fragment order
-  size_t U = 0;            // corrected values          [slots, HV, V, C]   bf16, fragment order
+  size_t U = 0;            // Tinv V, fp32 accumulators [slots, HV, V, C]; then, in its place, U as two bf16 operands
   size_t state = 0;        // state at entry of a chunk [slots, HV, V, K]   bf16, fragment order
   size_t chunk_decay = 0;  // e^{G_C}                   [slots, HV, K]      fp32
   size_t total_bytes = 0;

@@ -61,7 +61,6 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("K_decayed", &kda::ChunkFwdWorkspace::K_decayed)
       .def_readonly("Q_gated", &kda::ChunkFwdWorkspace::Q_gated)
       .def_readonly("Aqk", &kda::ChunkFwdWorkspace::Aqk)
-      .def_readonly("U0", &kda::ChunkFwdWorkspace::U0)
       .def_readonly("U", &kda::ChunkFwdWorkspace::U)
       .def_readonly("state", &kda::ChunkFwdWorkspace::state)
       .def_readonly("chunk_decay", &kda::ChunkFwdWorkspace::chunk_decay)

@@ -21,7 +21,18 @@ __device__ __forceinline__ float2 unpack_bf16(uint32_t packed) {
   return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u)};
 }
 
-// Two elements of the activation type in one register.
+// Two fp32 values as the sum of two bf16 operands: about 16 significant bits.
+struct SplitBf16 {
+  uint32_t high, low;
+  SplitBf16() = default;
+  __device__ __forceinline__ SplitBf16(float x, float y) {
+    high = pack_bf16(x, y);
+    const float2 rounded = unpack_bf16(high);
+    low = pack_bf16(x - rounded.x, y - rounded.y);
+  }
+};
+
+// Two elements of the activation type in one register. split: as bf16 operands, exactly.
 template <typename Element>
 struct Packed2;
 
@@ -29,7 +40,11 @@ template <>
 struct Packed2<BFloat16> {
   static __device__ __forceinline__ float2 to_float2(uint32_t packed) { return unpack_bf16(packed); }
   static __device__ __forceinline__ uint32_t from_floats(float low, float high) { return pack_bf16(low, high); }
-  static __device__ __forceinline__ uint32_t to_bf16(uint32_t packed) { return packed; }
+  static __device__ __forceinline__ SplitBf16 split(uint32_t packed) {
+    SplitBf16 exact;
+    exact.high = packed, exact.low = 0;
+    return exact;
+  }
 };
 
 template <>
@@ -41,9 +56,9 @@ struct Packed2<Float16> {
     const __half2 packed = __floats2half2_rn(low, high);
     return reinterpret_cast<const uint32_t&>(packed);
   }
-  static __device__ __forceinline__ uint32_t to_bf16(uint32_t packed) {
+  static __device__ __forceinline__ SplitBf16 split(uint32_t packed) {
     const float2 values = to_float2(packed);
-    return pack_bf16(values.x, values.y);
+    return {values.x, values.y};
   }
 };
 

@@ -1,4 +1,4 @@
-// Tiles of 16-bit elements in shared memory and in the workspace: [rows][Columns], row-major, 16-byte units of a row
+// Tiles of 16-bit elements in shared memory and in the workspace. SwizzledTile: [rows][Columns], row-major, 16-byte units of a row
 // permuted by the row (unit ^ (row & 7)) so that ldmatrix on 8 consecutive rows touches all banks once. A tile is one
 // contiguous block, so a bulk copy moves it between workspace and shared memory as it is.
 #pragma once
@@ -9,45 +9,59 @@
 
 namespace kda {
 
-template <int Columns>
-struct SwizzledTile {
-  static constexpr int kRowBytes = Columns * 2;
-  static_assert(Columns % 64 == 0, "a row must span all 32 banks");
-
-  // Byte offset of the 16-byte unit that holds elements 8 * unit .. 8 * unit + 7 of `row`.
-  static __device__ __forceinline__ uint32_t unit_offset(int row, int unit) {
-    return row * kRowBytes + ((unit ^ (row & 7)) << 4);
-  }
-
+// Loads of MMA operands from a tile in shared memory. Layout::unit_offset(row, unit) is the byte offset of the 16-byte unit that holds
+// elements 8 * unit .. 8 * unit + 7 of a row.
+template <typename Layout>
+struct TileOperands {
   // Byte offset of the pair of elements (column, column + 1); column is even.
   static __device__ __forceinline__ uint32_t pair_offset(int row, int column) {
-    return unit_offset(row, column >> 3) + (column & 7) * 2;
+    return Layout::unit_offset(row, column >> 3) + (column & 7) * 2;
   }
 
   // A operand (16 x 16): rows row..row+15, columns column..column+15.
   static __device__ __forceinline__ void load_a(uint32_t (&a)[4], uint32_t tile, int row, int column, int lane) {
-    ptx::ldmatrix_x4(a, tile + unit_offset(row + (lane & 15), (column >> 3) + (lane >> 4)));
+    ptx::ldmatrix_x4(a, tile + Layout::unit_offset(row + (lane & 15), (column >> 3) + (lane >> 4)));
   }
 
   // A operand (16 x 16) of the transposed tile: columns column..column+15 become rows of A, tile rows row..row+15 the
   // contraction.
   static __device__ __forceinline__ void load_a_trans(uint32_t (&a)[4], uint32_t tile, int row, int column, int lane) {
     const int matrix = lane >> 3;
-    ptx::ldmatrix_x4_trans(a, tile + unit_offset(row + (lane & 7) + (matrix >> 1) * 8, (column >> 3) + (matrix & 1)));
+    ptx::ldmatrix_x4_trans(
+        a, tile + Layout::unit_offset(row + (lane & 7) + (matrix >> 1) * 8, (column >> 3) + (matrix & 1)));
   }
 
   // Two B operands (16 x 8) whose n index runs along tile rows: n = row..row+7 in b[0], b[1], n = row+8..row+15 in
   // b[2], b[3]; the contraction runs along columns column..column+15.
   static __device__ __forceinline__ void load_b(uint32_t (&b)[4], uint32_t tile, int row, int column, int lane) {
     const int matrix = lane >> 3;
-    ptx::ldmatrix_x4(b, tile + unit_offset(row + (lane & 7) + (matrix >> 1) * 8, (column >> 3) + (matrix & 1)));
+    ptx::ldmatrix_x4(b, tile + Layout::unit_offset(row + (lane & 7) + (matrix >> 1) * 8, (column >> 3) + (matrix & 1)));
   }
 
   // Two B operands (16 x 8) whose n index runs along tile columns: n = column..column+7 in b[0], b[1], n =
   // column+8..column+15 in b[2], b[3]; the contraction runs along rows row..row+15.
   static __device__ __forceinline__ void load_b_trans(uint32_t (&b)[4], uint32_t tile, int row, int column, int lane) {
-    ptx::ldmatrix_x4_trans(b, tile + unit_offset(row + (lane & 15), (column >> 3) + (lane >> 4)));
+    ptx::ldmatrix_x4_trans(b, tile + Layout::unit_offset(row + (lane & 15), (column >> 3) + (lane >> 4)));
   }
+};
+
+template <int Columns>
+struct SwizzledTile : TileOperands<SwizzledTile<Columns>> {
+  static constexpr int kRowBytes = Columns * 2;
+  static_assert(Columns % 64 == 0, "a row must span all 32 banks");
+
+  static __device__ __forceinline__ uint32_t unit_offset(int row, int unit) {
+    return row * kRowBytes + ((unit ^ (row & 7)) << 4);
+  }
+};
+
+// Rows a fixed number of bytes apart, units in order. ldmatrix on 8 consecutive rows touches all banks once if the pitch is an odd
+// multiple of 16 bytes.
+template <int kPitchBytes>
+struct PitchedTile : TileOperands<PitchedTile<kPitchBytes>> {
+  static_assert(kPitchBytes / 16 % 2 == 1 && kPitchBytes % 16 == 0);
+
+  static __device__ __forceinline__ uint32_t unit_offset(int row, int unit) { return row * kPitchBytes + unit * 16; }
 };
 
 }  // namespace kda

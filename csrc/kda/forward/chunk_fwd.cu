@@ -26,7 +26,6 @@ ChunkFwdKernelParams kernel_params(const ChunkFwdParams& call, const ChunkFwdPla
   params.K_decayed = base + workspace.K_decayed;
   params.Q_gated = base + workspace.Q_gated;
   params.Aqk = base + workspace.Aqk;
-  params.U0 = reinterpret_cast<float4*>(base + workspace.U0);
   params.U = reinterpret_cast<uint4*>(base + workspace.U);
   params.state = reinterpret_cast<uint4*>(base + workspace.state);
   params.chunk_decay = reinterpret_cast<float*>(base + workspace.chunk_decay);

@@ -13,12 +13,12 @@ namespace kda {
 constexpr int max_of(int a, int b) { return a > b ? a : b; }
 
 // kVectorized: every 8-element group of q, k, v and g starts at a multiple of 16 bytes.
-// kBoundedGate: every log-gate is at least DecayScan::kMinLogGate, and q and k are normalised.
-template <int K_, int V_, typename Element_, bool kVectorized_, bool kBoundedGate_>
+// kNormalized: q and k are normalised, so that operands with gate factors are at most 1.
+template <int K_, int V_, typename Element_, bool kVectorized_, bool kNormalized_>
 struct IntraChunkSolveConfig {
   static constexpr int K = K_, V = V_, C = kChunkTokens;
   using Element = Element_;
-  static constexpr bool kVectorized = kVectorized_, kBoundedGate = kBoundedGate_;
+  static constexpr bool kVectorized = kVectorized_, kNormalized = kNormalized_;
   static constexpr int kWarps = 4, kThreads = 32 * kWarps, kCtasPerSm = 3;
   static constexpr int kSlices = K / 32;
 
@@ -41,7 +41,8 @@ struct IntraChunkSolveConfig {
   static constexpr int kRegionC = kRegionB + kRegionBBytes;
   static constexpr int kTotals = kRegionC + kKeyTileBytes;  // [4][K] fp32
   static constexpr int kBeta = kTotals + 4 * K * 4;         // [C] fp32
-  static constexpr int kSharedBytes = kBeta + C * 4;
+  static constexpr int kKeyRest = kBeta + C * 4;            // [C] fp32
+  static constexpr int kSharedBytes = kKeyRest + C * 4;
 
   static_assert(K % 64 == 0 && V % 64 == 0, "each warp owns whole 16 x 8 tiles of W and 16-row tiles of U0^T");
   static_assert(4 * K * 4 <= kRegionBBytes, "log-decay totals fit region B");
@@ -88,6 +89,7 @@ struct IntraChunkContext {
   }
 
   __device__ __forceinline__ float* beta() const { return reinterpret_cast<float*>(shared + Config::kBeta); }
+  __device__ __forceinline__ float* key_rest() const { return reinterpret_cast<float*>(shared + Config::kKeyRest); }
   __device__ __forceinline__ SolveMatrix Akk() const { return {reinterpret_cast<float*>(shared + Config::kRegionA)}; }
 };
 

@@ -8,21 +8,51 @@
 
 #include <type_traits>
 
-#include "../device/decay_scan.cuh"
 #include "../device/decay_tree.cuh"
 #include "../device/gate.cuh"
 #include "intra_chunk_context.cuh"
 
 namespace kda {
 
-// Eight fp32 values, scaled, as four packed bf16 pairs.
-__device__ __forceinline__ void scale_and_pack(uint32_t (&packed)[4], const float (&values)[8],
-                                               const float (&factor)[8]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    packed[i] = pack_bf16(values[2 * i] * factor[2 * i], values[2 * i + 1] * factor[2 * i + 1]);
+// Operands of the products between tokens, whose gate factors are at most 1. With normalised q and k every operand is at most 1 in
+// magnitude and fp16 holds it with 11 bits; without, its range is not known and it is bf16.
+template <bool kNormalized>
+struct PairOperand {
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    return kNormalized ? Packed2<Float16>::from_floats(low, high) : pack_bf16(low, high);
   }
-}
+
+  static __device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                                  uint32_t b0, uint32_t b1) {
+    if constexpr (kNormalized) {
+      ptx::mma_m16n8k16_f16(d, a0, a1, a2, a3, b0, b1);
+    } else {
+      ptx::mma_m16n8k16_bf16(d, a0, a1, a2, a3, b0, b1);
+    }
+  }
+
+  // Eight fp32 values, scaled, as four packed pairs.
+  static __device__ __forceinline__ void scale_and_pack(uint32_t (&packed)[4], const float (&values)[8],
+                                                        const float (&factor)[8]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      packed[i] = pack(values[2 * i] * factor[2 * i], values[2 * i + 1] * factor[2 * i + 1]);
+    }
+  }
+};
+
+// 1 / |x| as the product of a power of two and a rest in [1, 2): the power of two scales operands without rounding them, so that
+// products of keys that are the same bit for bit come out the same, and the rest is applied to the fp32 results.
+struct InverseNorm {
+  float power = 1.0f, rest = 1.0f;
+  InverseNorm() = default;
+  __device__ __forceinline__ explicit InverseNorm(float sum_of_squares) {
+    constexpr float kEpsilon = 1e-6f;
+    const uint32_t bits = __float_as_uint(rsqrtf(sum_of_squares + kEpsilon));
+    power = __uint_as_float(bits & 0x7f800000u);
+    rest = __uint_as_float((bits & 0x007fffffu) | 0x3f800000u);
+  }
+};
 
 // Eight fp32 values at a multiple of 16 bytes.
 __device__ __forceinline__ void load_8_aligned(float (&values)[8], const float* source) {
@@ -35,7 +65,8 @@ template <typename Config>
 struct IntraChunkPairs : IntraChunkContext<Config> {
   using Context = IntraChunkContext<Config>;
   using Element = typename Config::Element;
-  using Context::beta, Context::channel, Context::group, Context::lane, Context::lane_unit, Context::location;
+  using Context::beta, Context::channel, Context::group, Context::key_rest, Context::lane, Context::lane_unit,
+      Context::location;
   using Context::member, Context::params, Context::row, Context::row_offset, Context::shared, Context::suffix_operand;
   using Context::tile, Context::tile_total, Context::valid, Context::value_head, Context::warp;
   static constexpr int K = Config::K, C = Config::C;
@@ -71,9 +102,8 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
     }
   };
 
-  // How far apart in the levels of the decay tree two tokens of one 8-row block can be; one level suffices for bounded
-  // gates.
-  static constexpr int kLevels = Config::kBoundedGate ? 1 : 3;
+  using Operand = PairOperand<Config::kNormalized>;
+  static constexpr int kLevels = 3;  // of the decay tree inside a block of 8 tokens
 
   // Products of the tile with itself, in blocks of 8 x 8. Rows 0-7 of each A operand are q rows and rows 8-15 the k
   // rows of the same tokens, so that elements 0, 1 of an accumulator belong to q k^T and elements 2, 3 to k k^T.
@@ -83,7 +113,7 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
     float lower[4] = {};              // rows 8-15 against rows 0-7
   };
 
-  float q_norm[2], k_norm[2];
+  InverseNorm q_norm[2], k_norm[2];
   DiagonalProducts products;
   float qk[3][2][4] = {}, kk[3][2][4] = {};  // products with the tiles before the warp's own
 
@@ -123,7 +153,7 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
       for (int c = 0; c < 8; ++c) bias[c] = bias_next[c];
       const Raw8 gate_units[2] = {gate_next[0], gate_next[1]};
       if (s + 1 < Config::kSlices) issue_gate(s + 1);
-      if (call.qk_l2norm) {
+      if constexpr (Config::kNormalized) {
         uint4 q_units[2], k_units[2];
         q_rows.take(q_units, s);
         k_rows.take(k_units, s);
@@ -151,42 +181,28 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
           for (int c = 0; c < 8; ++c) log2_alpha[hi][c] = 0.0f;
         }
       }
-      if constexpr (Config::kBoundedGate) {
-        DecayScan::accumulate(log2_alpha, lane);
-        store_lane_floats(s, log2_alpha);
-        if (group == 7) {
+      float alpha[2][8], log_sum[8], product[8];
 #pragma unroll
-          for (int c = 0; c < 8; ++c) {
-            log_totals[channel(s) + c] = log2_alpha[1][c];
-            totals[channel(s) + c] = ptx::ex2(log2_alpha[1][c]);
-          }
-        }
-      } else {
-        float alpha[2][8], log_sum[8], product[8];
-#pragma unroll
-        for (int c = 0; c < 8; ++c) {
-          alpha[0][c] = ptx::ex2(log2_alpha[0][c]);
-          alpha[1][c] = ptx::ex2(log2_alpha[1][c]);
-          log_sum[c] = log2_alpha[0][c] + log2_alpha[1][c];
-          product[c] = alpha[0][c] * alpha[1][c];
-        }
-        store_lane_floats(s, alpha);
-        totals[channel(s) + group] = combine_rows<Multiply>(product, lane);
-        log_totals[channel(s) + group] = combine_rows<Add>(log_sum, lane);
+      for (int c = 0; c < 8; ++c) {
+        alpha[0][c] = ptx::ex2(log2_alpha[0][c]);
+        alpha[1][c] = ptx::ex2(log2_alpha[1][c]);
+        log_sum[c] = log2_alpha[0][c] + log2_alpha[1][c];
+        product[c] = alpha[0][c] * alpha[1][c];
       }
+      store_lane_floats(s, alpha);
+      totals[channel(s) + group] = combine_rows<Multiply>(product, lane);
+      log_totals[channel(s) + group] = combine_rows<Add>(log_sum, lane);
     }
 
-    constexpr float kEpsilon = 1e-6f;
 #pragma unroll
     for (int hi = 0; hi < 2; ++hi) {
-      q_norm[hi] = k_norm[hi] = 1.0f;
-      if (call.qk_l2norm) {
+      if constexpr (Config::kNormalized) {
         q_squares[hi] += __shfl_xor_sync(0xffffffffu, q_squares[hi], 1);
         q_squares[hi] += __shfl_xor_sync(0xffffffffu, q_squares[hi], 2);
         k_squares[hi] += __shfl_xor_sync(0xffffffffu, k_squares[hi], 1);
         k_squares[hi] += __shfl_xor_sync(0xffffffffu, k_squares[hi], 2);
-        q_norm[hi] = rsqrtf(q_squares[hi] + kEpsilon);
-        k_norm[hi] = rsqrtf(k_squares[hi] + kEpsilon);
+        q_norm[hi] = InverseNorm(q_squares[hi]);
+        k_norm[hi] = InverseNorm(k_squares[hi]);
       }
       if (member == 0) {
         float write_strength = 0.0f;  // a token past the end writes nothing
@@ -199,6 +215,7 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
           if (call.beta_sigmoid) write_strength = call.beta_scale * sigmoid(write_strength);
         }
         beta()[row(hi)] = write_strength;
+        key_rest()[row(hi)] = k_norm[hi].rest;
       }
     }
   }
@@ -222,8 +239,8 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
     for (int step = 0; step < 4; step += 2) {
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
-        ptx::mma_m16n8k16_bf16(products.level[kLevel][b], qa[b][step], ka[b][step], qa[b][step + 1], ka[b][step + 1],
-                               kb[b][step], kb[b][step + 1]);
+        Operand::multiply(products.level[kLevel][b], qa[b][step], ka[b][step], qa[b][step + 1], ka[b][step + 1],
+                          kb[b][step], kb[b][step + 1]);
       }
     }
   }
@@ -232,8 +249,8 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
                                                        const uint32_t (&kb)[2][4]) {
 #pragma unroll
     for (int step = 0; step < 4; step += 2) {
-      ptx::mma_m16n8k16_bf16(products.lower, qa[1][step], ka[1][step], qa[1][step + 1], ka[1][step + 1], kb[0][step],
-                             kb[0][step + 1]);
+      Operand::multiply(products.lower, qa[1][step], ka[1][step], qa[1][step + 1], ka[1][step + 1], kb[0][step],
+                        kb[0][step + 1]);
     }
   }
 
@@ -247,8 +264,8 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
       float factor[8];
 #pragma unroll
       for (int c = 0; c < 8; ++c) factor[c] = tree.template factor<kBlock>(hi, c, lane);
-      scale_and_pack(qs[hi], q[hi], factor);
-      scale_and_pack(ks[hi], k[hi], factor);
+      Operand::scale_and_pack(qs[hi], q[hi], factor);
+      Operand::scale_and_pack(ks[hi], k[hi], factor);
     }
     if constexpr (kBlock == 8) {
       multiply_lower_block(qs, ks, ks);
@@ -293,12 +310,18 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
     }
   }
 
+  // Units of a [C, K] tile in bf16: values times the factor of the channel and that of the row.
   __device__ __forceinline__ void store_key_units(uint8_t* destination, int slice, const float (&values)[2][8],
-                                                  const float (&factor)[8]) const {
+                                                  const float (&channel_factor)[8],
+                                                  const float (&row_factor)[2]) const {
 #pragma unroll
     for (int hi = 0; hi < 2; ++hi) {
       uint32_t packed[4];
-      scale_and_pack(packed, values[hi], factor);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        packed[i] = pack_bf16(values[hi][2 * i] * (channel_factor[2 * i] * row_factor[hi]),
+                              values[hi][2 * i + 1] * (channel_factor[2 * i + 1] * row_factor[hi]));
+      }
       *reinterpret_cast<uint4*>(destination + Config::KeyTile::unit_offset(row(hi), channel(slice) >> 3)) = {
           packed[0], packed[1], packed[2], packed[3]};
     }
@@ -306,9 +329,8 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
 
   // Phase 2: products inside the tile, and every operand that carries a gate factor.
   __device__ __forceinline__ void scale_operands(RowReader& q_rows, RowReader& k_rows) {
-    // Prefix factors are 2^kReference too large and suffix factors as much too small if the gate is bounded.
-    constexpr float kUp = Config::kBoundedGate ? DecayScan::kUp : 1.0f;
-    constexpr float kDown = Config::kBoundedGate ? DecayScan::kDown : 1.0f;
+    const float q_rest[2] = {q_norm[0].rest * params.call.scale, q_norm[1].rest * params.call.scale};
+    const float k_rest[2] = {k_norm[0].rest, k_norm[1].rest};
 #pragma unroll 1
     for (int s = 0; s < Config::kSlices; ++s) {
       float q[2][8], k[2][8];
@@ -323,62 +345,40 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
           unpack_8<Element>(k[hi], k_units[hi]);
 #pragma unroll
           for (int c = 0; c < 8; ++c) {
-            q[hi][c] *= q_norm[hi] * params.call.scale;
-            k[hi][c] *= k_norm[hi];
+            q[hi][c] *= q_norm[hi].power;
+            k[hi][c] *= k_norm[hi].power;
           }
         }
       }
 
-      // From here on: q P, k P, and k R, with P and R over the tile. `rest` completes R: the total over the tile where
-      // R was taken relative to the tile's beginning.
-      float k_suffix[2][8], rest[8];
+      float alpha[2][8];
+      load_lane_floats(s, alpha);
+      DecayTree tree(alpha);
+      add_level<0, 1>(tree, q, k);
+      tree.template double_blocks<1>(lane);
+      add_level<1, 2>(tree, q, k);
+      tree.template double_blocks<2>(lane);
+      add_level<2, 4>(tree, q, k);
+      tree.template double_blocks<4>(lane);
+      add_level<0, 8>(tree, q, k);
+      tree.join_halves();
+
+      // From here on: q P, k P and k R, with P and R over the tile.
+      float k_suffix[2][8];
       uint32_t qp[2][4], kp[2][4];
-      const auto apply = [&](const auto& prefix, const auto& suffix) {
 #pragma unroll
-        for (int hi = 0; hi < 2; ++hi) {
+      for (int hi = 0; hi < 2; ++hi) {
 #pragma unroll
-          for (int c = 0; c < 8; ++c) {
-            const float factor = prefix(hi, c);
-            k_suffix[hi][c] = k[hi][c] * suffix(hi, c);
-            q[hi][c] *= factor;
-            k[hi][c] *= factor;
-          }
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            qp[hi][i] = pack_bf16(q[hi][2 * i], q[hi][2 * i + 1]);
-            kp[hi][i] = pack_bf16(k[hi][2 * i], k[hi][2 * i + 1]);
-          }
+        for (int c = 0; c < 8; ++c) {
+          k_suffix[hi][c] = k[hi][c] * tree.suffix[hi][c];
+          q[hi][c] *= tree.prefix[hi][c];
+          k[hi][c] *= tree.prefix[hi][c];
         }
-      };
-      if constexpr (Config::kBoundedGate) {
-        float log2_decay[2][8];
-        load_lane_floats(s, log2_decay);
-        apply([&](int hi, int c) { return DecayScan::prefix(log2_decay[hi][c]); },
-              [&](int hi, int c) { return DecayScan::inverse(log2_decay[hi][c]); });
-        uint32_t kb[2][4];
 #pragma unroll
-        for (int hi = 0; hi < 2; ++hi) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) kb[hi][i] = pack_bf16(k_suffix[hi][2 * i], k_suffix[hi][2 * i + 1]);
+        for (int i = 0; i < 4; ++i) {
+          qp[hi][i] = Operand::pack(q[hi][2 * i], q[hi][2 * i + 1]);
+          kp[hi][i] = Operand::pack(k[hi][2 * i], k[hi][2 * i + 1]);
         }
-        multiply_diagonal_blocks<0>(qp, kp, kb);
-        multiply_lower_block(qp, kp, kb);
-        load_8_aligned(rest, tile_total(warp, s));
-      } else {
-        float alpha[2][8];
-        load_lane_floats(s, alpha);
-        DecayTree tree(alpha);
-        add_level<0, 1>(tree, q, k);
-        tree.template double_blocks<1>(lane);
-        add_level<1, 2>(tree, q, k);
-        tree.template double_blocks<2>(lane);
-        add_level<2, 4>(tree, q, k);
-        tree.template double_blocks<4>(lane);
-        add_level<0, 8>(tree, q, k);
-        tree.join_halves();
-        apply([&](int hi, int c) { return tree.prefix[hi][c]; }, [&](int hi, int c) { return tree.suffix[hi][c]; });
-#pragma unroll
-        for (int c = 0; c < 8; ++c) rest[c] = 1.0f;
       }
 
       // A operands for the products with earlier tiles, over the gates in region A.
@@ -389,11 +389,14 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
       }
 
       // B operands for each later tile: k R times the totals of the tiles between.
+      float after[8];
+#pragma unroll
+      for (int c = 0; c < 8; ++c) after[c] = 1.0f;
 #pragma unroll 1
       for (int target = warp + 1; target < Config::kWarps; ++target) {
         uint32_t kr[2][4];
-        scale_and_pack(kr[0], k_suffix[0], rest);
-        scale_and_pack(kr[1], k_suffix[1], rest);
+        Operand::scale_and_pack(kr[0], k_suffix[0], after);
+        Operand::scale_and_pack(kr[1], k_suffix[1], after);
         const int index = suffix_operand_index(warp, target);
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
@@ -403,16 +406,13 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
         float total[8];
         load_8_aligned(total, tile_total(target, s));
 #pragma unroll
-        for (int c = 0; c < 8; ++c) rest[c] *= total[c];
+        for (int c = 0; c < 8; ++c) after[c] *= total[c];
       }
 
-      // `rest` now reaches to the end of the chunk, `before` from its beginning to the tile.
+      // `after` now reaches to the end of the chunk, `before` from its beginning to the tile.
       float before[8];
 #pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        rest[c] *= kUp;
-        before[c] = kDown;
-      }
+      for (int c = 0; c < 8; ++c) before[c] = 1.0f;
 #pragma unroll 1
       for (int source = 0; source < warp; ++source) {
         float total[8];
@@ -420,9 +420,9 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
 #pragma unroll
         for (int c = 0; c < 8; ++c) before[c] *= total[c];
       }
-      store_key_units(params.K_decayed + tile * Config::kKeyTileBytes, s, k_suffix, rest);
-      store_key_units(params.Q_gated + tile * Config::kKeyTileBytes, s, q, before);
-      store_key_units(shared + Config::kRegionC, s, k, before);
+      store_key_units(params.K_decayed + tile * Config::kKeyTileBytes, s, k_suffix, after, k_rest);
+      store_key_units(params.Q_gated + tile * Config::kKeyTileBytes, s, q, before, q_rest);
+      store_key_units(shared + Config::kRegionC, s, k, before, k_rest);
     }
   }
 
@@ -437,38 +437,42 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
           for (int step = 0; step < 2; ++step) {
             const uint4 q = *lane_unit(s, step), k = *lane_unit(s, 2 + step);
             const uint4 b = *suffix_operand(suffix_operand_index(source, warp), s, step);
-            ptx::mma_m16n8k16_bf16(qk[source][0], q.x, q.y, q.z, q.w, b.x, b.y);
-            ptx::mma_m16n8k16_bf16(qk[source][1], q.x, q.y, q.z, q.w, b.z, b.w);
-            ptx::mma_m16n8k16_bf16(kk[source][0], k.x, k.y, k.z, k.w, b.x, b.y);
-            ptx::mma_m16n8k16_bf16(kk[source][1], k.x, k.y, k.z, k.w, b.z, b.w);
+            Operand::multiply(qk[source][0], q.x, q.y, q.z, q.w, b.x, b.y);
+            Operand::multiply(qk[source][1], q.x, q.y, q.z, q.w, b.z, b.w);
+            Operand::multiply(kk[source][0], k.x, k.y, k.z, k.w, b.x, b.y);
+            Operand::multiply(kk[source][1], k.x, k.y, k.z, k.w, b.z, b.w);
           }
         }
       }
     }
   }
 
-  // Writes (row, column) and (row, column + 1) of Aqk and Akk.
+  // Writes (row, column) and (row, column + 1) of Aqk and Akk. The factors complete the normalisation and carry scale and beta.
   __device__ __forceinline__ void store_pair(int row, int column, float qk0, float qk1, float kk0, float kk1,
-                                             float row_beta) const {
+                                             float q_factor, float k_factor) const {
+    const float2 rest = *reinterpret_cast<const float2*>(key_rest() + column);
     *reinterpret_cast<uint32_t*>(shared + Config::kAqkOffset + Config::PairTile::pair_offset(row, column)) =
-        pack_bf16(qk0, qk1);
-    *reinterpret_cast<float2*>(&this->Akk().at(row, column)) = {kk0 * row_beta, kk1 * row_beta};
+        pack_bf16(qk0 * q_factor * rest.x, qk1 * q_factor * rest.y);
+    *reinterpret_cast<float2*>(&this->Akk().at(row, column)) = {kk0 * k_factor * rest.x, kk1 * k_factor * rest.y};
   }
 
   // The product of the pair (group, column) of a block on the diagonal, out of the level that their highest differing
   // bit names; `offset` 0 for q k^T, 2 for k k^T.
   __device__ __forceinline__ float select_level(int block, int element, int column) const {
-    if constexpr (kLevels == 1) return products.level[0][block][element];
     const int differing = group ^ column;
-    return differing >= 4
-               ? products.level[kLevels - 1][block][element]
-               : (differing >= 2 ? products.level[kLevels / 2][block][element] : products.level[0][block][element]);
+    return differing >= 4 ? products.level[kLevels - 1][block][element]
+                          : (differing >= 2 ? products.level[1][block][element] : products.level[0][block][element]);
   }
 
   // Phase 4: Aqk and Akk into shared memory. What is not a pair of the tile is dropped by selection: it may be inf or
   // NaN.
   __device__ __forceinline__ void store_products() const {
-    const float row_beta[2] = {beta()[row(0)], beta()[row(1)]};
+    float q_factor[2], k_factor[2];
+#pragma unroll
+    for (int hi = 0; hi < 2; ++hi) {
+      q_factor[hi] = q_norm[hi].rest * params.call.scale;
+      k_factor[hi] = k_norm[hi].rest * beta()[row(hi)];
+    }
     const int pair = 2 * member;  // first of the lane's two columns of an 8-column block
 #pragma unroll
     for (int source = 0; source < 3; ++source) {
@@ -478,7 +482,7 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
 #pragma unroll
           for (int hi = 0; hi < 2; ++hi) {
             store_pair(row(hi), 16 * source + 8 * n + pair, qk[source][n][2 * hi], qk[source][n][2 * hi + 1],
-                       kk[source][n][2 * hi], kk[source][n][2 * hi + 1], row_beta[hi]);
+                       kk[source][n][2 * hi], kk[source][n][2 * hi + 1], q_factor[hi], k_factor[hi]);
           }
         }
       }
@@ -489,14 +493,15 @@ struct IntraChunkPairs : IntraChunkContext<Config> {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int column = pair + e;
-        const float diagonal = products.exact[b][e] * (q_norm[b] * k_norm[b] * params.call.scale);
+        const float diagonal = products.exact[b][e] * (q_norm[b].power * k_norm[b].power);
         qk_values[e] = group > column ? select_level(b, e, column) : (group == column ? diagonal : 0.0f);
         kk_values[e] = group > column ? select_level(b, 2 + e, column) : 0.0f;
       }
-      store_pair(row(b), 16 * warp + 8 * b + pair, qk_values[0], qk_values[1], kk_values[0], kk_values[1], row_beta[b]);
+      store_pair(row(b), 16 * warp + 8 * b + pair, qk_values[0], qk_values[1], kk_values[0], kk_values[1], q_factor[b],
+                 k_factor[b]);
     }
     store_pair(row(1), 16 * warp + pair, products.lower[0], products.lower[1], products.lower[2], products.lower[3],
-               row_beta[1]);
+               q_factor[1], k_factor[1]);
     // Above the diagonal Aqk is zero; Akk is not read there.
     for (int column = 16 * warp + 8; column < C; column += 8) {
 #pragma unroll

@@ -40,6 +40,7 @@ struct IntraChunkSolve : IntraChunkPairs<Config> {
       Pairs::shared;
   using Pairs::tile, Pairs::value_head, Pairs::warp;
   static constexpr int K = Config::K, V = Config::V, C = Config::C;
+  using LowTile = PitchedTile<SolveMatrix::kStride * 4>;  // low part of Tinv, in the rows of the fp32 matrix
 
   // V of the chunk into region B; rows past the end are zero.
   __device__ __forceinline__ void load_values() const {
@@ -60,16 +61,37 @@ struct IntraChunkSolve : IntraChunkPairs<Config> {
     }
   }
 
-  // Tinv without its diagonal, as a bf16 tile: row tile `warp`, columns of the tiles up to it.
-  __device__ __forceinline__ void store_inverse_operand() const {
+  // Tinv without its diagonal, as the sum of two bf16 operands: row tile `warp`, columns of the tiles up to it. The high part goes
+  // to region B; the low part takes the place of the inverse, row by row. Entries of Tinv are up to beta in magnitude and
+  // cancel in its products where the gates hardly decay and keys repeat: one bf16 is not enough there.
+  __device__ __forceinline__ void store_inverse_operands() const {
     const SolveMatrix T = this->Akk();  // inverted in place
-    for (int column = 2 * member; column < 16 * (warp + 1); column += 8) {
-      const float2 beta_pair = *reinterpret_cast<const float2*>(beta() + column);
+    SplitBf16 entries[C / 8][2];
 #pragma unroll
-      for (int hi = 0; hi < 2; ++hi) {
-        const float2 t = *reinterpret_cast<const float2*>(&T.at(row(hi), column));
-        *reinterpret_cast<uint32_t*>(shared + Config::kTinvOffset + Config::PairTile::pair_offset(row(hi), column)) =
-            pack_bf16(row(hi) > column ? t.x * beta_pair.x : 0.0f, row(hi) > column + 1 ? t.y * beta_pair.y : 0.0f);
+    for (int n = 0; n < C / 8; ++n) {
+      const int column = 8 * n + 2 * member;
+      if (n < 2 * (warp + 1)) {
+        const float2 beta_pair = *reinterpret_cast<const float2*>(beta() + column);
+#pragma unroll
+        for (int hi = 0; hi < 2; ++hi) {
+          const float2 t = *reinterpret_cast<const float2*>(&T.at(row(hi), column));
+          entries[n][hi] =
+              SplitBf16(row(hi) > column ? t.x * beta_pair.x : 0.0f, row(hi) > column + 1 ? t.y * beta_pair.y : 0.0f);
+        }
+      }
+    }
+    __syncwarp();  // the warp has read all of its rows
+#pragma unroll
+    for (int n = 0; n < C / 8; ++n) {
+      const int column = 8 * n + 2 * member;
+      if (n < 2 * (warp + 1)) {
+#pragma unroll
+        for (int hi = 0; hi < 2; ++hi) {
+          *reinterpret_cast<uint32_t*>(shared + Config::kTinvOffset + Config::PairTile::pair_offset(row(hi), column)) =
+              entries[n][hi].high;
+          *reinterpret_cast<uint32_t*>(shared + Config::kRegionA + LowTile::pair_offset(row(hi), column)) =
+              entries[n][hi].low;
+        }
       }
     }
   }
@@ -80,6 +102,7 @@ struct IntraChunkSolve : IntraChunkPairs<Config> {
     constexpr int kColumns = K / Config::kWarps, kPairs = kColumns / 16;
     const uint32_t keys = ptx::shared_address(shared + Config::kRegionC);
     const uint32_t inverse = ptx::shared_address(shared + Config::kTinvOffset);
+    const uint32_t inverse_low = ptx::shared_address(shared + Config::kRegionA);
     float acc[4][2 * kPairs][4] = {};
 #pragma unroll
     for (int kt = 0; kt < 4; ++kt) {
@@ -88,12 +111,17 @@ struct IntraChunkSolve : IntraChunkPairs<Config> {
       for (int n = 0; n < kPairs; ++n) KeyTile::load_b_trans(b[n], keys, 16 * kt, warp * kColumns + 16 * n, lane);
 #pragma unroll
       for (int mt = kt; mt < 4; ++mt) {
-        uint32_t a[4];
-        Config::PairTile::load_a(a, inverse, 16 * mt, 16 * kt, lane);
+        uint32_t high[4], low[4];
+        Config::PairTile::load_a(high, inverse, 16 * mt, 16 * kt, lane);
+        LowTile::load_a(low, inverse_low, 16 * mt, 16 * kt, lane);
 #pragma unroll
         for (int n = 0; n < kPairs; ++n) {
-          ptx::mma_m16n8k16_bf16(acc[mt][2 * n], a[0], a[1], a[2], a[3], b[n][0], b[n][1]);
-          ptx::mma_m16n8k16_bf16(acc[mt][2 * n + 1], a[0], a[1], a[2], a[3], b[n][2], b[n][3]);
+          const auto multiply = [&](const uint32_t(&a)[4]) {
+            ptx::mma_m16n8k16_bf16(acc[mt][2 * n], a[0], a[1], a[2], a[3], b[n][0], b[n][1]);
+            ptx::mma_m16n8k16_bf16(acc[mt][2 * n + 1], a[0], a[1], a[2], a[3], b[n][2], b[n][3]);
+          };
+          multiply(high);
+          multiply(low);
         }
       }
     }
@@ -120,6 +148,7 @@ struct IntraChunkSolve : IntraChunkPairs<Config> {
     constexpr int kRows = V / Config::kWarps, kTiles = kRows / 16;
     const uint32_t values = ptx::shared_address(shared + Config::kRegionB);
     const uint32_t inverse = ptx::shared_address(shared + Config::kTinvOffset);
+    const uint32_t inverse_low = ptx::shared_address(shared + Config::kRegionA);
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
       float acc[8][4] = {};
@@ -138,17 +167,28 @@ struct IntraChunkSolve : IntraChunkPairs<Config> {
           acc[2 * kt + half][2] += diagonal.x * lower.x;
           acc[2 * kt + half][3] += diagonal.y * lower.y;
         }
+        uint32_t value[4], value_low[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = Packed2<Element>::to_bf16(a[i]);
+        for (int i = 0; i < 4; ++i) {
+          const SplitBf16 split = Packed2<Element>::split(a[i]);
+          value[i] = split.high, value_low[i] = split.low;
+        }
 #pragma unroll
         for (int nt = kt; nt < 4; ++nt) {
-          uint32_t b[4];
-          Config::PairTile::load_b(b, inverse, 16 * nt, 16 * kt, lane);
-          ptx::mma_m16n8k16_bf16(acc[2 * nt], a[0], a[1], a[2], a[3], b[0], b[1]);
-          ptx::mma_m16n8k16_bf16(acc[2 * nt + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+          uint32_t high[4], low[4];
+          Config::PairTile::load_b(high, inverse, 16 * nt, 16 * kt, lane);
+          LowTile::load_b(low, inverse_low, 16 * nt, 16 * kt, lane);
+          const auto multiply = [&](const uint32_t(&v)[4], const uint32_t(&b)[4]) {
+            ptx::mma_m16n8k16_bf16(acc[2 * nt], v[0], v[1], v[2], v[3], b[0], b[1]);
+            ptx::mma_m16n8k16_bf16(acc[2 * nt + 1], v[0], v[1], v[2], v[3], b[2], b[3]);
+          };
+          multiply(value, high);
+          multiply(value, low);
+          if constexpr (!std::is_same_v<Element, BFloat16>) multiply(value_low, high);
         }
       }
-      float4* destination = params.U0 + ((tile * (V / 16) + warp * kTiles + m) * (C / 8)) * 32 + lane;
+      float4* destination =
+          reinterpret_cast<float4*>(params.U) + ((tile * (V / 16) + warp * kTiles + m) * (C / 8)) * 32 + lane;
 #pragma unroll
       for (int n = 0; n < 8; ++n) destination[n * 32] = {acc[n][0], acc[n][1], acc[n][2], acc[n][3]};
     }
@@ -180,7 +220,7 @@ struct IntraChunkSolve : IntraChunkPairs<Config> {
       store_tile(params.Aqk + tile * Config::kPairTileBytes, Config::kAqkOffset, Config::kPairTileBytes);
 
     invert_unit_lower_64x64(this->Akk(), warp, lane);
-    store_inverse_operand();
+    store_inverse_operands();
     ptx::cp_async_wait_all();
     __syncthreads();
 

@@ -15,9 +15,9 @@ struct ChunkFwdKernelParams {
   uint8_t* K_decayed;  // [slots, HV] tiles [C, K], bf16, swizzled
   uint8_t* Q_gated;    // [slots, HV] tiles [C, K], bf16, swizzled
   uint8_t* Aqk;        // [slots, HV] tiles [C, C], bf16, swizzled
-  float4* U0;          // [slots, HV, V / 16, C / 8, 32 lanes] accumulator fragments
-  uint4* U;            // [slots, HV, V / 16, C / 16, 32 lanes] operand fragments
-  uint4* state;        // [slots, HV, V / 16, K / 16, 32 lanes] operand fragments
+  uint4* U;      // [slots, HV, V / 16, C / 8, 32 lanes]: U0 = Tinv V as accumulator fragments (fp32), n-tile by n-tile,
+                 // replaced by U as operand fragments (bf16), a high and a low one for each 16 tokens
+  uint4* state;  // [slots, HV, V / 16, K / 16, 32 lanes] operand fragments
   float* chunk_decay;  // [slots, HV, K]
 
   int64_t chunk_slots;

@@ -7,7 +7,7 @@
 // Q_gated and Aqk come by one bulk copy each. Rows of o past the last entry of cu_seqlens are set to zero here.
 //
 // Shared memory (bytes, K = V = 128): Q_gated 16384, then O for a coalesced store; Aqk 8192.
-// Bound by memory traffic: 2 * (K + V + C + K V / C) bytes read and 2 V written for each token and head.
+// Bound by memory traffic: 2 * (K + 2 V + C + K V / C) bytes read and 2 V written for each token and head.
 #pragma once
 
 #include "../device/chunk_location.cuh"
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
 
   const int64_t first_row_tile = tile * (V / 16) + warp * kRowTiles;
   const uint4* const state = params.state + first_row_tile * (K / 16) * 32 + lane;
-  const uint4* const u = params.U + first_row_tile * (C / 16) * 32 + lane;
+  const uint4* const u = params.U + first_row_tile * (C / 8) * 32 + lane;
   float acc[C / 16][2 * kRowTiles][4] = {};
 
   // acc[mt] += A(16 tokens) * operand^T, for the 16 columns of O that one 16-row operand of S^T or U^T covers.
@@ -92,21 +92,24 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     ptx::mma_m16n8k16_bf16(acc[mt][2 * row_tile + 1], a[0], a[1], a[2], a[3], operand.y, operand.w);
   };
 
-  uint4 u_operand[kRowTiles][C / 16];
-#pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-    for (int kt = 0; kt < C / 16; ++kt) u_operand[r][kt] = u[(r * (C / 16) + kt) * 32];
-  }
   ptx::mbarrier_wait_parity(barrier, 0);
 #pragma unroll
   for (int kt = 0; kt < C / 16; ++kt) {
+    uint4 u_operand[kRowTiles][2];  // high, low
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      u_operand[r][0] = u[(r * (C / 8) + 2 * kt) * 32];
+      u_operand[r][1] = u[(r * (C / 8) + 2 * kt + 1) * 32];
+    }
 #pragma unroll
     for (int mt = kt; mt < C / 16; ++mt) {
       uint32_t a[4];
       Config::PairTile::load_a(a, aqk, 16 * mt, 16 * kt, lane);
 #pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) multiply(mt, r, a, u_operand[r][kt]);
+      for (int r = 0; r < kRowTiles; ++r) {
+        multiply(mt, r, a, u_operand[r][0]);
+        multiply(mt, r, a, u_operand[r][1]);
+      }
     }
   }
 #pragma unroll

@@ -1,18 +1,20 @@
 // Stage 2 of the forward: the hidden-state recurrence over the chunks of a sequence,
 //   U = U0 - W S,      S' = Diag(e^{G_C}) S + (K ⊙ e^{G_C - G})^T U,
-// writing, for stage 3, the state at the entry of each chunk and U, both as bf16 MMA operands.
+// writing, for stage 3, the state at the entry of each chunk and U as bf16 MMA operands, U in the place of U0.
 //
 // Grid: one CTA for each (sequence, value head, value tile); value_tile / 16 warps.
 // The state is kept transposed, S^T [V, K], in fp32 accumulator fragments for the whole sequence. Each warp owns 16 rows
 // of V and all of K, so that it needs nothing from the other warps:
 //   U^T  = U0^T - S^T W^T                      A = S^T, its accumulators rounded to bf16;  B = W [C, K]
-//   S'^T = S^T Diag(e^{G_C}) + U^T K_decayed   A = U^T, likewise;                          B = K_decayed [C, K]
+//   S'^T = S^T Diag(e^{G_C}) + U^T K_decayed   A = U^T, as a sum of two bf16 operands;     B = K_decayed [C, K]
+// U is split because its rounding is what the state's error mostly consists of, and because a delta rule that hardly forgets
+// (beta up to 2, repeated keys) sums values of U that cancel.
 // Thread 0 keeps a ring of stages filled by bulk copies: everything a chunk needs is contiguous in the workspace. A
 // warp of its own for that would cost registers: nine warps leave 168 for each thread, eight leave 255, and the state
 // with its operands needs 200.
 //
 // Shared memory of one stage (bytes, K = 128): W 16384, K_decayed 16384, chunk_decay 512, U0 256 for each value row.
-// Bound, at few CTAs, by the chain of 2 * 64 products a chunk and warp; at many CTAs by the traffic of the workspace.
+// Bound, at few CTAs, by the chain of 3 * 64 products a chunk and warp; at many CTAs by the traffic of the workspace.
 #pragma once
 
 #include "../device/chunk_location.cuh"
@@ -129,8 +131,8 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
     ptx::mbarrier_arrive_expect_tx(barrier, stage_bytes);
     ptx::cp_async_bulk_load(stage + Config::kW, params.W + tile * Config::kKeyTileBytes, Config::kKeyTileBytes,
                             barrier);
-    ptx::cp_async_bulk_load(stage + Config::kU0, params.U0 + (tile * (V / 16) + first_row_tile) * (C / 8) * 32,
-                            u0_bytes, barrier);
+    ptx::cp_async_bulk_load(stage + Config::kU0, params.U + (tile * (V / 16) + first_row_tile) * (C / 8) * 32, u0_bytes,
+                            barrier);
     ptx::cp_async_bulk_load(stage + Config::kKeyDecayed, params.K_decayed + tile * Config::kKeyTileBytes,
                             Config::kKeyTileBytes, barrier);
     ptx::cp_async_bulk_load(stage + Config::kU0 + u0_bytes, params.chunk_decay + tile * K, Config::kDecayBytes,
@@ -160,7 +162,7 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
   const int64_t first_tile = first_slot * value_heads + value_head;
   const int64_t first_operand_tile = first_tile * (V / 16) + row_tile, operand_tiles_per_chunk = value_heads * (V / 16);
   uint4* state_operands = params.state + first_operand_tile * (K / 16) * 32 + lane;
-  uint4* u_operands = params.U + first_operand_tile * (C / 16) * 32 + lane;
+  uint4* u_operands = params.U + first_operand_tile * (C / 8) * 32 + lane;
 
   RingPosition ring, previous;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -199,7 +201,8 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
       }
     }
 
-    uint32_t ut[C / 16][4];
+    // U^T as A operands: their high parts, and what those leave out.
+    uint32_t ut_high[C / 16][4], ut_low[C / 16][4];
     const float4* const u0 = reinterpret_cast<const float4*>(stage_data + Config::kU0) + warp * (C / 8) * 32 + lane;
 #pragma unroll
     for (int kt = 0; kt < C / 16; ++kt) {
@@ -207,10 +210,13 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
       for (int half = 0; half < 2; ++half) {
         const float4 corrected = u0[(2 * kt + half) * 32];
         const float(&ws)[4] = u[2 * kt + half];
-        ut[kt][2 * half] = pack_bf16(corrected.x - ws[0], corrected.y - ws[1]);
-        ut[kt][2 * half + 1] = pack_bf16(corrected.z - ws[2], corrected.w - ws[3]);
+        const SplitBf16 upper(corrected.x - ws[0], corrected.y - ws[1]),
+            lower(corrected.z - ws[2], corrected.w - ws[3]);
+        ut_high[kt][2 * half] = upper.high, ut_high[kt][2 * half + 1] = lower.high;
+        ut_low[kt][2 * half] = upper.low, ut_low[kt][2 * half + 1] = lower.low;
       }
-      u_operands[kt * 32] = {ut[kt][0], ut[kt][1], ut[kt][2], ut[kt][3]};
+      u_operands[2 * kt * 32] = {ut_high[kt][0], ut_high[kt][1], ut_high[kt][2], ut_high[kt][3]};
+      u_operands[(2 * kt + 1) * 32] = {ut_low[kt][0], ut_low[kt][1], ut_low[kt][2], ut_low[kt][3]};
     }
 
     const float* const decay =
@@ -229,14 +235,18 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
       for (int n = 0; n < K / 16; ++n) {
         uint32_t b[4];
         Config::KeyTile::load_b_trans(b, stage + Config::kKeyDecayed, 16 * kt, 16 * n, lane);
-        ptx::mma_m16n8k16_bf16(state.acc[2 * n], ut[kt][0], ut[kt][1], ut[kt][2], ut[kt][3], b[0], b[1]);
-        ptx::mma_m16n8k16_bf16(state.acc[2 * n + 1], ut[kt][0], ut[kt][1], ut[kt][2], ut[kt][3], b[2], b[3]);
+        const auto multiply = [&](const uint32_t(&a)[4]) {
+          ptx::mma_m16n8k16_bf16(state.acc[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
+          ptx::mma_m16n8k16_bf16(state.acc[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+        };
+        multiply(ut_high[kt]);
+        multiply(ut_low[kt]);
       }
     }
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(empty(ring.stage));
     state_operands += operand_tiles_per_chunk * (K / 16) * 32;
-    u_operands += operand_tiles_per_chunk * (C / 16) * 32;
+    u_operands += operand_tiles_per_chunk * (C / 8) * 32;
     previous = ring;
     ring.advance(stages);
   }
