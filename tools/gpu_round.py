@@ -198,7 +198,7 @@ def board_part(args: argparse.Namespace, quick: bool) -> Part:
 
 
 class Round:
-    """Runs the parts within the budget, and keeps them in the order in which they began."""
+    """Runs the parts within the budget, and keeps them."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -311,6 +311,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             this.run([board_part(args, quick=args.quick_board or this.time_left() < FULL_BOARD_S)])
 
+    this.parts.sort(key=lambda part: PARTS.index(part.name))
     for part in this.parts:
         if not part.outcome.ok and part.command:  # type: ignore[union-attr]
             print(f"\n--- the end of {part.log.name} ---\n{part.tail()}")
