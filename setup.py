@@ -161,6 +161,15 @@ def make_extension(cuda_home: Path | None) -> Extension:
     )
 
 
+def remove_stale_objects(build_temp: Path) -> None:
+    """Deletes objects older than the newest header: with a CPU-only torch, ninja is not told which headers nvcc read."""
+    headers = [path for pattern in ("*.h", "*.cuh") for path in (ROOT / "csrc").rglob(pattern)]
+    newest = max(path.stat().st_mtime for path in headers)
+    for path in build_temp.rglob("*.o"):
+        if path.stat().st_mtime < newest:
+            path.unlink()
+
+
 def main() -> None:
     """Declares the extension to setuptools; everything else about the package is in pyproject.toml."""
     try:
@@ -168,13 +177,18 @@ def main() -> None:
     except ImportError as error:
         raise SystemExit(f"kda-cuda: building needs torch 2.10 or later in the environment: {error}") from error
 
+    class BuildKernels(BuildExtension):
+        def build_extension(self, ext: Extension) -> None:
+            remove_stale_objects(Path(self.build_temp))
+            super().build_extension(ext)
+
     put_ninja_on_path()
     cuda_home = None if env_flag("KDA_CUDA_WITHOUT_KERNELS") else find_cuda_home()
     if cuda_home is None:
         print("kda-cuda: no nvcc (or KDA_CUDA_WITHOUT_KERNELS=1): building without CUDA kernels", file=sys.stderr)
     setup(
         ext_modules=[make_extension(cuda_home)],
-        cmdclass={"build_ext": BuildExtension},
+        cmdclass={"build_ext": BuildKernels},
         options={"bdist_wheel": {"py_limited_api": PYTHON_TAG}},
     )
 
