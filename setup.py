@@ -162,7 +162,7 @@ def make_extension(cuda_home: Path | None) -> Extension:
 
 
 def remove_stale_objects(build_temp: Path) -> None:
-    """Deletes objects older than the newest header: with a CPU-only torch, ninja is not told which headers nvcc read."""
+    """Deletes objects older than the newest header: with a CPU-only torch, ninja does not learn what nvcc includes."""
     headers = [path for pattern in ("*.h", "*.cuh") for path in (ROOT / "csrc").rglob(pattern)]
     newest = max(path.stat().st_mtime for path in headers)
     for path in build_temp.rglob("*.o"):
