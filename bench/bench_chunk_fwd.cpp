@@ -44,8 +44,8 @@ Device open_device() {
 
 kda::ChunkFwdProblem make_problem(const Shape& shape, const Device& device) {
   kda::ChunkFwdProblem problem;
-  problem.batch = 1;
-  problem.tokens = shape.tokens;
+  problem.batch = shape.options.batch;
+  problem.tokens = shape.row_tokens();
   problem.sequences = shape.sequences;
   problem.varlen = shape.varlen;
   problem.heads = shape.options.heads;
@@ -58,28 +58,41 @@ kda::ChunkFwdProblem make_problem(const Shape& shape, const Device& device) {
   return problem;
 }
 
-kda::ChunkFwdPlan make_plan(const kda::ChunkFwdProblem& problem) {
-  const kda::ChunkFwdPlan plan = kda::plan_chunk_fwd(problem);
+// The planner's plan with what the options force.
+kda::ChunkFwdPlan make_plan(const kda::ChunkFwdProblem& problem, const Options& options) {
+  kda::ChunkFwdPlan plan = kda::plan_chunk_fwd(problem);
   if (plan.path == kda::ChunkFwdPath::kComposite) {
-    throw std::runtime_error(std::string("no kernel covers this case: ") + plan.reason);
+    const char* const what =
+        options.path == PathChoice::kStaged ? "--path: staged cannot run this case: " : "no kernel covers this case: ";
+    throw std::runtime_error(what + std::string(plan.reason));
   }
+  if (options.value_tile != 0) plan.value_tile = options.value_tile;
   return plan;
 }
 
+// Relative RMSE of each output; 0 for those that were not asked for.
 struct Errors {
-  double o = 0, final_state = 0;
+  double o = 0, final_state = 0, chunk_states = 0;
+  [[nodiscard]] bool within_limits() const {  // false for NaN
+    return o <= kLimitO && final_state <= kLimitState && chunk_states <= kLimitState;
+  }
 };
 
-// Runs a small case with the sizes, types and gates of `options` and compares it with the host.
+// Runs a small case with the sizes, types, gates and features of `options` and compares it with the host.
 Errors verify(Options options, const Device& device, cudaStream_t stream) {
   const kda::NvtxRange range("bench.verify");
-  options.lengths = {1, 64, 130, 0, 257};  // a lone token, a full chunk, partial chunks, an empty sequence
+  if (options.lengths.size() > 1) {
+    options.lengths = {1, 64, 130, 0, 257};  // a lone token, a full chunk, partial chunks, an empty sequence
+  } else {
+    options.batch = 2;
+    options.lengths = {257};
+  }
   options.value_heads = options.value_heads / options.heads * 2;
   options.heads = 2;
   const Shape shape(options);
   const kda::ChunkFwdProblem problem = make_problem(shape, device);
-  const kda::ChunkFwdPlan plan = make_plan(problem);
-  const InputSet inputs(shape, /*seed=*/1);
+  const kda::ChunkFwdPlan plan = make_plan(problem, options);
+  const InputSet inputs(shape, plan.chunk_slots, /*seed=*/1);
   const DeviceBuffer workspace(plan.workspace.total_bytes);
   BENCH_CUDA(kda::chunk_fwd(inputs.params(problem, workspace.get()), plan, stream));
   BENCH_CUDA(cudaStreamSynchronize(stream));
@@ -87,6 +100,7 @@ Errors verify(Options options, const Device& device, cudaStream_t stream) {
   Errors errors;
   errors.o = relative_rmse(inputs.o(), expected.o);
   if (options.final_state) errors.final_state = relative_rmse(inputs.final_state(), expected.final_state);
+  if (options.chunk_states) errors.chunk_states = relative_rmse(inputs.chunk_states(), expected.chunk_states);
   return errors;
 }
 
@@ -109,7 +123,7 @@ Timing time_calls(const Shape& shape, const Device& device, const kda::ChunkFwdP
   auto setup = std::make_unique<kda::NvtxRange>("bench.setup");
   std::vector<std::unique_ptr<InputSet>> inputs;
   for (int i = 0; i < sets; ++i) {
-    inputs.push_back(std::make_unique<InputSet>(shape, /*seed=*/100 + i));
+    inputs.push_back(std::make_unique<InputSet>(shape, plan.chunk_slots, /*seed=*/100 + i));
     inputs.back()->drop_host_copies();
   }
   const DeviceBuffer workspace(plan.workspace.total_bytes);
@@ -137,6 +151,18 @@ Timing time_calls(const Shape& shape, const Device& device, const kda::ChunkFwdP
   return {summarize(samples), calls, sets};
 }
 
+// A time of one call in terms of its work and of the memory's speed.
+struct Rates {
+  double bytes, flop, gbps, tflops, copy_gbps, roofline_us;
+  Rates(const Shape& shape, double us, double copy)
+      : bytes(least_bytes(shape)),
+        flop(flop_per_token_head(shape) * shape.tokens * shape.options.value_heads),
+        gbps(bytes / (us * 1e3)),
+        tflops(flop / (us * 1e6)),
+        copy_gbps(copy),
+        roofline_us(bytes / (copy_gbps * 1e3)) {}
+};
+
 std::string json_escaped(const std::string& text) {
   std::string escaped;
   for (const char c : text) {
@@ -152,61 +178,92 @@ std::string lengths_as_text(const std::vector<int64_t>& lengths, const char* sep
   return text;
 }
 
+// The features that differ from the defaults, as flags.
+std::string features_as_text(const Options& options) {
+  std::string text;
+  for (const Switch& feature : kSwitches) {
+    if (options.*feature.member == feature.value) text += std::string(text.empty() ? "" : " ") + feature.name;
+  }
+  return text.empty() ? "defaults" : text;
+}
+
+// What was measured and what came out, as one JSON object.
+std::string as_json(const Shape& shape, const Device& device, const std::string& plan, const Errors& errors,
+                    const Timing& timing, const Rates& rates) {
+  const Options& options = shape.options;
+  const auto boolean = [](bool value) { return value ? "true" : "false"; };
+  std::ostringstream json;
+  json.precision(10);
+  json << "{\"device\": \"" << json_escaped(device.properties.name) << "\", \"lengths\": ["
+       << lengths_as_text(options.lengths, ", ") << "], \"batch\": " << options.batch
+       << ", \"heads\": " << options.heads << ", \"value_heads\": " << options.value_heads
+       << ", \"key_dim\": " << options.key_dim << ", \"value_dim\": " << options.value_dim << ", \"dtype\": \""
+       << (options.fp16 ? "fp16" : "bf16") << "\", \"gate\": \"" << name_of(options.gate)
+       << "\", \"log_gate\": " << boolean(options.log_gate) << ", \"l2norm\": " << boolean(options.l2norm)
+       << ", \"negative_eigenvalues\": " << boolean(options.negative_eigenvalues)
+       << ", \"initial_state\": " << boolean(options.initial_state)
+       << ", \"final_state\": " << boolean(options.final_state)
+       << ", \"chunk_states\": " << boolean(options.chunk_states)
+       << ", \"state_v_first\": " << boolean(options.state_v_first) << ", \"forced\": {\"path\": \""
+       << name_of(options.path)
+       << "\", \"value_tile\": " << (options.value_tile == 0 ? "null" : std::to_string(options.value_tile))
+       << "}, \"plan\": " << plan << ", \"error_o\": " << errors.o << ", \"error_final_state\": " << errors.final_state
+       << ", \"error_chunk_states\": " << errors.chunk_states << ", \"median_us\": " << timing.us.median
+       << ", \"min_us\": " << timing.us.min << ", \"p90_us\": " << timing.us.p90
+       << ", \"iterations\": " << options.iterations << ", \"calls_per_replay\": " << timing.calls_per_replay
+       << ", \"input_sets\": " << timing.input_sets << ", \"least_bytes\": " << rates.bytes
+       << ", \"flop\": " << rates.flop << ", \"gbps\": " << rates.gbps << ", \"tflops\": " << rates.tflops
+       << ", \"copy_gbps\": " << rates.copy_gbps << ", \"roofline_us\": " << rates.roofline_us
+       << ", \"roofline_fraction\": " << rates.roofline_us / timing.us.median << "}\n";
+  return json.str();
+}
+
+void print_errors(const Errors& errors, const Options& options) {
+  std::printf("check         relative RMSE: o %.2e (limit %.1e)", errors.o, kLimitO);
+  if (options.final_state) std::printf(", final state %.2e (limit %.1e)", errors.final_state, kLimitState);
+  if (options.chunk_states) std::printf(", chunk states %.2e (limit %.1e)", errors.chunk_states, kLimitState);
+  std::printf("\n");
+}
+
 // Returns the exit status.
 int run(const Options& options) {
   const Shape shape(options);
   const Device device = open_device();
   const Stream stream;
   const kda::ChunkFwdProblem problem = make_problem(shape, device);
-  const kda::ChunkFwdPlan plan = make_plan(problem);
+  const kda::ChunkFwdPlan plan = make_plan(problem, options);
+  const std::string plan_json = kda::to_json(problem, plan);
   std::printf("device        %s, %d SMs, %d MB L2\n", device.properties.name, device.properties.multiProcessorCount,
               device.properties.l2CacheSize >> 20);
-  std::printf("shape         lengths %s, H %d, HV %d, K %d, V %d, %s, gate %s\n",
+  std::printf("shape         batch %d, lengths %s, H %d, HV %d, K %d, V %d, %s, gate %s\n", options.batch,
               lengths_as_text(options.lengths, ",").c_str(), options.heads, options.value_heads, options.key_dim,
               options.value_dim, options.fp16 ? "fp16" : "bf16", name_of(options.gate));
-  std::printf("plan          %s\n", kda::to_json(problem, plan).c_str());
+  std::printf("features      %s\n", features_as_text(options).c_str());
+  std::printf("plan          %s\n", plan_json.c_str());
+  if (options.value_tile != 0) std::printf("forced        value tile %d\n", options.value_tile);
 
   const Errors errors = verify(options, device, stream);
-  std::printf("check         relative RMSE: o %.2e (limit %.1e)", errors.o, kLimitO);
-  if (options.final_state) std::printf(", final state %.2e (limit %.1e)", errors.final_state, kLimitState);
-  std::printf("\n");
-  if (!(errors.o <= kLimitO && errors.final_state <= kLimitState)) {
+  print_errors(errors, options);
+  if (!errors.within_limits()) {
     std::fprintf(stderr, "bench_chunk_fwd: the check FAILED: the error exceeds the contract; nothing was timed\n");
     return kExitCheckFailed;
   }
 
   const double copy_gbps = copy_bandwidth_gbps(stream);
   const Timing timing = time_calls(shape, device, problem, plan, stream);
-  const double bytes = least_bytes(shape), flop = flop_per_token_head(shape) * shape.tokens * options.value_heads;
-  const double gbps = bytes / (timing.us.median * 1e3), tflops = flop / (timing.us.median * 1e6);
-  const double roofline_us = bytes / (copy_gbps * 1e3);
+  const Rates rates(shape, timing.us.median, copy_gbps);
   std::printf("time          %.2f us median, %.2f min, %.2f p90 (%d graph replays of %d calls, %d input sets)\n",
               timing.us.median, timing.us.min, timing.us.p90, options.iterations, timing.calls_per_replay,
               timing.input_sets);
-  std::printf("traffic       %.1f GB/s (least traffic %.2f MB)\n", gbps, bytes / 1e6);
-  std::printf("arithmetic    %.2f TFLOP/s (%.0f FLOP per token and value head)\n", tflops, flop_per_token_head(shape));
-  std::printf("roofline      %.2f us at %.0f GB/s (a large copy in this run): %.1f %% reached\n", roofline_us,
-              copy_gbps, 100 * roofline_us / timing.us.median);
+  std::printf("traffic       %.1f GB/s (least traffic %.2f MB)\n", rates.gbps, rates.bytes / 1e6);
+  std::printf("arithmetic    %.2f TFLOP/s (%.0f FLOP per token and value head)\n", rates.tflops,
+              flop_per_token_head(shape));
+  std::printf("roofline      %.2f us at %.0f GB/s (a large copy in this run): %.1f %% reached\n", rates.roofline_us,
+              copy_gbps, 100 * rates.roofline_us / timing.us.median);
 
   if (options.json_path.empty()) return 0;
-  std::ostringstream json;
-  json.precision(10);
-  json << "{\"device\": \"" << json_escaped(device.properties.name) << "\", \"lengths\": ["
-       << lengths_as_text(options.lengths, ", ") << "], \"heads\": " << options.heads
-       << ", \"value_heads\": " << options.value_heads << ", \"key_dim\": " << options.key_dim
-       << ", \"value_dim\": " << options.value_dim << ", \"dtype\": \"" << (options.fp16 ? "fp16" : "bf16")
-       << "\", \"gate\": \"" << name_of(options.gate)
-       << "\", \"final_state\": " << (options.final_state ? "true" : "false")
-       << ", \"plan\": " << kda::to_json(problem, plan) << ", \"error_o\": " << errors.o
-       << ", \"error_final_state\": " << errors.final_state << ", \"median_us\": " << timing.us.median
-       << ", \"min_us\": " << timing.us.min << ", \"p90_us\": " << timing.us.p90
-       << ", \"iterations\": " << options.iterations << ", \"calls_per_replay\": " << timing.calls_per_replay
-       << ", \"input_sets\": " << timing.input_sets << ", \"least_bytes\": " << bytes << ", \"flop\": " << flop
-       << ", \"gbps\": " << gbps << ", \"tflops\": " << tflops << ", \"copy_gbps\": " << copy_gbps
-       << ", \"roofline_us\": " << roofline_us << ", \"roofline_fraction\": " << roofline_us / timing.us.median
-       << "}\n";
   std::ofstream file(options.json_path);
-  file << json.str();
+  file << as_json(shape, device, plan_json, errors, timing, rates);
   file.close();
   if (!file) throw std::runtime_error("--json: cannot write '" + options.json_path + "'");
   std::printf("json          %s\n", options.json_path.c_str());

@@ -2,14 +2,23 @@
 //   S_t = (I - beta_t k_t k_t^T) Diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T        o_t = scale * S_t^T q_t
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <vector>
 
+#include "kda/plan.h"
+
 namespace bench {
 
-// Inputs as the kernel gets them (raw logits of the gate and of beta), widened to double.
+enum class HostGate {
+  kLog,       // g is the log-gate
+  kSoftplus,  // -exp(A_log) * softplus(g + dt_bias)
+  kSigmoid,   // lower_bound * sigmoid(exp(A_log) * (g + dt_bias))
+};
+
+// Inputs as the kernel gets them, widened to double. States are [K, V] whatever their layout on the device.
 struct HostInputs {
   std::vector<int64_t> lengths;       // tokens of each sequence, N
   int heads, value_heads;             // H, HV
@@ -17,22 +26,32 @@ struct HostInputs {
   std::vector<double> q, k;           // [T, H, K]
   std::vector<double> v;              // [T, HV, V]
   std::vector<double> g;              // [T, HV, K]
-  std::vector<double> beta;           // [T, HV]
-  std::vector<double> A_log;          // [HV]
-  std::vector<double> dt_bias;        // [HV, K]
+  std::vector<double> beta;           // [T, HV], logits
+  std::vector<double> A_log;          // [HV]; not read for kLog
+  std::vector<double> dt_bias;        // [HV, K]; not read for kLog
   std::vector<double> initial_state;  // [N, HV, K, V]
   double scale;
-  bool softplus_gate;  // -exp(A_log) * softplus(g + dt_bias), else lower_bound * sigmoid(exp(A_log) * (g + dt_bias))
-  double lower_bound;
+  HostGate gate;
+  double lower_bound;  // kSigmoid only
+  double beta_scale;   // beta is beta_scale * sigmoid(logit)
+  bool l2norm;         // q and k are to be normalised
+  bool chunk_states;   // whether these are wanted
 };
 
 struct HostOutputs {
-  std::vector<double> o;            // [T, HV, V]
-  std::vector<double> final_state;  // [N, HV, K, V]
+  std::vector<double> o;             // [T, HV, V]
+  std::vector<double> final_state;   // [N, HV, K, V]
+  std::vector<double> chunk_states;  // [chunks of all sequences, HV, K, V], at entry of each, sequence by sequence
 };
 
 inline double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 inline double softplus(double x) { return std::fmax(x, 0.0) + std::log1p(std::exp(-std::fabs(x))); }
+
+// The logarithm of the decay, for a gate logit with dt_bias added and A = exp(A_log).
+inline double log_decay(HostGate gate, double lower_bound, double A, double x) {
+  if (gate == HostGate::kLog) return x;
+  return gate == HostGate::kSoftplus ? -A * softplus(x) : lower_bound * sigmoid(A * x);
+}
 
 // x * rsqrt(sum x^2 + 1e-6)
 inline std::vector<double> l2_normalized(const double* x, int size) {
@@ -44,27 +63,38 @@ inline std::vector<double> l2_normalized(const double* x, int size) {
   return y;
 }
 
+inline int64_t chunks_of(int64_t tokens) { return (tokens + kda::kChunkTokens - 1) / kda::kChunkTokens; }
+
 inline HostOutputs token_recurrence(const HostInputs& in) {
   const int K = in.key_dim, V = in.value_dim, H = in.heads, HV = in.value_heads;
   HostOutputs out;
   out.o.resize(in.v.size());
   out.final_state = in.initial_state;
+  int64_t chunks = 0;
+  for (const int64_t length : in.lengths) chunks += chunks_of(length);
+  if (in.chunk_states) out.chunk_states.resize(chunks * HV * K * V);
+  const bool logits = in.gate != HostGate::kLog;
   std::vector<double> u(V);
-  int64_t first = 0;
-  for (size_t n = 0; n < in.lengths.size(); first += in.lengths[n++]) {
+  int64_t first = 0, first_chunk = 0;
+  for (size_t n = 0; n < in.lengths.size(); first_chunk += chunks_of(in.lengths[n]), first += in.lengths[n++]) {
     for (int hv = 0; hv < HV; ++hv) {
       double* S = out.final_state.data() + (n * HV + hv) * K * V;
       const int h = hv / (HV / H);
       for (int64_t t = first; t < first + in.lengths[n]; ++t) {
-        const std::vector<double> q = l2_normalized(in.q.data() + (t * H + h) * K, K);
-        const std::vector<double> k = l2_normalized(in.k.data() + (t * H + h) * K, K);
+        if (in.chunk_states && (t - first) % kda::kChunkTokens == 0) {
+          const int64_t chunk = first_chunk + (t - first) / kda::kChunkTokens;
+          std::copy_n(S, K * V, out.chunk_states.begin() + (chunk * HV + hv) * K * V);
+        }
+        const double *q_row = in.q.data() + (t * H + h) * K, *k_row = in.k.data() + (t * H + h) * K;
+        const std::vector<double> q = in.l2norm ? l2_normalized(q_row, K) : std::vector<double>(q_row, q_row + K);
+        const std::vector<double> k = in.l2norm ? l2_normalized(k_row, K) : std::vector<double>(k_row, k_row + K);
         const double* v = in.v.data() + (t * HV + hv) * V;
         const double* g = in.g.data() + (t * HV + hv) * K;
-        const double beta = sigmoid(in.beta[t * HV + hv]), A = std::exp(in.A_log[hv]);
+        const double beta = in.beta_scale * sigmoid(in.beta[t * HV + hv]), A = logits ? std::exp(in.A_log[hv]) : 1.0;
         for (int j = 0; j < V; ++j) u[j] = beta * v[j];
         for (int d = 0; d < K; ++d) {
-          const double x = g[d] + in.dt_bias[hv * K + d];
-          const double alpha = std::exp(in.softplus_gate ? -A * softplus(x) : in.lower_bound * sigmoid(A * x));
+          const double x = logits ? g[d] + in.dt_bias[hv * K + d] : g[d];
+          const double alpha = std::exp(log_decay(in.gate, in.lower_bound, A, x));
           for (int j = 0; j < V; ++j) {
             S[d * V + j] *= alpha;
             u[j] -= beta * k[d] * S[d * V + j];

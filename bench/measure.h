@@ -19,10 +19,15 @@ inline Statistics summarize(std::vector<double> samples) {
   return {median, samples.front(), samples[std::min(n - 1, n * 9 / 10)]};
 }
 
-// Bytes that any implementation moves: q, k, v, g, beta and the initial state in, o and the final state out.
+// Bytes that any implementation moves: q, k, v, g, beta and the initial state in, o and the asked for states out.
 inline double least_bytes(const Shape& s) {
-  const double activations = 2.0 * s.qk_elements() + 2.0 * s.v_elements() + s.g_elements() + s.beta_elements();
-  return activations * kActivationBytes + (s.options.final_state ? 2.0 : 1.0) * s.state_elements() * sizeof(float);
+  const Options& o = s.options;
+  const double activations = 2.0 * s.qk_elements() + 2.0 * s.v_elements() + s.beta_elements();
+  const double gate = static_cast<double>(s.g_elements()) * (o.log_gate ? sizeof(float) : kActivationBytes);
+  const double states = (o.initial_state ? 1.0 : 0.0) * s.state_elements() +
+                        (o.final_state ? 1.0 : 0.0) * s.state_elements() +
+                        (o.chunk_states ? 1.0 : 0.0) * s.chunks() * s.head_states_elements();
+  return activations * kActivationBytes + gate + states * sizeof(float);
 }
 
 // Dense products of the chunk form, per token and value head with C = 64: Akk and Aqk (4CK), Tinv times K and V (2CK +

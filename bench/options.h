@@ -17,41 +17,68 @@ struct UsageError : std::runtime_error {
 };
 
 enum class GateFamily { kRandom, kLong, kUnbounded };
+enum class PathChoice { kAuto, kStaged };
 
 struct Options {
   std::vector<int64_t> lengths = {8192};
+  int batch = 1;  // rows of equal length, without cu_seqlens; above 1, `lengths` holds the length of each row
   int heads = 96;
   int value_heads = 0;  // 0: same as heads
   int key_dim = 128;
   int value_dim = 128;
   GateFamily gate = GateFamily::kRandom;
   bool fp16 = false;
+  bool log_gate = false;              // g is the log-gate in fp32, else logits that the kernel activates
+  bool l2norm = true;                 // the kernel normalises q and k, else they have norm 0.9 already
+  bool negative_eigenvalues = false;  // beta is twice the sigmoid of its logit
+  bool initial_state = true;
+  bool final_state = true;
+  bool chunk_states = false;
+  bool state_v_first = false;
+  PathChoice path = PathChoice::kAuto;
+  int value_tile = 0;  // 0: the plan's
   int iterations = 50;
   int warmup = 5;
-  bool final_state = true;
   std::string json_path;
   bool help = false;
 };
 
 inline constexpr const char* kHelp = R"(bench_chunk_fwd: checks and times kda::chunk_fwd on the first CUDA device
 
+Shape
   --lengths L[,L...]   tokens of each sequence; NxL repeats a length: 8192, 1300,547,2048, 8x1024   (default 8192)
+  --batch B            B rows of the one length, without cu_seqlens                                 (default 1)
   --heads H            heads of q and k                                                             (default 96)
   --value-heads HV     heads of v, g, beta and the states; a multiple of H                          (default H)
   --key-dim K          (default 128)
   --value-dim V        (default 128)
+  --dtype TYPE         bf16 or fp16: q, k, v, g, beta and o                                         (default bf16)
+
+Inputs and features
   --gate FAMILY        random: bounded gate, memory of about a token                                (default)
                        long: bounded gate as a layer initialises it, half-lives of 1 to 220 tokens
                        unbounded: softplus gate, log-decays down to about -2000 a token
-  --dtype TYPE         bf16 or fp16: q, k, v, g, beta and o                                         (default bf16)
+  --log-gate           g is the log-gate in fp32, computed from the family beforehand; else the kernel activates logits
+  --no-l2norm          q and k are scaled to norm 0.9 beforehand; else normalised by the kernel
+  --negative-eigenvalues  beta = 2 sigmoid(logit); else sigmoid(logit)
+  --no-initial-state   start from zeros
+  --no-final-state     do not write the final state
+  --chunk-states       also write the state at entry of each chunk
+  --state-v-first      states are [V, K]; else [K, V]
+
+Overrides of the plan
+  --path PATH          auto, or staged: fail if the plan takes another path                         (default auto)
+  --value-tile N       V columns of one CTA of the state recurrence: a multiple of 16, at most 128, that divides V
+
+Measuring
   --iterations N       timed graph replays                                                          (default 50)
   --warmup N           replays before them                                                          (default 5)
-  --no-final-state     do not write the final state
   --json FILE          also write the result to FILE
   --help               this text
 
-First a small case with the same heads' grouping, sizes, gate and type is checked against a token recurrence in double
-precision on the host. Inputs are random, and rotate through buffers that exceed the L2 cache.
+First a small case with the same heads' grouping, sizes, types, gate, features and overrides is checked against a token
+recurrence in double precision on the host: uneven sequences, or two rows if there is no cu_seqlens. Inputs are random,
+and rotate through buffers that exceed the L2 cache.
 Exit status: 0; 1 if the check fails; 2 for wrong flags or no usable device.
 )";
 
@@ -86,57 +113,127 @@ inline std::vector<int64_t> parse_lengths(const std::string& flag, const std::st
   return lengths;
 }
 
+// Flags without a value: what they set, and to what.
+struct Switch {
+  const char* name;
+  bool Options::* member;
+  bool value;
+};
+inline constexpr Switch kSwitches[] = {
+    {"--log-gate", &Options::log_gate, true},
+    {"--no-l2norm", &Options::l2norm, false},
+    {"--negative-eigenvalues", &Options::negative_eigenvalues, true},
+    {"--no-initial-state", &Options::initial_state, false},
+    {"--no-final-state", &Options::final_state, false},
+    {"--chunk-states", &Options::chunk_states, true},
+    {"--state-v-first", &Options::state_v_first, true},
+};
+
+struct IntegerFlag {
+  const char* name;
+  int Options::* member;
+  int minimum, maximum;
+};
+inline constexpr int kMaxHeads = 1 << 16, kMaxDim = 1 << 12, kMaxIterations = 1 << 20, kMaxBatch = 1 << 16;
+// Of the state recurrence: a warp owns 16 rows of the transposed state, a CTA has up to 8 warps.
+inline constexpr int kValueRowsPerWarp = 16, kMaxValueTile = 8 * kValueRowsPerWarp;
+inline constexpr IntegerFlag kIntegerFlags[] = {
+    {"--batch", &Options::batch, 1, kMaxBatch},
+    {"--heads", &Options::heads, 1, kMaxHeads},
+    {"--value-heads", &Options::value_heads, 1, kMaxHeads},
+    {"--key-dim", &Options::key_dim, 1, kMaxDim},
+    {"--value-dim", &Options::value_dim, 1, kMaxDim},
+    {"--value-tile", &Options::value_tile, kValueRowsPerWarp, kMaxValueTile},
+    {"--iterations", &Options::iterations, 1, kMaxIterations},
+    {"--warmup", &Options::warmup, 0, kMaxIterations},
+};
+
+inline bool parse_switch(Options& options, const std::string& flag) {
+  for (const Switch& known : kSwitches) {
+    if (flag != known.name) continue;
+    options.*known.member = known.value;
+    return true;
+  }
+  return false;
+}
+
+inline GateFamily parse_gate(const std::string& flag, const std::string& value) {
+  if (value == "random") return GateFamily::kRandom;
+  if (value == "long") return GateFamily::kLong;
+  if (value == "unbounded") return GateFamily::kUnbounded;
+  throw UsageError(flag + ": expected random, long or unbounded, got '" + value + "'");
+}
+
+// Whether `value` is `second`; it must be that or `first`.
+inline bool parse_either(const std::string& flag, const std::string& value, const char* first, const char* second) {
+  if (value != first && value != second) {
+    throw UsageError(flag + ": expected " + first + " or " + second + ", got '" + value + "'");
+  }
+  return value == second;
+}
+
+inline bool is_value_flag(const std::string& flag) {
+  for (const IntegerFlag& known : kIntegerFlags) {
+    if (flag == known.name) return true;
+  }
+  return flag == "--lengths" || flag == "--gate" || flag == "--dtype" || flag == "--path" || flag == "--json";
+}
+
+inline void parse_value_flag(Options& options, const std::string& flag, const std::string& value) {
+  for (const IntegerFlag& known : kIntegerFlags) {
+    if (flag == known.name) {
+      options.*known.member = static_cast<int>(parse_integer(flag, value, known.minimum, known.maximum));
+    }
+  }
+  if (flag == "--lengths") options.lengths = parse_lengths(flag, value);
+  if (flag == "--gate") options.gate = parse_gate(flag, value);
+  if (flag == "--dtype") options.fp16 = parse_either(flag, value, "bf16", "fp16");
+  if (flag == "--path") {
+    options.path = parse_either(flag, value, "auto", "staged") ? PathChoice::kStaged : PathChoice::kAuto;
+  }
+  if (flag == "--json") options.json_path = value;
+}
+
+// What flags say about each other.
+inline void check_together(const Options& options) {
+  if (options.value_heads % options.heads != 0) {
+    throw UsageError("--value-heads: expected a multiple of --heads = " + std::to_string(options.heads) + ", got " +
+                     std::to_string(options.value_heads));
+  }
+  if (options.value_tile % kValueRowsPerWarp != 0 ||
+      (options.value_tile != 0 && options.value_dim % options.value_tile != 0)) {
+    throw UsageError("--value-tile: expected a multiple of " + std::to_string(kValueRowsPerWarp) +
+                     " that divides --value-dim = " + std::to_string(options.value_dim) + ", got " +
+                     std::to_string(options.value_tile));
+  }
+  if (options.batch > 1 && options.lengths.size() != 1) {
+    throw UsageError("--batch: expected one length, that of each row, got " + std::to_string(options.lengths.size()) +
+                     " in --lengths");
+  }
+  int64_t tokens = 0;
+  for (const int64_t length : options.lengths) tokens += length;
+  if (tokens == 0) throw UsageError("--lengths: expected at least one token");
+}
+
 inline Options parse_options(int argc, char** argv) {
   Options options;
-  constexpr int kMaxHeads = 1 << 16, kMaxDim = 1 << 12, kMaxIterations = 1 << 20;
   for (int i = 1; i < argc; ++i) {
     const std::string flag = argv[i];
     if (flag == "--help" || flag == "-h") {
       options.help = true;
       return options;
     }
-    if (flag == "--no-final-state") {
-      options.final_state = false;
-      continue;
-    }
-    const char* known[] = {"--lengths", "--heads",      "--value-heads", "--key-dim", "--value-dim",
-                           "--gate",    "--iterations", "--dtype",       "--warmup",  "--json"};
-    bool is_known = false;
-    for (const char* name : known) is_known = is_known || flag == name;
-    if (!is_known) throw UsageError("unknown flag '" + flag + "'");
+    if (parse_switch(options, flag)) continue;
+    if (!is_value_flag(flag)) throw UsageError("unknown flag '" + flag + "'");
     if (i + 1 == argc) throw UsageError(flag + ": expected a value");
-    const std::string value = argv[++i];
-    if (flag == "--lengths") options.lengths = parse_lengths(flag, value);
-    if (flag == "--heads") options.heads = static_cast<int>(parse_integer(flag, value, 1, kMaxHeads));
-    if (flag == "--value-heads") options.value_heads = static_cast<int>(parse_integer(flag, value, 1, kMaxHeads));
-    if (flag == "--key-dim") options.key_dim = static_cast<int>(parse_integer(flag, value, 1, kMaxDim));
-    if (flag == "--value-dim") options.value_dim = static_cast<int>(parse_integer(flag, value, 1, kMaxDim));
-    if (flag == "--iterations") options.iterations = static_cast<int>(parse_integer(flag, value, 1, kMaxIterations));
-    if (flag == "--warmup") options.warmup = static_cast<int>(parse_integer(flag, value, 0, kMaxIterations));
-    if (flag == "--json") options.json_path = value;
-    if (flag == "--gate") {
-      if (value != "random" && value != "long" && value != "unbounded") {
-        throw UsageError("--gate: expected random, long or unbounded, got '" + value + "'");
-      }
-      options.gate = value == "random" ? GateFamily::kRandom
-                     : value == "long" ? GateFamily::kLong
-                                       : GateFamily::kUnbounded;
-    }
-    if (flag == "--dtype") {
-      if (value != "bf16" && value != "fp16") throw UsageError("--dtype: expected bf16 or fp16, got '" + value + "'");
-      options.fp16 = value == "fp16";
-    }
+    parse_value_flag(options, flag, argv[++i]);
   }
   if (options.value_heads == 0) options.value_heads = options.heads;
-  if (options.value_heads % options.heads != 0) {
-    throw UsageError("--value-heads: expected a multiple of --heads = " + std::to_string(options.heads) + ", got " +
-                     std::to_string(options.value_heads));
-  }
-  int64_t tokens = 0;
-  for (const int64_t length : options.lengths) tokens += length;
-  if (tokens == 0) throw UsageError("--lengths: expected at least one token");
+  check_together(options);
   return options;
 }
+
+inline const char* name_of(PathChoice path) { return path == PathChoice::kAuto ? "auto" : "staged"; }
 
 inline const char* name_of(GateFamily gate) {
   return gate == GateFamily::kRandom ? "random" : gate == GateFamily::kLong ? "long" : "unbounded";

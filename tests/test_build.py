@@ -82,8 +82,10 @@ class TestCMake:
 
     def test_benchmark_explains_itself(self, built):
         text = run(built / "bench_chunk_fwd", "--help").stdout
-        for flag in ("--lengths", "--heads", "--gate", "--dtype", "--no-final-state", "--json"):
-            assert flag in text
+        shape = ("--lengths", "--batch", "--heads", "--value-heads", "--key-dim", "--value-dim", "--dtype")
+        features = ("--gate", "--log-gate", "--no-l2norm", "--negative-eigenvalues", "--state-v-first")
+        states = ("--no-initial-state", "--no-final-state", "--chunk-states")
+        assert {*shape, *features, *states, "--path", "--value-tile", "--iterations", "--json"} <= set(text.split())
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -91,6 +93,12 @@ class TestCMake:
             (["--lengths", "12,x"], "--lengths: expected an integer"),
             (["--heads", "3", "--value-heads", "4"], "--value-heads: expected a multiple of --heads = 3, got 4"),
             (["--gate", "steep"], "--gate: expected random, long or unbounded, got 'steep'"),
+            (["--path", "composite"], "--path: expected auto or staged, got 'composite'"),
+            (["--value-tile", "48"], "--value-tile: expected a multiple of 16 that divides --value-dim = 128, got 48"),
+            (["--value-tile", "20"], "--value-tile: expected a multiple of 16"),
+            (["--value-tile", "256", "--value-dim", "256"], "--value-tile: expected an integer in [16, 128]"),
+            (["--value-dim", "64", "--value-tile", "128"], "--value-tile: expected a multiple of 16 that divides"),
+            (["--lengths", "3,4", "--batch", "2"], "--batch: expected one length, that of each row, got 2"),
             (["--speed"], "unknown flag '--speed'"),
             (["--json"], "--json: expected a value"),
         ],
