@@ -13,16 +13,15 @@
 // channels in a permuted order; A and B operands are permuted alike and the products contract over channels, so the
 // order does not matter.
 //
-// Numerics: gate factors are products of alpha <= 1 (decay_tree.cuh), or, where the gate is bounded and q and k are
-// normalised, powers of two with a proven range (decay_scan.cuh). The diagonal of Aqk comes from q and k as they are in
-// memory, whose products are exact. The diagonal of Tinv, beta, is kept out of the bf16 operand and applied in fp32. The
-// inverse is taken at fp32 accuracy (triangular_inverse.cuh).
+// Numerics: gate factors are products of alpha <= 1 (decay_tree.cuh). The diagonal of Aqk comes from q and k as they are in
+// memory, whose products are exact. The diagonal of Tinv, beta, is kept out of the bf16 operands and applied in fp32; the
+// rest of Tinv enters as the sum of two of them. The inverse is taken at fp32 accuracy (triangular_inverse.cuh).
 //
 // Shared memory (bytes, K = V = 128; regions are reused from phase to phase, barriers between):
-//   region A  32768   alpha or G (fp32)  ->  operands q P, k P  ->  Akk (17408, fp32) and Aqk (8192, bf16)
-//   region B  24576   log totals of the tiles  ->  operands k R for later tiles  ->  V (16384), Tinv (8192, bf16)
+//   region A  32768   alpha (fp32)  ->  operands q P, k P  ->  Akk, then the low part of Tinv (17408), and Aqk (8192)
+//   region B  24576   log totals of the tiles  ->  operands k R for later tiles  ->  V (16384), high part of Tinv (8192)
 //   region C  16384   K ⊙ e^G  ->  W, in place
-//   rest       2304   decay over each tile, beta
+//   rest       2560   decay over each tile, beta, rests of the keys' norms
 // Registers: at most 168, so that three CTAs fit a multiprocessor. Bound by latency: loads, exchanges between lanes and
 // barriers, at 12 warps a multiprocessor.
 #pragma once
