@@ -4,8 +4,7 @@ Chunks of C = 64 tokens, batched over heads and over the sequences that are equa
 S (G_i: sum of the log-gates of the chunk up to token i; products of vectors element by element):
 
     Akk[i,j] = beta_i sum_d k_i k_j exp(G_i - G_j)  (i > j)        Aqk[i,j] = sum_d q_i k_j exp(G_i - G_j)  (i >= j)
-    Tinv = (I + Akk)^{-1} Diag(beta)                                W = Tinv (K * e^G)
-    U  = Tinv V - W S                                               O = scale ((Q * e^G) S + Aqk U)
+    U  = (I + Akk)^{-1} (Diag(beta) V - Diag(beta) (K * e^G) S)     O = (Q * e^G) S + Aqk U    (Q includes the scale)
     S' = Diag(e^{G_C}) S + (K * e^{G_C - G})^T U
 
 Numerics: no exponential but alpha = exp(g) <= 1 and e^{G_C} <= 1 is ever formed. exp(G_i - G_j) is a product of alphas,
@@ -13,29 +12,33 @@ cut where the halves of the smallest aligned block of 2h tokens (h = 1, 2, .., 3
 product up to i in the upper half, times suffix product behind j in the lower half. Both are <= 1, g = -inf is alpha =
 0, and nothing overflows.
 
-Work is cut into segments of chunks, so that temporaries have a bounded size, and the backward pass recomputes one
-segment at a time from the state at its entry: memory beyond inputs and outputs is bounded for the forward, and for the
-backward it is one state per segment.
+Work is cut into segments of chunks (:mod:`.composite_segments`), so that temporaries have a bounded size, and the
+backward pass recomputes one segment at a time from the state at its entry: memory beyond inputs and outputs is bounded
+for the forward, and for the backward it is one state per segment.
 
 The functions here are bodies of custom operators. With ``cu_seqlens`` they read it on the host: on a CUDA device this
 synchronises and cannot be captured in a CUDA graph (the kernels of ``kda::chunk_fwd`` have neither limitation).
 """
 
 import contextlib
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-CHUNK_TOKENS = 64  # C in the formulas
-L2NORM_EPS = 1e-6
+from .composite_segments import CHUNK_TOKENS, Segment, plan_segments, put, sequence_spans, take
 
-# Chunks x value heads of one segment. On a CPU the temporaries of a segment then stay in the caches (32 tiles of 64 x
-# 128 fp32 are 1 MiB a tensor); on a GPU it takes many tiles to fill the device.
-SEGMENT_TILES_CPU = 64
+L2NORM_EPS = 1e-6
+LOG2_E = math.log2(math.e)  # exp2 is several times faster than exp on a CPU
+
+# Chunks x value heads of one segment. On a CPU its temporaries then stay in the caches (32 tiles of 64 x 128 fp32 are 1
+# MiB a tensor); on a GPU it takes many tiles to fill the device.
+SEGMENT_TILES_CPU = 32
 SEGMENT_TILES_CUDA = 1024
 
 
@@ -51,200 +54,239 @@ class _Options:
     allow_neg_eigval: bool
 
 
-@dataclass(frozen=True)
-class _Segment:
-    """Consecutive chunks of a group of sequences, step-major: all chunks c of the sequences, then all chunks c + 1, ..
+class _Workspace:
+    """Memory that the segments of a call share, by name, and views of it: to allocate the one and to make the other
+    anew for each segment would cost half as much as the arithmetic.
 
-    The sequences of a group are sorted by length, longest first: those with a chunk c are the first ``active[c]`` of
-    the group.
+    ``reuse=False`` is for autograd, which needs every result kept: there is no memory then, and operators allocate.
     """
 
-    sequences: list[int]  # of the group, longest first
-    active: list[int]  # for each step: how many of them have a chunk there
-    slots: list[int]  # [rows] slot of the chunk in chunk_states
-    token_range: tuple[int, int] | None  # flat tokens, if the rows are adjacent full chunks (no index needed then)
-    index: Tensor | None  # [rows * C] flat token of each row; behind the end of a sequence its last token
-    valid: Tensor | None  # [rows * C] bool: not behind the end; None if all are valid
+    def __init__(self, like: Tensor, dtype: torch.dtype, tiles: int, reuse: bool) -> None:
+        self.reuse = reuse
+        self._tiles = tiles  # the most that a segment has
+        self._new: dict[str, Any] = {"dtype": dtype, "device": like.device}
+        self._memory: dict[str, Tensor] = {}
+        self._views: dict[Hashable, Any] = {}
 
+    def out(self, name: str, tiles: int, *shape: int) -> Tensor | None:
+        """[tiles, *shape] for ``out=`` of an operator, with any content; or None."""
+        return self._get(torch.empty, name, tiles, shape) if self.reuse else None
 
-# --- planning ---------------------------------------------------------------------------------------------------------
+    def zeros(self, name: str, tiles: int, *shape: int) -> Tensor:
+        """[tiles, *shape], zero where nobody has written since the first call with this name."""
+        return self._get(torch.zeros, name, tiles, shape) if self.reuse else torch.zeros(tiles, *shape, **self._new)
 
+    def views(self, key: Hashable, make: Callable[..., Any], *args: Any) -> Any:
+        """``make(*args)``, which must depend on the key and on memory of this workspace alone."""
+        if not self.reuse:
+            return make(*args)
+        if key not in self._views:
+            self._views[key] = make(*args)
+        return self._views[key]
 
-def _sequence_spans(
-    batch: int, tokens: int, cu_seqlens: Tensor | None
-) -> tuple[list[tuple[int, int]], list[int], tuple[int, int]]:
-    """(first flat token, length) of each sequence, its first slot in chunk_states, and that tensor's leading shape."""
-    if cu_seqlens is None:
-        chunks = -(-tokens // CHUNK_TOKENS)
-        return [(b * tokens, tokens) for b in range(batch)], [b * chunks for b in range(batch)], (batch, chunks)
-    offsets = cu_seqlens.tolist()
-    if offsets[0] != 0 or any(a > b for a, b in zip(offsets[:-1], offsets[1:], strict=True)) or offsets[-1] > tokens:
-        raise ValueError(
-            f"kda::chunk_fwd: argument `cu_seqlens`: expected offsets from 0, never decreasing, up to T = {tokens}, "
-            f"got {offsets if len(offsets) <= 16 else [*offsets[:8], '..', *offsets[-8:]]}"
-        )
-    spans = [(begin, end - begin) for begin, end in zip(offsets[:-1], offsets[1:], strict=True)]
-    slots = [begin // CHUNK_TOKENS + n for n, (begin, _) in enumerate(spans)]
-    return spans, slots, (1, tokens // CHUNK_TOKENS + len(spans))
-
-
-def _segments(
-    spans: Sequence[tuple[int, int]], first_slots: Sequence[int], heads: int, device: torch.device
-) -> Iterator[list[_Segment]]:
-    """For each group of sequences its segments, in the order in which they run. Empty sequences are in no group."""
-    max_rows = max(1, (SEGMENT_TILES_CPU if device.type == "cpu" else SEGMENT_TILES_CUDA) // max(heads, 1))
-    order = sorted((n for n, (_, length) in enumerate(spans) if length > 0), key=lambda n: -spans[n][1])
-    for first in range(0, len(order), max_rows):
-        group = order[first : first + max_rows]
-        chunks = [-(-spans[n][1] // CHUNK_TOKENS) for n in group]
-        segments, active, rows = [], [], []
-        for step in range(chunks[0]):
-            count = sum(c > step for c in chunks)
-            if active and len(rows) + count > max_rows:
-                segments.append(_segment(group, active, rows, spans, first_slots, device))
-                active, rows = [], []
-            active.append(count)
-            rows += [(n, step) for n in group[:count]]
-        segments.append(_segment(group, active, rows, spans, first_slots, device))
-        yield segments
-
-
-def _segment(
-    group: list[int],
-    active: list[int],
-    rows: list[tuple[int, int]],
-    spans: Sequence[tuple[int, int]],
-    first_slots: Sequence[int],
-    device: torch.device,
-) -> _Segment:
-    """The segment of ``rows`` (sequence, chunk)."""
-    begins = [spans[n][0] + step * CHUNK_TOKENS for n, step in rows]
-    counts = [min(CHUNK_TOKENS, spans[n][1] - step * CHUNK_TOKENS) for n, step in rows]
-    slots = [first_slots[n] + step for n, step in rows]
-    full = all(count == CHUNK_TOKENS for count in counts)
-    if full and all(begin == begins[0] + i * CHUNK_TOKENS for i, begin in enumerate(begins)):
-        return _Segment(group, active, slots, (begins[0], begins[-1] + CHUNK_TOKENS), None, None)
-    offsets = torch.arange(CHUNK_TOKENS).expand(len(rows), -1)
-    last = torch.tensor(counts).unsqueeze(1) - 1
-    index = (torch.tensor(begins).unsqueeze(1) + offsets.minimum(last)).flatten()
-    valid = None if full else (offsets <= last).flatten().to(device)
-    return _Segment(group, active, slots, None, index.to(device), valid)
-
-
-def _take(x: Tensor, segment: _Segment) -> Tensor:
-    """Rows of the segment [rows * C, ...] of a flat tensor [B * T, ...]; those behind the end of a sequence repeat its
-    last token.
-    """
-    if segment.token_range is not None:
-        return x[segment.token_range[0] : segment.token_range[1]]
-    return x.index_select(0, segment.index)
-
-
-def _put(destination: Tensor, rows: Tensor, segment: _Segment) -> None:
-    """Writes the rows of the segment to a flat tensor [B * T, ...], but for those behind the end of a sequence."""
-    if segment.token_range is not None:
-        destination[segment.token_range[0] : segment.token_range[1]].copy_(rows)
-        return
-    index = segment.index
-    if segment.valid is not None:
-        index, rows = index[segment.valid], rows[segment.valid]
-    destination.index_copy_(0, index, rows.to(destination.dtype))
+    def _get(self, allocate: Callable[..., Tensor], name: str, tiles: int, shape: tuple[int, ...]) -> Tensor:
+        if name not in self._memory:
+            self._memory[name] = allocate(self._tiles, *shape, **self._new)
+        return self._memory[name][:tiles]
 
 
 # --- input transforms -------------------------------------------------------------------------------------------------
 
 
-def _l2_normalised(x: Tensor, scale: float) -> Tensor:
-    """scale * x * rsqrt(sum x^2 + 1e-6) over the last dimension."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * (torch.rsqrt(norm.square() + L2NORM_EPS) * scale)
+def _l2norm_factor(x: Tensor) -> Tensor:
+    """rsqrt(sum x^2 + 1e-6) over the last dimension, which stays with size 1."""
+    return torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() + L2NORM_EPS)
 
 
-def _log_gate(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, options: _Options) -> Tensor:
-    """Log-gate [tokens, HV, K], in [-inf, 0], of ``g`` in the same shape."""
+def _log2_gate(
+    g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, options: _Options, out: Tensor | None
+) -> Tensor:
+    """Logarithm to base 2 of the gate, in [-inf, 0], of ``g`` [rows, HV, C, K], written to ``out`` if given.
+
+    Args:
+        A_log: HV elements.
+        dt_bias: HV * K elements.
+    """
+    heads, key_dim = g.shape[1], g.shape[3]
     if not options.use_gate:
-        return g
+        return torch.mul(g, LOG2_E, out=out)
     if dt_bias is not None:
-        g = g + dt_bias.to(g.dtype).reshape(g.shape[1:])
-    rate = None if A_log is None else A_log.to(g.dtype).reshape(-1, 1).exp()  # [HV, 1]
+        g = torch.add(g, dt_bias.to(g.dtype).reshape(heads, 1, key_dim), out=out)
+    rate = None if A_log is None else A_log.to(g.dtype).reshape(heads, 1, 1).exp()
     if options.lower_bound is not None:
-        return torch.sigmoid(g if rate is None else rate * g) * options.lower_bound
+        logits = g if rate is None else torch.mul(g, rate, out=out)
+        return torch.mul(torch.sigmoid(logits, out=out), options.lower_bound * LOG2_E, out=out)
     if rate is None:
         raise ValueError("kda::chunk_fwd: argument `A_log`: the softplus gate (no lower_bound) needs it, got None")
-    return functional.softplus(g) * -rate
+    return torch.mul(functional.softplus(g, out=out), rate * -LOG2_E, out=out)
 
 
 # --- one segment ------------------------------------------------------------------------------------------------------
 
 
-def _scaled_half(x: Tensor, half: int, factor: Tensor, in_place: bool) -> Tensor:
-    """``x`` [N, 2, rows, K] with half ``half`` of each block multiplied by ``factor`` [N, 1, K]."""
-    if in_place:
-        x[:, half].mul_(factor)
-        return x
-    halves = [x[:, 0], x[:, 1]]
-    halves[half] = halves[half] * factor
-    return torch.stack(halves, dim=1)
+def _diagonal_blocks(matrices: Tensor, size: int) -> Tensor:
+    """The blocks [X * C / size, size, size] on the diagonals of ``matrices`` [X, C + 1, C], a view.
+
+    The row behind each matrix is not used: it makes the distance in memory from a matrix's last block to the next
+    matrix's first that of any two neighbours.
+    """
+    C = matrices.shape[2]
+    return matrices.view(-1, size * (C + 1))[:, : size * C].unflatten(1, (size, C))[:, :, :size]
 
 
-def _block_lower(diagonal: Tensor, corner: Tensor) -> Tensor:
-    """[[D0, 0], [corner, D1]]: [N, 2h, 2h] of ``diagonal`` (D0, D1) [N, 2, h, h] and ``corner`` [N, h, h]."""
-    N, _, h, _ = diagonal.shape
-    result = diagonal.new_zeros(N, 2, h, 2, h)
-    result[:, 0, :, 0] = diagonal[:, 0]
-    result[:, 1, :, 1] = diagonal[:, 1]
-    result[:, 1, :, 0] = corner
-    return result.view(N, 2 * h, 2 * h)
+class _Level(NamedTuple):
+    """Views of what one level of :func:`_intra_chunk` works on: N blocks of 2h tokens, two halves each."""
+
+    qk_halves: tuple[Tensor, Tensor]  # [N, 2h, K] each; rows: (token, q or k)
+    k_halves: tuple[Tensor, Tensor]  # [N, h, K] each
+    total_halves: tuple[Tensor, Tensor]  # [N, 1, K] each
+    k_lower_transposed: Tensor  # [N, K, h]
+    Aqk_corner: Tensor  # [N, h, h] of Aqk: upper half by lower half
+    inverse_corner: Tensor  # [N, h, h] of the inverse
+    inverse_diagonal: tuple[Tensor, Tensor]  # [N, h, h] each, of the inverse
+
+    @staticmethod
+    def of(qk: Tensor, k: Tensor, total: Tensor, Aqk: Tensor, inverse: Tensor, h: int) -> "_Level":
+        (X, _, C), K = Aqk.shape, k.shape[-1]
+        N = X * C // (2 * h)
+        k_halves = k.view(N, 2, h, K).unbind(1)
+        blocks = _diagonal_blocks(inverse, 2 * h)
+        return _Level(
+            qk_halves=qk.view(N, 2, 2 * h, K).unbind(1),
+            k_halves=k_halves,
+            total_halves=total.view(N, 2, -1, K)[:, :, -1:].unbind(1),
+            k_lower_transposed=k_halves[0].transpose(1, 2),
+            Aqk_corner=_diagonal_blocks(Aqk, 2 * h)[:, h:, :h],
+            inverse_corner=blocks[:, h:, :h],
+            inverse_diagonal=(blocks[:, :h, :h], blocks[:, h:, h:]),
+        )
 
 
-def _intra_chunk(qk: Tensor, alpha: Tensor, beta: Tensor, in_place: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _pair_matrices(X: int, C: int, work: _Workspace) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Memory for Aqk, filled with 0, and for (I + Akk)^{-1}, filled with I; the matrices in them [X, C, C], and Aqk's
+    diagonal [X * C, 1, 1].
+    """
+    Aqk, inverse = (work.zeros(name, X, C + 1, C) for name in ("Aqk", "inverse"))
+    _diagonal_blocks(inverse, 1).fill_(1.0)
+    return Aqk, inverse, _diagonal_blocks(Aqk, C), _diagonal_blocks(inverse, C), _diagonal_blocks(Aqk, 1)
+
+
+def _intra_chunk(qk: Tensor, k: Tensor, alpha: Tensor, work: _Workspace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Everything of a chunk that does not depend on the state, level by level (see the head of this file).
 
     (I + Akk)^{-1} grows with the levels by block substitution, never by powers of Akk, which exceed any precision
     when keys repeat: [[L0, 0], [B, L1]]^{-1} = [[X0, 0], [-X1 B X0, X1]] with X = L^{-1}.
 
     Args:
-        qk: [X, C, 2, K] q and k of each token; overwritten if ``in_place``.
-        alpha: [X, C, K].
-        beta: [X, C, 1].
+        qk: [X, C, 2, K] q and -beta k of each token.
+        k, alpha: [X, C, K].
+        work: if it is reused, the arguments are its memory, and are overwritten.
 
     Returns:
-        Aqk [X, C, C]; Tinv [X, C, C]; qk_gated [X, C, 2, K]: Q * e^G and K * e^G of each token; k_decayed [X, C, K]: K
-        * e^{G_C - G}.
+        Aqk [X, C, C]; (I + Akk)^{-1} [X, C, C]; qk * e^G [X, C, 2, K]; k * e^{G_C - G} [X, C, K].
     """
     X, C, _, K = qk.shape
-    Aqk = qk.new_zeros(X, C, C)
-    Aqk.diagonal(dim1=1, dim2=2).copy_(torch.linalg.vecdot(qk[:, :, 0], qk[:, :, 1]))
-    inverse = qk.new_ones(X * C, 1, 1)
-    k_decayed = qk[:, :, 1].contiguous()  # k times the suffix product R_h; R_1 = 1
-    alpha_qk = alpha.unsqueeze(2)
-    qk_gated = qk.mul_(alpha_qk) if in_place else qk * alpha_qk  # q, k times the prefix product P_h; P_1 = alpha
-    total = alpha  # [X, C / h, K] product of alpha over each block of h tokens
-    h = 1
+    in_place = work.reuse
+    Aqk, inverse, *results, diagonal = work.views(("matrices", X), _pair_matrices, X, C, work)
+    diagonal.copy_(torch.linalg.vecdot(qk[:, :, 0], k).view(-1, 1, 1))
+
+    # Level 1, where the factor alpha of a pair goes to k, and is there as suffix product for the next level.
+    level = work.views((1, X), _Level.of, qk, k, alpha, Aqk, inverse, 1)
+    (k_lower, k_upper), (alpha_lower, alpha_upper) = level.k_halves, level.total_halves
+    k_lower = k_lower.mul_(alpha_upper) if in_place else k_lower * alpha_upper
+    pairs = torch.linalg.vecdot(level.qk_halves[1], k_lower).view(-1, 1, 2, 1)
+    level.Aqk_corner.copy_(pairs[:, :, 0])
+    level.inverse_corner.copy_(pairs[:, :, 1])
+    if in_place:
+        alpha_upper.mul_(alpha_lower)
+        qk.mul_(alpha.unsqueeze(2))
+        total = alpha
+    else:
+        total = alpha_lower * alpha_upper
+        qk = qk * torch.stack((alpha_lower, total), dim=1).view(X, C, 1, K)
+        k = torch.stack((k_lower, k_upper), dim=1)
+
+    # Now qk has the prefix product P_h, k the suffix product R_h; total is the product of alpha over each block of h
+    # tokens, the last of the block's rows if in_place, else its only row.
+    h = 2
     while h < C:
-        N = X * C // (2 * h)  # blocks of 2h tokens: a lower and an upper half
-        qk_gated = qk_gated.view(N, 2, 2 * h, K)  # rows: (token, q or k)
-        k_decayed = k_decayed.view(N, 2, h, K)
-        left, right = qk_gated[:, 1], k_decayed[:, 0]
-        if h == 1:  # a dot product each, for which bmm is slow
-            pairs = torch.linalg.vecdot(left, right)
+        level = work.views((h, X), _Level.of, qk, k, total, Aqk, inverse, h)
+        (qk_lower, qk_upper), (k_lower, k_upper) = level.qk_halves, level.k_halves
+        Aqk_corner, Akk_corner = torch.bmm(qk_upper, level.k_lower_transposed).view(-1, h, 2, h).unbind(2)
+        X0, X1 = level.inverse_diagonal
+        if not in_place:  # autograd keeps them, and the matrix around them is written to
+            X0, X1 = X0.clone(), X1.clone()
+        level.Aqk_corner.copy_(Aqk_corner)
+        level.inverse_corner.copy_(torch.bmm(X1, torch.bmm(Akk_corner, X0)))  # the sign is in -beta k
+        total_lower, total_upper = level.total_halves
+        if in_place:
+            qk_upper.mul_(total_lower)
+            k_lower.mul_(total_upper)
+            total_upper.mul_(total_lower)
         else:
-            pairs = torch.bmm(left, right.transpose(1, 2))
-        pairs = pairs.view(N, h, 2, h)
-        inverse = inverse.view(N, 2, h, h)
-        corner = pairs[:, :, 1] * (-beta.view(N, 2, h, 1)[:, 1])
-        if h > 1:
-            corner = torch.bmm(inverse[:, 1], torch.bmm(corner, inverse[:, 0]))
-        inverse = _block_lower(inverse, corner)
-        corners = Aqk.view(X, -1, 2, h, C // (2 * h), 2, h)[:, :, 1, :, :, 0]
-        corners = corners.diagonal(dim1=1, dim2=3)  # [X, h, h, N / X]
-        corners.copy_(pairs[:, :, 0].view(X, -1, h, h).permute(0, 2, 3, 1))
-        lower, upper = total.view(N, 2, 1, K).unbind(1)
-        qk_gated = _scaled_half(qk_gated, 1, lower, in_place)
-        k_decayed = _scaled_half(k_decayed, 0, upper, in_place)
-        total = lower * upper
+            qk = torch.stack((qk_lower, qk_upper * total_lower), dim=1)
+            k = torch.stack((k_lower * total_upper, k_upper), dim=1)
+            total = total_lower * total_upper
         h *= 2
-    return Aqk, inverse * beta.transpose(1, 2), qk_gated.view(X, C, 2, K), k_decayed.view(X, C, K)
+    return *results, qk.view(X, C, 2, K), k.view(X, C, K)
+
+
+def _transformed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    segment: Segment,
+    options: _Options,
+    work: _Workspace,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the formulas take of a segment's inputs, X = rows * HV tiles, contiguous.
+
+    Returns:
+        scale q and -beta k, both normalised if that is asked for [X, C, 2, K]; k [X, C, K]; beta v [X, C, V]; log-gate
+        [X, C, K].
+    """
+    (rows, C, H, K), (HV, V) = q.shape, v.shape[2:]
+    X, tiles = rows * HV, (rows, H, HV // H, C)
+
+    def head_major(x: Tensor) -> Tensor:  # [rows, C, H or HV, D] -> [rows, H, HV / H, C, D], a view
+        return x.unflatten(2, (H, x.shape[2] // H)).permute(0, 2, 3, 1, 4).expand(*tiles, -1)
+
+    def memory() -> tuple[Tensor | None, ...]:  # tiles and what is in them; k last
+        if not work.reuse:
+            return (None,) * 6
+        qk, k, v, g = (
+            work.out("qk", X, C, 2, K),
+            work.out("k", X, C, K),
+            work.out("v", X, C, V),
+            work.out("g", X, C, K),
+        )
+        return qk, *qk.view(*tiles, 2, K).unbind(-2), k.view(*tiles, K), v.view(*tiles, V), g.view(rows, HV, C, K)
+
+    qk, q_out, beta_k_out, k_out, v_out, g_out = work.views(("inputs", X), memory)
+    g = _log2_gate(g.transpose(1, 2), A_log, dt_bias, options, g_out)
+    if options.use_beta_sigmoid:
+        beta = torch.sigmoid(beta)
+    if options.allow_neg_eigval:
+        beta = beta * 2.0
+    if segment.valid is not None:  # after the transforms: sigmoid(0) is 0.5
+        behind = ~segment.valid
+        g = (Tensor.masked_fill_ if work.reuse else Tensor.masked_fill)(g, behind.view(rows, 1, C, 1), 0.0)
+        beta = beta.masked_fill(behind.unsqueeze(-1), 0.0)
+    beta = head_major(beta.unsqueeze(-1))
+    q_factor, k_factor = options.scale, 1.0
+    if options.use_qk_l2norm:
+        q_factor, k_factor = head_major(_l2norm_factor(q) * options.scale), head_major(_l2norm_factor(k))
+    q, k, v = head_major(q), head_major(k), head_major(v)
+    q = torch.mul(q, q_factor, out=q_out)
+    beta_k = torch.mul(k, k_factor * -beta, out=beta_k_out)
+    qk = torch.stack((q, beta_k), dim=-2).view(X, C, 2, K) if qk is None else qk
+    k = torch.mul(k, k_factor, out=k_out)
+    v = torch.mul(v, beta, out=v_out)
+    return qk, *(x.reshape(X, C, -1).contiguous() for x in (k, v, g))
 
 
 def _run_segment(
@@ -256,64 +298,55 @@ def _run_segment(
     A_log: Tensor | None,
     dt_bias: Tensor | None,
     S: Tensor,
-    segment: _Segment,
+    segment: Segment,
     options: _Options,
-    in_place: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+    work: _Workspace,
+    entries: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """The chunks of a segment.
 
     Args:
-        q, k [tokens, H, K], v [tokens, HV, V], g [tokens, HV, K], beta [tokens, HV]: rows of the segment, as given.
-        S: [sequences, HV, K, V] states of the group's sequences at entry of the segment.
-        in_place: reuse memory; not for autograd.
+        q, k [rows, C, H, K], v [rows, C, HV, V], g [rows, C, HV, K], beta [rows, C, HV]: of the segment, as given.
+        S: [sequences, HV, K, V] states of the group's sequences at entry of the segment; overwritten with those at
+            exit if the workspace is reused.
+        entries: gets the states [active, HV, K, V] at entry of each step.
 
     Returns:
-        o [tokens, HV, V]; the states at exit, shaped as ``S``; for each step the states [active, HV, K, V] at its
-        entry.
+        o [rows, C, HV, V], valid until the workspace is used again, and the states at exit, shaped as ``S``.
     """
-    compute = S.dtype
-    C, K, (HV, V) = CHUNK_TOKENS, q.shape[2], v.shape[1:]
-    rows = q.shape[0] // C
-    q, k, v, g, beta = (x.to(compute) for x in (q, k, v, g, beta))
-    if options.use_qk_l2norm:
-        q, k = _l2_normalised(q, options.scale), _l2_normalised(k, 1.0)
-    else:
-        q = q * options.scale
-    g = _log_gate(g, A_log, dt_bias, options)
-    if options.use_beta_sigmoid:
-        beta = torch.sigmoid(beta) * (2.0 if options.allow_neg_eigval else 1.0)
-    if segment.valid is not None:  # after the transforms: sigmoid(0) is 0.5
-        behind = ~segment.valid.view(-1, 1)
-        g, beta = g.masked_fill(behind.unsqueeze(-1), 0.0), beta.masked_fill(behind, 0.0)
+    in_place = work.reuse
+    (rows, C), (HV, V) = q.shape[:2], v.shape[2:]
+    X = rows * HV
+    q, k, v, g, beta = (x.to(S.dtype) for x in (q, k, v, g, beta))
+    qk, k, v, g = _transformed(q, k, v, g, beta, A_log, dt_bias, segment, options, work)
+    decay = torch.sum(g, 1, out=work.out("decay", X, g.shape[2]))
+    decay = torch.exp2(decay, out=decay if in_place else None).unsqueeze(-1)  # e^{G_C} [X, K, 1]
+    alpha = torch.exp2(g, out=g if in_place else None)
+    Aqk, inverse, qk, k = _intra_chunk(qk, k, alpha, work)
 
-    X = rows * HV  # tiles
+    o, U = work.out("o", X, C, V), work.out("U", X, C, V)
 
-    def head_major(x: Tensor) -> Tensor:  # [tokens, H or HV, D] -> [rows, HV, C, D], a view
-        x = x.unflatten(0, (rows, C)).transpose(1, 2)
-        return x.unsqueeze(2).expand(-1, -1, HV // x.shape[1], -1, -1).flatten(1, 2)
+    def by_step() -> list[tuple[Tensor | None, ...]]:
+        tiles = [count * HV for count in segment.active]
+        factors = (*qk.unbind(2), k.transpose(1, 2), v, inverse, decay, o, U)
+        return list(zip(tiles, *((None,) * len(tiles) if x is None else x.split(tiles) for x in factors), strict=True))
 
-    qk = torch.stack((head_major(q), head_major(k)), dim=3).view(X, C, 2, K)
-    v, g, beta = (head_major(x).reshape(X, C, -1).contiguous() for x in (v, g, beta.unsqueeze(-1)))
-    decay = g.sum(1).exp().unsqueeze(-1)  # e^{G_C} [X, K, 1]
-    Aqk, Tinv, qk_gated, k_decayed = _intra_chunk(qk, g.exp(), beta, in_place)
-
-    S, finished = S.flatten(0, 1), []  # [sequences * HV, K, V]
-    entries, outputs = [], []
-    step_tiles = [count * HV for count in segment.active]
-    factors = (x.split(step_tiles) for x in (qk_gated.flatten(1, 2), Tinv, v, Aqk, decay, k_decayed.transpose(1, 2)))
-    for qk_gated_c, Tinv_c, v_c, Aqk_c, decay_c, k_decayed_c in zip(*factors, strict=True):
-        if len(Tinv_c) < len(S):  # the shortest sequences have ended
-            finished.append(S[len(Tinv_c) :])
-            S = S[: len(Tinv_c)]
-        entries.append(S)
-        q_S, k_S = torch.bmm(qk_gated_c, S).view(-1, C, 2, V).unbind(2)
-        U = torch.bmm(Tinv_c, v_c - k_S)
-        outputs.append(torch.baddbmm(q_S, Aqk_c, U))
-        S = (decay_c * S).baddbmm_(k_decayed_c, U)
-    S = torch.cat([S, *reversed(finished)]) if finished else S
-
-    o = torch.cat(outputs).view(rows, HV, C, V).transpose(1, 2).flatten(0, 1)
-    return o, S.unflatten(0, (-1, HV)), [entry.unflatten(0, (-1, HV)) for entry in entries]
+    multiply, add_product = (Tensor.mul_, Tensor.baddbmm_) if in_place else (Tensor.mul, Tensor.baddbmm)
+    S, results = S.flatten(0, 1), []  # [sequences * HV, K, V]
+    for count, q_c, beta_k_c, k_c, v_c, inverse_c, decay_c, o_c, U_c in work.views(("steps", *segment.active), by_step):
+        S_c = S.narrow(0, 0, count)  # the shortest sequences have ended
+        if entries is not None:
+            entries.append(S_c.clone().unflatten(0, (-1, HV)))
+        q_S = torch.bmm(q_c, S_c, out=o_c)
+        U_c = torch.bmm(inverse_c, add_product(v_c, beta_k_c, S_c), out=U_c)
+        S_c = add_product(multiply(S_c, decay_c), k_c, U_c)
+        if not in_place:
+            S = S_c if count == len(S) else torch.cat((S_c, S[count:]))
+            results.append((q_S, U_c))
+    if not in_place:
+        o, U = (torch.cat(x) for x in zip(*results, strict=True))
+    o = add_product(o, Aqk, U)
+    return o.view(rows, HV, C, V).transpose(1, 2), S.unflatten(0, (-1, HV))
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------
@@ -322,6 +355,12 @@ def _run_segment(
 def _flat(x: Tensor) -> Tensor:
     """[B, T, ...] -> [B * T, ...]."""
     return x.flatten(0, 1)
+
+
+def _max_rows(spans: list[tuple[int, int]], value_heads: int, device: torch.device) -> int:
+    """Chunks of one segment, at most; never more than there are."""
+    tiles = SEGMENT_TILES_CPU if device.type == "cpu" else SEGMENT_TILES_CUDA
+    return max(1, min(tiles // max(value_heads, 1), sum(-(-length // CHUNK_TOKENS) for _, length in spans)))
 
 
 def _entry_states(
@@ -374,7 +413,8 @@ def chunk_fwd(
     options = _Options(
         K**-0.5 if scale is None else scale, lower_bound, use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval
     )
-    spans, first_slots, slot_shape = _sequence_spans(B, T, cu_seqlens)
+    spans, first_slots, slot_shape = sequence_spans(B, T, cu_seqlens)
+    max_rows = _max_rows(spans, HV, q.device)
     compute = _compute_dtype(q)
     with torch.no_grad():
         states = _entry_states(initial_state, len(spans), v, K, state_v_first, compute)
@@ -384,13 +424,15 @@ def chunk_fwd(
             slot_shape[0] * slot_shape[1] if output_chunk_states else 0, HV, K, V, dtype=compute, device=v.device
         )
         q, k, v, g, beta = (_flat(x) for x in (q, k, v, g, beta))
-        for group in _segments(spans, first_slots, HV, q.device):
+        work = _Workspace(q, compute, max_rows * HV, reuse=True)
+        for group in plan_segments(spans, first_slots, max_rows, q.device):
             sequences = torch.tensor(group[0].sequences, device=q.device)
             S = states[sequences]
             for segment in group:
-                rows = [_take(x, segment) for x in (q, k, v, g, beta)]
-                o_rows, S, entries = _run_segment(*rows, A_log, dt_bias, S, segment, options, in_place=True)
-                _put(_flat(o), o_rows, segment)
+                chunks = [take(x, segment) for x in (q, k, v, g, beta)]
+                entries = [] if output_chunk_states else None
+                o_chunks, S = _run_segment(*chunks, A_log, dt_bias, S, segment, options, work, entries)
+                put(_flat(o), o_chunks, segment)
                 if output_chunk_states:
                     chunk_states[torch.tensor(segment.slots, device=q.device)] = torch.cat(entries)
             states[sequences] = S
@@ -467,7 +509,7 @@ def chunk_bwd(
     options = _Options(
         K**-0.5 if scale is None else scale, lower_bound, use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval
     )
-    spans, first_slots, _ = _sequence_spans(B, T, cu_seqlens)
+    spans, first_slots, _ = sequence_spans(B, T, cu_seqlens)
     compute = _compute_dtype(q)
     activations = (q, k, v, g, beta)
     gradients = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in activations]
@@ -478,29 +520,31 @@ def chunk_bwd(
     flat = [_flat(x.detach()) for x in activations]
     flat_gradients = [_flat(x) for x in gradients]
     flat_do = _flat(do)
-    for group in _segments(spans, first_slots, HV, q.device):
+    max_rows = _max_rows(spans, HV, q.device)
+    work, no_work = (_Workspace(q, compute, max_rows * HV, reuse) for reuse in (True, False))
+    for group in plan_segments(spans, first_slots, max_rows, q.device):
         sequences = torch.tensor(group[0].sequences, device=q.device)
         entries = [states[sequences]]
         with torch.no_grad():
             for segment in group[:-1]:
-                rows = [_take(x, segment) for x in flat]
-                entries.append(_run_segment(*rows, *parameters, entries[-1], segment, options, in_place=True)[1])
+                chunks = [take(x, segment) for x in flat]
+                entries.append(_run_segment(*chunks, *parameters, entries[-1].clone(), segment, options, work)[1])
         dS = dstates[sequences]
         while group:
             segment, S = group.pop(), entries.pop()
             with _autograd_enabled():
-                rows = [_leaf(_take(x, segment)) for x in flat]
+                chunks = [_leaf(take(x, segment)) for x in flat]
                 leaves = [_leaf(x) for x in parameters]
                 S = _leaf(S)
-                o, S_exit, _ = _run_segment(*rows, *leaves, S, segment, options, in_place=False)
-                do_rows = _take(flat_do, segment).to(compute)
+                o, S_exit = _run_segment(*chunks, *leaves, S, segment, options, no_work)
+                do_chunks = take(flat_do, segment).to(compute)
                 if segment.valid is not None:
-                    do_rows = do_rows.masked_fill(~segment.valid.view(-1, 1, 1), 0.0)
-                wanted = [*rows, *(x for x in leaves if x is not None), S]
-                results = list(torch.autograd.grad((o, S_exit), wanted, (do_rows, dS), allow_unused=True))
+                    do_chunks = do_chunks.masked_fill(~segment.valid[:, :, None, None], 0.0)
+                wanted = [*chunks, *(x for x in leaves if x is not None), S]
+                results = list(torch.autograd.grad((o, S_exit), wanted, (do_chunks, dS), allow_unused=True))
             dS = results.pop()
             for destination, gradient in zip(flat_gradients, results, strict=False):
-                _put(destination, gradient, segment)
+                put(destination, gradient, segment)
             for total, gradient in zip((x for x in parameter_gradients if x is not None), results[5:], strict=True):
                 if gradient is not None:  # None: the gate is precomputed, and does not depend on it
                     total += gradient
