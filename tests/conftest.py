@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import hypothesis
 import pytest
@@ -16,6 +17,11 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
 hypothesis.settings.load_profile("kda")
+
+# One thread, here and in processes that tests start: the tensors are small, and where other work shares the cores, OpenMP
+# threads that wait for each other make a test ten times slower. A test of speed asks for more itself.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 HOPPER = (9, 0)
 
