@@ -18,8 +18,8 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("kda")
 
-# One thread, here and in processes that tests start: the tensors are small, and where other work shares the cores, OpenMP
-# threads that wait for each other make a test ten times slower. A test of speed asks for more itself.
+# One thread, here and in processes that tests start: the tensors are small, and where other work shares the cores,
+# OpenMP threads that wait for each other make a test ten times slower. A test of speed asks for more itself.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
