@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .composite_segments import CHUNK_TOKENS, Segment, plan_segments, put, sequence_spans, take
+from .composite_segments import Segment, plan_segments, put, sequence_spans, take
+from .conventions import CHUNK_TOKENS, L2NORM_EPS, compute_dtype
 
-L2NORM_EPS = 1e-6
 LOG2_E = math.log2(math.e)  # exp2 is several times faster than exp on a CPU
 
 # Chunks x value heads of one segment. On a CPU its temporaries then stay in the caches (32 tiles of 64 x 128 fp32 are 1
@@ -374,10 +374,6 @@ def _entry_states(
     return states
 
 
-def _compute_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
 def chunk_fwd(
     q: Tensor,
     k: Tensor,
@@ -415,7 +411,7 @@ def chunk_fwd(
     )
     spans, first_slots, slot_shape = sequence_spans(B, T, cu_seqlens)
     max_rows = _max_rows(spans, HV, q.device)
-    compute = _compute_dtype(q)
+    compute = compute_dtype(q.dtype)
     with torch.no_grad():
         states = _entry_states(initial_state, len(spans), v, K, state_v_first, compute)
         covered = sum(length for _, length in spans) == B * T
@@ -510,7 +506,7 @@ def chunk_bwd(
         K**-0.5 if scale is None else scale, lower_bound, use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval
     )
     spans, first_slots, _ = sequence_spans(B, T, cu_seqlens)
-    compute = _compute_dtype(q)
+    compute = compute_dtype(q.dtype)
     activations = (q, k, v, g, beta)
     gradients = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in activations]
     parameters = [None if x is None else x.detach().to(compute, copy=True) for x in (A_log, dt_bias)]

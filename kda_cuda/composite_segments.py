@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK_TOKENS = 64  # C in the formulas
+from .conventions import CHUNK_TOKENS
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,9 @@ import torch
 from torch import Tensor
 
 from . import _extension  # noqa: F401  (defines the operators)
-
-CHUNK_TOKENS = 64  # distance of the states in chunk_states
+from .conventions import CHUNK_TOKENS, compute_dtype
 
 _TENSORS = ("k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "cu_seqlens")  # beside q, in the schema's order
-
-
-def _state_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _check_devices(q: Tensor, *tensors: object) -> None:
@@ -60,7 +55,7 @@ def _chunk_fwd(
     B, T, _, K = q.shape
     HV, V = v.shape[2:]
     matrix = (V, K) if state_v_first else (K, V)
-    dtype = _state_dtype(q)
+    dtype = compute_dtype(q.dtype)
     if cu_seqlens is None:
         sequences, slots = B, (T + CHUNK_TOKENS - 1) // CHUNK_TOKENS
     else:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from . import _extension, composite  # noqa: F401  (_extension defines the operators)
+from .conventions import AUTOCAST_DEVICES
 
 _library = torch.library.Library("kda", "IMPL", "CompositeExplicitAutograd")
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Autocast off: the composite implementation chooses its precision itself."""
-    if not torch.amp.is_autocast_available(device.type):
+    if device.type not in AUTOCAST_DEVICES:
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 

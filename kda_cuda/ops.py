@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from . import _extension, autograd, fake, fallback  # noqa: F401  (imported to define and register the operators)
+from .conventions import AUTOCAST_DEVICES, CHUNK_TOKENS
 
 __all__ = ["CHUNK_TOKENS", "chunk_fwd", "chunk_kda"]
 
-CHUNK_TOKENS = fake.CHUNK_TOKENS
 _FLA_CHUNK_SIZES = (32, 64)
 
 
@@ -54,7 +54,7 @@ def chunk_fwd(
         k: [B, T, H, K] keys, in the dtype of ``q``.
         v: [B, T, HV, V] values, in the dtype of ``q``; HV is a multiple of H, value head h belongs to head h // (HV /
             H).
-        g: [B, T, HV, K] log-gate in (-inf, 0], -inf included; with ``use_gate`` its logits. bf16, fp16 or fp32.
+        g: [B, T, HV, K] log-gate in [-inf, 0]; with ``use_gate`` its logits. bf16, fp16 or fp32.
         beta: [B, T, HV] in [0, 1] ([0, 2] for negative eigenvalues); with ``use_beta_sigmoid`` its logits. bf16, fp16
             or fp32.
         A_log: [HV] fp32 logarithm of the gate's rate. With ``use_gate``: needed unless ``lower_bound`` is given.
@@ -261,16 +261,10 @@ def _in_fp32(parameter: Tensor | None) -> Tensor | None:
     return parameter
 
 
-# Asked once: torch.compile does not trace the question on torch 2.11.
-_AUTOCAST_DEVICES = frozenset(
-    name for name in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(name)
-)
-
-
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of the autocast region around the call, if there is one; fp64 stays, as in autocast."""
     device_type = tensors[0].device.type
-    if device_type not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
+    if device_type not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from .accuracy import O_RELATIVE_RMSE, STATE_RELATIVE_RMSE, relative_rmse
+from .conventions import CHUNK_TOKENS, L2NORM_EPS
 
 __all__ = ["O_RELATIVE_RMSE", "STATE_RELATIVE_RMSE", "log_gate", "recurrent_kda", "relative_rmse"]
 
-CHUNK_TOKENS = 64  # distance of the states in chunk_states; C in the formulas
-L2NORM_EPS = 1e-6
 
 
 def log_gate(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None) -> Tensor:
