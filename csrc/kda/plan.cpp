@@ -1,4 +1,5 @@
 #include "plan.h"
+#include <cstdlib>
 
 namespace kda {
 
@@ -43,6 +44,8 @@ const char* name_of(ChunkFwdPath path) {
       return "composite";
     case ChunkFwdPath::kStaged:
       return "staged";
+    case ChunkFwdPath::kFused:
+      return "fused";
   }
   return "unknown";
 }
@@ -85,7 +88,11 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p) {
     plan.reason = reason;
     return plan;
   }
-  plan.path = ChunkFwdPath::kStaged;
+  plan.path = getenv("KDA_STAGED") ? ChunkFwdPath::kStaged : ChunkFwdPath::kFused;
+  if (plan.path == ChunkFwdPath::kFused) {
+    plan.value_tile = getenv("KDA_ROWS") ? atoi(getenv("KDA_ROWS")) : p.value_dim;
+    return plan;
+  }
   plan.reason = "K, V and the types are covered by the kernels";
   plan.value_tile = choose_value_tile(p);
 

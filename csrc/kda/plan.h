@@ -32,6 +32,7 @@ struct ChunkFwdProblem {
 enum class ChunkFwdPath : int32_t {
   kComposite = 0,  // the implementation in PyTorch operators
   kStaged = 1,     // three kernels: intra-chunk solve, state recurrence, output GEMM
+  kFused = 2,      // one kernel: producers of the factors of a step feed the recurrence through shared memory
 };
 
 // Byte offsets of the regions of the workspace. A region holds one tile for each (chunk slot, value head), slot-major.

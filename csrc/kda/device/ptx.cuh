@@ -9,6 +9,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// x, of which the compiler knows nothing: what depends on it is computed where it is used, rather than ahead of a loop, where it would hold
+// registers.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- Special functions ----
 
 // 2^x. Callers guarantee x <= 0, or a bound on x. ex2(-inf) = 0.
@@ -65,6 +72,13 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t add
                : "memory");
 }
 
+// Stores four 8x8 matrices of 16-bit elements, transposed; lanes 8i..8i+7 give the row addresses of matrix i.
+__device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r0), "r"(r1),
+               "r"(r2), "r"(r3)
+               : "memory");
+}
+
 // ---- Asynchronous copies of 16 bytes by each thread; source_bytes = 0 writes zeros ----
 
 __device__ __forceinline__ void cp_async_16(uint32_t destination, const void* source, int source_bytes) {
@@ -81,6 +95,16 @@ __device__ __forceinline__ void cp_async_bulk_load(uint32_t destination, const v
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
       "l"(source), "r"(bytes), "r"(mbarrier)
+      : "memory");
+}
+
+// A box of a tensor of rank 5 whose first element has the coordinates c0 (innermost) .. c4.
+__device__ __forceinline__ void cp_async_bulk_tensor_load(uint32_t destination, const void* tensor_map, int c0, int c1,
+                                                          int c2, int c3, int c4, uint32_t mbarrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, "
+      "%6}], [%7];" ::"r"(destination),
+      "l"(tensor_map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(mbarrier)
       : "memory");
 }
 
@@ -130,6 +154,40 @@ __device__ __forceinline__ void mbarrier_wait_parity(uint32_t mbarrier, uint32_t
       "}\n" ::"r"(mbarrier),
       "r"(parity)
       : "memory");
+}
+
+// ---- Barriers of a part of the CTA; `barrier` 1..15 ----
+
+__device__ __forceinline__ void barrier_sync(int barrier, int threads) {
+  asm volatile("barrier.cta.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Whether `predicate` holds in any of the threads; a barrier for them.
+__device__ __forceinline__ bool barrier_any(int barrier, int threads, bool predicate) {
+  int any;
+  asm volatile(
+      "{\n"
+      ".reg .pred mine, any;\n"
+      "setp.ne.s32 mine, %3, 0;\n"
+      "barrier.cta.red.or.pred any, %1, %2, mine;\n"
+      "selp.s32 %0, 1, 0, any;\n"
+      "}\n"
+      : "=r"(any)
+      : "r"(barrier), "r"(threads), "r"(static_cast<int>(predicate))
+      : "memory");
+  return any != 0;
+}
+
+// ---- Registers of a thread, for all warps of a warpgroup ----
+
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_inc() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_dec() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 }  // namespace kda::ptx

@@ -16,14 +16,18 @@
 namespace kda {
 
 // Row-major fp32 matrix in shared memory; the padding makes operand loads free of bank conflicts.
-struct SolveMatrix {
-  static constexpr int kStride = 68;
-  static constexpr int kBytes = 64 * kStride * 4;
+template <int Rows>
+struct SolveMatrixOf {
+  static constexpr int kStride = Rows + 4;
+  static constexpr int kBytes = Rows * kStride * 4;
   float* data;
 
   __device__ __forceinline__ float& at(int row, int column) const { return data[row * kStride + column]; }
-  __device__ __forceinline__ SolveMatrix block(int row, int column) const { return {&at(16 * row, 16 * column)}; }
+  __device__ __forceinline__ SolveMatrixOf block(int row, int column) const { return {&at(16 * row, 16 * column)}; }
 };
+
+using SolveMatrix = SolveMatrixOf<64>;
+using SolveMatrix32 = SolveMatrixOf<32>;
 
 // x = high + low + an error below 2^-21 |x|: the tensor core reads the upper 19 bits of each and drops the rest.
 struct SplitTf32 {
@@ -36,7 +40,8 @@ struct SplitTf32 {
 };
 
 // acc (16 x 16, as two 16 x 8 accumulators) += a * b for 16 x 16 blocks in shared memory; one warp.
-__device__ __forceinline__ void multiply_add_16x16(float (&acc)[2][4], SolveMatrix a, SolveMatrix b, int lane) {
+template <typename Matrix>
+__device__ __forceinline__ void multiply_add_16x16(float (&acc)[2][4], Matrix a, Matrix b, int lane) {
   const int group = lane >> 2, member = lane & 3;
 #pragma unroll
   for (int k = 0; k < 16; k += 8) {
@@ -55,7 +60,8 @@ __device__ __forceinline__ void multiply_add_16x16(float (&acc)[2][4], SolveMatr
   }
 }
 
-__device__ __forceinline__ void store_16x16(SolveMatrix block, const float (&acc)[2][4], float sign, int lane) {
+template <typename Matrix>
+__device__ __forceinline__ void store_16x16(Matrix block, const float (&acc)[2][4], float sign, int lane) {
   const int group = lane >> 2, member = lane & 3;
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
@@ -66,8 +72,9 @@ __device__ __forceinline__ void store_16x16(SolveMatrix block, const float (&acc
 }
 
 // Replaces a unit lower triangular 16 x 16 block by its inverse; entries on and above the diagonal are not read. Lane c
-// < 16 computes column c; one warp.
-__device__ __forceinline__ void invert_16x16(SolveMatrix block, int lane) {
+// computes column c % 16; one warp. kTwoBlocks: the two halves of the warp are given different blocks.
+template <bool kTwoBlocks, typename Matrix>
+__device__ __forceinline__ void invert_16x16(Matrix block, int lane) {
   const int column = lane & 15;
   float x[16];
 #pragma unroll
@@ -86,18 +93,34 @@ __device__ __forceinline__ void invert_16x16(SolveMatrix block, int lane) {
     }
   }
   __syncwarp();
-  if (lane < 16) {
+  if (kTwoBlocks || lane < 16) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) block.at(i, column) = x[i];
   }
   __syncwarp();
 }
 
+// Replaces the strictly lower triangular A by T = (I + A)^-1, in place: the 16 x 16 blocks on and below the diagonal are written.
+// One warp.
+__device__ __forceinline__ void invert_unit_lower_32x32(SolveMatrix32 matrix, int lane) {
+  invert_16x16<true>(matrix.block(lane >> 4, lane >> 4), lane);
+  const SolveMatrix32 off_diagonal = matrix.block(1, 0);
+  float y[2][4] = {};
+  multiply_add_16x16(y, off_diagonal, matrix.block(0, 0), lane);
+  __syncwarp();
+  store_16x16(off_diagonal, y, 1.0f, lane);
+  __syncwarp();
+  float t[2][4] = {};
+  multiply_add_16x16(t, matrix.block(1, 1), off_diagonal, lane);
+  __syncwarp();
+  store_16x16(off_diagonal, t, -1.0f, lane);
+}
+
 // Replaces the strictly lower triangular A by T = (I + A)^-1, in place: the whole lower triangle of 16 x 16 blocks is
 // written, the blocks above it are neither read nor written. Called by all 128 threads of the CTA after A is visible to
 // them; ends with a CTA barrier.
 __device__ __forceinline__ void invert_unit_lower_64x64(SolveMatrix matrix, int warp, int lane) {
-  invert_16x16(matrix.block(warp, warp), lane);
+  invert_16x16<false>(matrix.block(warp, warp), lane);
   __syncthreads();
 
   if (warp & 1) {  // the 32 x 32 blocks on the diagonal

@@ -40,8 +40,12 @@ ChunkFwdKernelParams kernel_params(const ChunkFwdParams& call, const ChunkFwdPla
 }  // namespace
 
 cudaError_t chunk_fwd(const ChunkFwdParams& call, const ChunkFwdPlan& plan, cudaStream_t stream) {
-  if (plan.path != ChunkFwdPath::kStaged) return cudaErrorNotSupported;
+  if (plan.path == ChunkFwdPath::kComposite) return cudaErrorNotSupported;
   const ChunkFwdKernelParams params = kernel_params(call, plan);
+  if (plan.path == ChunkFwdPath::kFused) {
+    NvtxRange range("kda.fused_scan");
+    return launch_fused_scan(params, plan.value_tile, stream);
+  }
   {
     NvtxRange range("kda.intra_chunk_solve");
     const cudaError_t status = launch_intra_chunk_solve(params, stream);

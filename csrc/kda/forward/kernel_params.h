@@ -28,6 +28,7 @@ struct ChunkFwdKernelParams {
 // Launches of the stages, for the K, V and types of the call. Each returns the error of its launch.
 cudaError_t launch_intra_chunk_solve(const ChunkFwdKernelParams& params, cudaStream_t stream);
 cudaError_t launch_state_recurrence(const ChunkFwdKernelParams& params, int value_tile, cudaStream_t stream);
+cudaError_t launch_fused_scan(const ChunkFwdKernelParams& params, int value_tile, cudaStream_t stream);
 cudaError_t launch_output_gemm(const ChunkFwdKernelParams& params, cudaStream_t stream);
 
 }  // namespace kda

@@ -21,6 +21,7 @@
 #include "../device/elements.cuh"
 #include "../device/tile.cuh"
 #include "kernel_params.h"
+#include "state_fragments.cuh"
 
 namespace kda {
 
@@ -60,35 +61,6 @@ struct RingPosition {
       stage = 0;
       parity ^= 1;
     }
-  }
-};
-
-// The accumulators of S^T: 16 rows of V, all of K. state[n] covers channels 8 n .. 8 n + 7.
-template <int K>
-struct StateFragments {
-  float acc[K / 8][4];
-
-  // Calls f(value, row, channel) for each element; row is 0..15.
-  template <typename Function>
-  __device__ __forceinline__ void for_each(int lane, Function f) {
-#pragma unroll
-    for (int n = 0; n < K / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) f(acc[n][i], (lane >> 2) + (i >> 1) * 8, 8 * n + 2 * (lane & 3) + (i & 1));
-    }
-  }
-
-  __device__ __forceinline__ void load(const void* source, DataType type, int64_t row_stride, int64_t channel_stride,
-                                       int lane) {
-    for_each(lane, [&](float& value, int row, int channel) {
-      value = load_1(source, row * row_stride + channel * channel_stride, type);
-    });
-  }
-
-  __device__ __forceinline__ void store(float* destination, int64_t row_stride, int64_t channel_stride, int lane) {
-    for_each(lane, [&](float value, int row, int channel) {
-      destination[row * row_stride + channel * channel_stride] = value;
-    });
   }
 };
 
@@ -176,14 +148,9 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
     }
 
     uint32_t s[K / 16][4];
+    state.to_operands(s);
 #pragma unroll
-    for (int kt = 0; kt < K / 16; ++kt) {
-      s[kt][0] = pack_bf16(state.acc[2 * kt][0], state.acc[2 * kt][1]);
-      s[kt][1] = pack_bf16(state.acc[2 * kt][2], state.acc[2 * kt][3]);
-      s[kt][2] = pack_bf16(state.acc[2 * kt + 1][0], state.acc[2 * kt + 1][1]);
-      s[kt][3] = pack_bf16(state.acc[2 * kt + 1][2], state.acc[2 * kt + 1][3]);
-      state_operands[kt * 32] = {s[kt][0], s[kt][1], s[kt][2], s[kt][3]};
-    }
+    for (int kt = 0; kt < K / 16; ++kt) state_operands[kt * 32] = {s[kt][0], s[kt][1], s[kt][2], s[kt][3]};
 
     ptx::mbarrier_wait_parity(full(ring.stage), ring.parity);
     const uint32_t stage = shared_base + ring.stage * stage_bytes;

@@ -1,0 +1,117 @@
+// The fused forward's configuration: shared-memory map, roles, barriers. See fused_scan.cuh for the kernel.
+#pragma once
+
+#include <cuda.h>
+
+#include "../device/chunk_location.cuh"
+#include "../device/elements.cuh"
+#include "../device/tile.cuh"
+#include "../device/triangular_inverse.cuh"
+#include "kernel_params.h"
+
+namespace kda {
+
+// Tokens of one step of the fused scan: the chunk of its formulas. 32 rather than 64: half the pairs and half the solve for each
+// token, and a range of the gates that one reference token in the middle can serve (see fused_pairs.cuh).
+inline constexpr int kStepTokens = 32;
+
+// Tiles of rows of 128 bytes whose 16-byte units are permuted (unit ^ (row & 7)), one block of Rows rows for every 64 columns of 16 bits: what
+// tensor copies with 128-byte swizzle write, and what ldmatrix and wgmma read without bank conflicts.
+template <int Rows>
+struct BlockedTile : TileOperands<BlockedTile<Rows>> {
+  static constexpr int kBlockBytes = Rows * 128;
+  static __device__ __forceinline__ uint32_t unit_offset(int row, int unit) {
+    return (unit >> 3) * kBlockBytes + row * 128 + (((unit & 7) ^ (row & 7)) << 4);
+  }
+};
+
+// K: channels of a key. V: width of a value row in memory. kRows: rows of the transposed state of one CTA, 64 a consumer warpgroup.
+template <int K_, int V_, int kRows_, typename Element_, bool kVectorized_>
+struct FusedConfig {
+  static constexpr int K = K_, V = V_, C = kStepTokens, kRows = kRows_;
+  using Element = Element_;
+  static constexpr bool kVectorized = kVectorized_;
+
+  // Registers of a thread after the roles have parted: 65536 for all threads.
+  static constexpr int kConsumerGroups = kRows / 64, kProducerGroups = kConsumerGroups == 2 ? 2 : 3, kGroupThreads = 128;
+  static constexpr int kThreads = (kProducerGroups + kConsumerGroups) * kGroupThreads;
+  static constexpr int kProducerRegisters = kConsumerGroups == 2 ? 96 : 112;
+  static constexpr int kConsumerRegisters = kConsumerGroups == 2 ? 160 : 168;
+
+  // One stage: what a consumer needs of a step.
+  static constexpr int kStages = 3;
+  static constexpr int kKeyTileBytes = C * K * 2;
+  using KeyTile = BlockedTile<C>;
+  using GatedTile = BlockedTile<2 * C>;  // rows of k, then rows of q: one operand
+  using PairTile = BlockedTile<C>;  // two matrices [C, C] side by side
+  static constexpr int kPairTileBytes = C * 128;
+  using ValueTile = BlockedTile<C>;
+  static constexpr int kValueTileBytes = C * kRows * 2;
+  static constexpr int kGated = 0;                                         // K ⊙ e^G above Q ⊙ e^G   [2 C, K]
+  static constexpr int kKeysDecayed = kGated + 2 * kKeyTileBytes;          // K ⊙ e^{G_C - G}         [C, K]
+  static constexpr int kInverseTile = kKeysDecayed + kKeyTileBytes;        // Tinv: high part | middle part
+  static constexpr int kAqkTile = kInverseTile + kPairTileBytes;           // Aqk | Tinv: low part
+  static constexpr int kValues = kAqkTile + kPairTileBytes;                // V                       [C, kRows]
+  static constexpr int kStepDecay = kValues + kValueTileBytes;             // e^{G_C}                 [K] fp32
+  static constexpr int kKeyNorm = kStepDecay + K * 4;                      // |k|, or 1               [C] fp32
+  static constexpr int kOutputScale = kKeyNorm + C * 4;                    // scale / |q|, or scale   [C] fp32
+  static constexpr int kStageBytes = (kOutputScale + C * 4 + 1023) / 1024 * 1024;
+
+  // The rows of q, k and g of a step as they come; then, in their place, the operands of the pair products. A ring of buffers, three, or two
+  // if the gate is fp32.
+  static constexpr int kRawQ = 0, kRawK = kKeyTileBytes, kRawG = 2 * kKeyTileBytes;
+  static constexpr int kRawRingBytes = 9 * kKeyTileBytes, kMaxRawBuffers = 3;
+
+  // What a producer group has for itself.
+  static constexpr int kSolve = 0;  // Akk, then its inverse   [C, 36] fp32
+  static constexpr int kSolveBytes = C * SolveMatrix32::kStride * 4;
+  static constexpr int kTotals = kSolve + kSolveBytes;  // log-decay of each group of tokens   [groups, K] fp32
+  static constexpr int kTokenGroups = kGroupThreads / (K / 2), kTokensPerThread = C / kTokenGroups;
+  static constexpr int kRowValues = kTotals + kTokenGroups * K * 4;  // see RowValues
+  static constexpr int kProducerBytes = (kRowValues + 4 * C * 4 + 127) / 128 * 128;
+
+  // What a consumer group works on: O of its 64 columns on its way out, of even and of odd steps.
+  using OutputTile = PitchedTile<2 * 64 + 16>;
+  static constexpr int kOutputTileBytes = C * (2 * 64 + 16), kOutputBytes = 2 * kOutputTileBytes;
+
+  static constexpr int kRawOffset = kStages * kStageBytes;
+  static constexpr int kProducerOffset = kRawOffset + kRawRingBytes;
+  static constexpr int kOutputOffset = kProducerOffset + kProducerGroups * kProducerBytes;
+  static constexpr int kBarrierOffset = kOutputOffset + kConsumerGroups * kOutputBytes;
+  static constexpr int kBarriers = 2 * kStages + kMaxRawBuffers;
+  static constexpr int kSharedBytes = kBarrierOffset + 8 * kBarriers;
+  static_assert(kSharedBytes <= 227 * 1024);
+
+  static __device__ __forceinline__ uint32_t full(uint32_t shared, int stage) {
+    return shared + kBarrierOffset + 16 * stage;
+  }
+  static __device__ __forceinline__ uint32_t empty(uint32_t shared, int stage) {
+    return shared + kBarrierOffset + 16 * stage + 8;
+  }
+  static __device__ __forceinline__ uint32_t raw_full(uint32_t shared, int buffer) {
+    return shared + kBarrierOffset + 16 * kStages + 8 * buffer;
+  }
+};
+
+// What the kernel receives. The maps describe [B, heads, dim / n, T, n] views, n elements in 128 bytes, for copies of a step of one head; they are
+// used if the inputs are vectorized.
+struct FusedScanParams {
+  ChunkFwdParams call;
+  CUtensorMap q, k, g, v;
+};
+
+// The tokens, head and rows of the state that a CTA scans.
+struct ScanItem {
+  SequenceRange range;
+  int64_t sequence;
+  int value_head, key_head;
+  int first_row;  // of V
+  int steps;
+
+  // Tokens of a step: kStepTokens but for the last.
+  __device__ __forceinline__ int tokens(int step) const {
+    return static_cast<int>(min(range.end - range.begin - int64_t{step} * kStepTokens, int64_t{kStepTokens}));
+  }
+};
+
+}  // namespace kda

@@ -1,0 +1,271 @@
+// The producers' operands: from the rows of q, k and g of a step to
+//   K ⊙ e^G, Q ⊙ e^G, K ⊙ e^{G_C - G}   into the stage, for the consumers: factors at most 1, and
+//   the operands of the products between tokens of the step, in the place of the rows.
+//
+// For the pairs, exp(G_i - G_j) is split at a reference token. If every channel decays by less than 2^-kMidRange on either side of the
+// middle of the step, one reference serves all pairs: P_i = exp(G_i - G_mid), R_j = exp(G_mid - G_j), both within 2^±kMidRange.
+// A gate bounded by -5 a token always does: 16 tokens are 115.4 in log2. Otherwise the pairs go by levels: i and j whose indices differ
+// first in the bit h meet at the boundary between their blocks of h tokens; factors are at most 1, whatever the gates are.
+//
+// A thread has two channels of kTokensPerThread consecutive tokens.
+#pragma once
+
+#include "../device/gate.cuh"
+#include "fused_config.cuh"
+
+namespace kda {
+
+// Values of each token of the step, in shared memory [C] each.
+struct RowValues {
+  float* query_key;     // q·k of the same token, from q and k as they came
+  float* write;         // beta |k|^-2: beta for keys as they came and values over |k|
+  float* query_power;   // power of two that scales q to about 1, for operands in fp16
+  float* key_power;     // likewise k
+
+  __device__ __forceinline__ explicit RowValues(void* memory)
+      : query_key(static_cast<float*>(memory)),
+        write(query_key + kStepTokens),
+        query_power(write + kStepTokens),
+        key_power(query_power + kStepTokens) {}
+};
+
+// What decides about the pairs: log2 range on either side of the middle that bf16 and fp32 hold with operands up to
+// 2^kMaxNormLog2.
+inline constexpr float kMidRange = 117.0f;
+inline constexpr float kMaxNormLog2 = 8.0f;
+// A gate below this has long underflowed to 0 in fp32; sums of gates stay finite.
+inline constexpr float kSmallestLog2Alpha = -200.0f;
+
+template <typename Config>
+struct FusedOperands {
+  using Element = typename Config::Element;
+  static constexpr int K = Config::K, C = Config::C, kTokens = Config::kTokensPerThread, kGroups = Config::kTokenGroups;
+
+  uint8_t* const raw;      // rows of the step; pair operands take their place
+  uint8_t* const stage;    // the stage to fill
+  uint8_t* const scratch;  // the group's own memory
+  const int channel;       // first of the thread's two channels
+  const int group;         // its tokens are kTokens * group ..
+  const int tokens;        // of the step
+  const float unit;      // of `gate`
+
+  float gate[kTokens][2];  // log2 alpha is unit * gate
+
+  __device__ __forceinline__ int first_token() const { return kTokens * group; }
+  __device__ __forceinline__ float2* totals(int token_group) const {
+    return reinterpret_cast<float2*>(scratch + Config::kTotals) + token_group * (K / 2) + channel / 2;
+  }
+  using KeyTile = typename Config::KeyTile;
+  using GatedTile = typename Config::GatedTile;
+  __device__ __forceinline__ uint32_t* row_pair(int region, int token) const {
+    return reinterpret_cast<uint32_t*>(raw + region + KeyTile::pair_offset(token, channel));
+  }
+  // Row `row` of the tile of gated keys (rows 0 .. C - 1) and queries.
+  __device__ __forceinline__ uint32_t* gated_pair(int row) const {
+    return reinterpret_cast<uint32_t*>(stage + Config::kGated + GatedTile::pair_offset(row, channel));
+  }
+  __device__ __forceinline__ uint32_t* decayed_pair(int row) const {
+    return reinterpret_cast<uint32_t*>(stage + Config::kKeysDecayed + KeyTile::pair_offset(row, channel));
+  }
+
+  template <typename Gate>
+  __device__ __forceinline__ void load_16bit_gates() {
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const float2 g = Packed2<Gate>::to_float2(*row_pair(Config::kRawG, first_token() + i));
+      gate[i][0] = g.x, gate[i][1] = g.y;
+    }
+  }
+
+  // The thread's elements of the tensor g.
+  __device__ __forceinline__ void load_gates(const ChunkFwdParams& call) {
+    if (call.gate_type == DataType::kBFloat16) {
+      load_16bit_gates<BFloat16>();
+    } else if (call.gate_type == DataType::kFloat16) {
+      load_16bit_gates<Float16>();
+    } else {
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i) {
+        // The tile of fp32: two columns of 16 bits for each channel.
+        const uint32_t unit = KeyTile::unit_offset(first_token() + i, channel / 4);
+        const float2 g = *reinterpret_cast<const float2*>(raw + Config::kRawG + unit + channel % 4 * 4);
+        gate[i][0] = g.x, gate[i][1] = g.y;
+      }
+    }
+  }
+
+  // Zeros for q and k past the end, where rows of another sequence may lie.
+  __device__ __forceinline__ void clear_rows_past_end() const {
+    for (int i = 0; i < kTokens; ++i) {
+      if (first_token() + i >= tokens) {
+        *row_pair(Config::kRawQ, first_token() + i) = 0;
+        *row_pair(Config::kRawK, first_token() + i) = 0;
+      }
+    }
+  }
+
+  // From elements of g to the log-gate; 0 past the end. The thread's totals into shared memory. Returns whether its tokens are too
+  // far apart for one reference.
+  __device__ __forceinline__ bool activate(const ChunkFwdParams& call, float decay_rate, float2 bias) {
+    if (call.gate == GateKind::kSigmoid) {
+      // sigmoid(x) = 1 / (1 + 2^(-x log2 e)). Where the exponential exceeds fp32, the sigmoid is below its smallest normal number, and
+      // comes out as 0.
+      const float rate = -decay_rate * kLog2E;
+      const float offset[2] = {rate * bias.x, rate * bias.y};
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) gate[i][c] = ptx::rcp(1.0f + ptx::ex2(fmaf(gate[i][c], rate, offset[c])));
+      }
+    } else if (call.gate == GateKind::kSoftplus) {
+      const float rate = -decay_rate * kLog2E;
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i) {
+        gate[i][0] = clamp(rate * softplus(gate[i][0] + bias.x));
+        gate[i][1] = clamp(rate * softplus(gate[i][1] + bias.y));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i) {
+        gate[i][0] = clamp(gate[i][0] * kLog2E);
+        gate[i][1] = clamp(gate[i][1] * kLog2E);
+      }
+    }
+    if (tokens < C) {
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i) {
+        if (first_token() + i >= tokens) gate[i][0] = gate[i][1] = 0.0f;
+      }
+    }
+    float2 total = {0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) add(total, i);
+    *totals(group) = total;
+    constexpr float kRange = kMidRange / (kGroups / 2);  // of one group
+    return !(total.x >= -kRange && total.y >= -kRange);
+  }
+
+  // Adds the log-gate of the thread's token i.
+  __device__ __forceinline__ void add(float2& sum, int i) const {
+    sum.x = fmaf(gate[i][0], unit, sum.x);
+    sum.y = fmaf(gate[i][1], unit, sum.y);
+  }
+
+  // NaN passes.
+  static __device__ __forceinline__ float clamp(float x) { return x < kSmallestLog2Alpha ? kSmallestLog2Alpha : x; }
+
+  __device__ __forceinline__ float2 total_of(int first_group, int end_group) const {
+    float2 sum = {0.0f, 0.0f};
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      if (g >= first_group && g < end_group) {
+        const float2 total = *totals(g);
+        sum.x += total.x, sum.y += total.y;
+      }
+    }
+    return sum;
+  }
+
+  // e^{G_C}: from the sum of the log-gates, so that very slow gates keep their bits over thousands of steps.
+  __device__ __forceinline__ void store_step_decay() const {
+    if (group != 0) return;
+    const float2 total = total_of(0, kGroups);
+    *reinterpret_cast<float2*>(stage + Config::kStepDecay + channel * 4) = {ptx::ex2(total.x), ptx::ex2(total.y)};
+  }
+
+  // One reference for all pairs of the step. The pairs' operands are bf16: P q, P k in the place of q, k; R k in that of g.
+  template <bool kUpper>
+  __device__ __forceinline__ void store_with_middle_reference() const {
+    const float2 head = total_of(0, kGroups / 2), tail = total_of(kGroups / 2, kGroups);
+    const float2 to_start = {ptx::ex2(head.x), ptx::ex2(head.y)}, to_end = {ptx::ex2(tail.x), ptx::ex2(tail.y)};
+    // Sum of the log-gates between the middle and the token, the token's own included in the upper half.
+    float2 sum = kUpper ? total_of(kGroups / 2, group) : total_of(group + 1, kGroups / 2);
+    constexpr int kBatch = 4;  // tokens whose loads are issued together: a store may alias any load after it
+#pragma unroll
+    for (int first = 0; first < kTokens; first += kBatch) {
+      uint32_t q_packed[kBatch], k_packed[kBatch];
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n) {
+        const int token = first_token() + (kUpper ? first + n : kTokens - 1 - first - n);
+        q_packed[n] = *row_pair(Config::kRawQ, token), k_packed[n] = *row_pair(Config::kRawK, token);
+      }
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n) {
+        const int i = kUpper ? first + n : kTokens - 1 - first - n, token = first_token() + i;
+        if (kUpper) add(sum, i);
+        const float2 down = {ptx::ex2(sum.x), ptx::ex2(sum.y)}, up = {ptx::ex2(-sum.x), ptx::ex2(-sum.y)};
+        if (!kUpper) add(sum, i);
+        const float2 P = kUpper ? down : up, R = kUpper ? up : down;
+        const float2 q = Packed2<Element>::to_float2(q_packed[n]), k = Packed2<Element>::to_float2(k_packed[n]);
+        const float2 qP = {q.x * P.x, q.y * P.y}, kP = {k.x * P.x, k.y * P.y}, kR = {k.x * R.x, k.y * R.y};
+        *row_pair(Config::kRawQ, token) = pack_bf16(qP.x, qP.y);
+        *row_pair(Config::kRawK, token) = pack_bf16(kP.x, kP.y);
+        *row_pair(Config::kRawG, token) = pack_bf16(kR.x, kR.y);
+        *gated_pair(C + token) = pack_bf16(qP.x * to_start.x, qP.y * to_start.y);
+        *gated_pair(token) = pack_bf16(kP.x * to_start.x, kP.y * to_start.y);
+        *decayed_pair(token) = pack_bf16(kR.x * to_end.x, kR.y * to_end.y);
+      }
+    }
+  }
+
+  // The consumers' operands by sums from the start and from the end of the step, whatever the gates are.
+  __device__ __forceinline__ void store_state_operands() const {
+    float2 sum = total_of(0, group);
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const int token = first_token() + i;
+      add(sum, i);
+      const float2 factor = {ptx::ex2(sum.x), ptx::ex2(sum.y)};
+      const float2 q = Packed2<Element>::to_float2(*row_pair(Config::kRawQ, token));
+      const float2 k = Packed2<Element>::to_float2(*row_pair(Config::kRawK, token));
+      *gated_pair(C + token) = pack_bf16(q.x * factor.x, q.y * factor.y);
+      *gated_pair(token) = pack_bf16(k.x * factor.x, k.y * factor.y);
+    }
+    sum = total_of(group + 1, kGroups);
+#pragma unroll
+    for (int i = kTokens - 1; i >= 0; --i) {
+      const int token = first_token() + i;
+      const float2 factor = {ptx::ex2(sum.x), ptx::ex2(sum.y)};
+      add(sum, i);
+      const float2 k = Packed2<Element>::to_float2(*row_pair(Config::kRawK, token));
+      *decayed_pair(token) = pack_bf16(k.x * factor.x, k.y * factor.y);
+    }
+  }
+
+  // Operands of the level of blocks of `block` tokens, in the place of the gated keys and queries: a token in an upper block is the later one of
+  // its pairs, and has P = exp(G_i - G of the token before its block); one in a lower block is the earlier one, and has R = exp(G of the block's last
+  // token - G_j). kHalf: fp16, q and k scaled to about 1; otherwise bf16.
+  template <bool kHalf>
+  __device__ __forceinline__ void store_level(int block, const RowValues& rows) const {
+    const auto scaled = [&](uint32_t packed, const float2& factor, float power) {
+      const float2 x = Packed2<Element>::to_float2(packed);
+      if constexpr (kHalf) return Packed2<Float16>::from_floats(x.x * power * factor.x, x.y * power * factor.y);
+      return pack_bf16(x.x * factor.x, x.y * factor.y);
+    };
+    float2 sum = total_of(first_token() / block * block / kTokens, group);
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const int token = first_token() + i;
+      if ((token & (block - 1)) == 0) sum = {0.0f, 0.0f};
+      add(sum, i);
+      if (token & block) {
+        const float2 factor = {ptx::ex2(sum.x), ptx::ex2(sum.y)};
+        *gated_pair(token) = scaled(*row_pair(Config::kRawK, token), factor, rows.key_power[token]);
+        *gated_pair(C + token) = scaled(*row_pair(Config::kRawQ, token), factor, rows.query_power[token]);
+      }
+    }
+    sum = total_of(group + 1, ((first_token() + kTokens - 1) / block + 1) * block / kTokens);
+#pragma unroll
+    for (int i = kTokens - 1; i >= 0; --i) {
+      const int token = first_token() + i;
+      if (((token + 1) & (block - 1)) == 0) sum = {0.0f, 0.0f};
+      if (!(token & block)) {
+        const float2 factor = {ptx::ex2(sum.x), ptx::ex2(sum.y)};
+        *gated_pair(token) = scaled(*row_pair(Config::kRawK, token), factor, rows.key_power[token]);
+      }
+      add(sum, i);
+    }
+  }
+};
+
+}  // namespace kda

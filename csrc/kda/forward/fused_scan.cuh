@@ -1,0 +1,58 @@
+// The fused forward: one kernel from q, k, v, g and beta to o and the final state; nothing else goes through device memory.
+//
+// Grid: one CTA for each (sequence, value head, tile of kRows rows of V).
+// Roles: two producer groups (fused_producer.cuh) make the factors of a step of 32 tokens each, taking turns; one consumer group for
+// each 64 rows of V (fused_consumer.cuh) carries the state through the steps, in fp32 accumulators for the whole sequence.
+// They meet in a ring of three stages with a full and an empty barrier each.
+//
+// Shared memory (bytes, K = V = kRows = 128): 3 stages of 43008 (operands 3 x 8192, Tinv and Aqk 2 x 4096, V 8704, vectors);
+// for each producer group 41 K (rows of q, k, g, then pair operands in their place; the solve); for each consumer group 4608 (O).
+// Registers: producers 88, consumers 168 a thread (K = 128: the state takes 64 of them, its bf16 copy 32).
+#pragma once
+
+#include "fused_consumer.cuh"
+#include "fused_producer.cuh"
+
+namespace kda {
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    fused_scan_kernel(const __grid_constant__ FusedScanParams params) {
+  const ChunkFwdParams& call = params.call;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const uint32_t shared_base = ptx::shared_address(shared);
+  constexpr int kRowTiles = Config::V / Config::kRows;
+  const int value_heads = call.problem.value_heads;
+  const int64_t head_index = blockIdx.x / kRowTiles;
+  ScanItem item;
+  item.first_row = static_cast<int>(blockIdx.x % kRowTiles) * Config::kRows;
+  item.value_head = static_cast<int>(head_index % value_heads);
+  item.key_head = item.value_head / (value_heads / call.problem.heads);
+  item.sequence = head_index / value_heads;
+  item.range = sequence_range(call, item.sequence);
+  item.steps = static_cast<int>((item.range.end - item.range.begin + kStepTokens - 1) / kStepTokens);
+
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < Config::kStages; ++stage) {
+      ptx::mbarrier_init(Config::full(shared_base, stage), Config::kGroupThreads + 1);  // one more for V
+      ptx::mbarrier_init(Config::empty(shared_base, stage), Config::kConsumerGroups * Config::kGroupThreads);
+    }
+    for (int buffer = 0; buffer < Config::kMaxRawBuffers; ++buffer) {
+      ptx::mbarrier_init(Config::raw_full(shared_base, buffer), Config::kVectorized ? 1 : Config::kGroupThreads);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+
+  const int group = threadIdx.x / Config::kGroupThreads, thread = threadIdx.x % Config::kGroupThreads;
+  const int warp = thread >> 5, lane = thread & 31;
+  if (group < Config::kProducerGroups) {
+    ptx::setmaxnreg_dec<Config::kProducerRegisters>();
+    FusedProducer<Config>{params, call, item, shared, group, thread, warp, lane}.run();
+  } else {
+    ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
+    FusedConsumer<Config>{call, item, shared, group - Config::kProducerGroups, thread, warp, lane}.run();
+  }
+}
+
+}  // namespace kda
