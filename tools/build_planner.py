@@ -18,7 +18,7 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [ROOT / "csrc/python/kda_plan.cpp", ROOT / "csrc/kda/plan.cpp"]
-HEADERS = [ROOT / "csrc/kda/plan.h"]
+HEADERS = [ROOT / "csrc/kda/plan.h", ROOT / "csrc/kda/types.h"]
 MODULE = ROOT / "build/planner" / f"kda_plan{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 

@@ -7,12 +7,9 @@
 #include <cstdint>
 #include <string>
 
+#include "types.h"
+
 namespace kda {
-
-// Tokens of one chunk; C in the formulas.
-inline constexpr int kChunkTokens = 64;
-
-enum class DataType : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
 // What the plan of a forward call depends on. Never the contents of a tensor.
 struct ChunkFwdProblem {
