@@ -67,13 +67,20 @@ KDA_INLINE void substitute(Block& block, const float* factors) {
   }
 }
 
+KDA_INLINE void prefetch_output(const OutputTile& output, int row) {
+  const int64_t bytes = element_bytes(output.type);
+  prefetch<true>(static_cast<const char*>(output.data) + row * output.token_stride * bytes, output.columns * bytes);
+}
+
 void advance_panel(const StepFactors& factors, int Kp, int panel, float* state, const OutputTile& output,
-                   float* scratch) {
+                   const Upcoming& upcoming, float* scratch) {
   static_assert(kStepTokens % kBlockRows == 0 && kKeyPadding % kBlockRows == 0, "whole blocks");
   const int rows = (factors.rows + kBlockRows - 1) / kBlockRows * kBlockRows;
   const float* v = factors.v + static_cast<int64_t>(panel) * kStepTokens * kPanelColumns;
   float* U = scratch;  // [C, P]
   for (int i = 0; i < rows; i += kBlockRows) {
+    prefetch(upcoming, i / kBlockRows, 2 * rows / kBlockRows);
+    for (int m = 0; m < kBlockRows && i + m < factors.rows; ++m) prefetch_output(output, i + m);
     Block block;
     load_block(block, v + i * kPanelColumns);
     multiply_add(block, factors.k + i * Kp, Kp, 1, state, Kp);
@@ -82,6 +89,7 @@ void advance_panel(const StepFactors& factors, int Kp, int panel, float* state, 
     store_block(block, U + i * kPanelColumns);
   }
   for (int i = 0; i < rows; i += kBlockRows) {
+    prefetch(upcoming, (rows + i) / kBlockRows, 2 * rows / kBlockRows);
     Block block = {};
     multiply_add(block, factors.q + i * Kp, Kp, 1, state, Kp);
     multiply_add(block, factors.Aqk + i * kStepTokens, kStepTokens, 1, U, i + kBlockRows);

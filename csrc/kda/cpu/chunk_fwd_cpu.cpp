@@ -217,18 +217,21 @@ class Forward {
     return {static_cast<const char*>(data) + offset * bytes, type, stride.token, stride.dim};
   }
 
-  void prepare(const Item& item, int64_t step, float* memory, float* scratch) const {
+  StepInputs inputs(const Item& item, int64_t step) const {
     const Sequence& sequence = sequences_[item.sequence];
-    const int64_t token = step * kStepTokens, left = sequence.length - token;
-    const int64_t key_head = item.head / (p_.value_heads / p_.heads);
+    const int64_t token = step * kStepTokens, key_head = item.head / (p_.value_heads / p_.heads);
     StepInputs in;
-    in.rows = static_cast<int>(std::min<int64_t>(left, kStepTokens));
-    in.rows_to_prefetch = static_cast<int>(std::clamp<int64_t>(left - kStepTokens, 0, kStepTokens));
+    in.rows = static_cast<int>(std::clamp<int64_t>(sequence.length - token, 0, kStepTokens));
     in.q = rows_of(p_.q, p_.activation_type, p_.q_stride, sequence, token, key_head);
     in.k = rows_of(p_.k, p_.activation_type, p_.k_stride, sequence, token, key_head);
     in.v = rows_of(p_.v, p_.activation_type, p_.v_stride, sequence, token, item.head);
     in.g = rows_of(p_.g, p_.gate_type, p_.g_stride, sequence, token, item.head);
     in.beta = rows_of(p_.beta, p_.beta_type, p_.beta_stride, sequence, token, item.head);
+    return in;
+  }
+
+  void prepare(const Item& item, int64_t step, float* memory, float* scratch) const {
+    const StepInputs in = inputs(item, step);
     HeadOptions options;
     options.key_dim = p_.key_dim;
     options.value_dim = p_.value_dim;
@@ -262,9 +265,16 @@ class Forward {
       out.token_stride = p_.value_heads * V;
       out.columns = static_cast<int>(std::min<int64_t>(V - column, kernels_.panel_columns));
       const int64_t rows = std::min<int64_t>(sequence.length - step * kStepTokens, kStepTokens);
+      const StepInputs later = inputs(item, step + end - first);
+      Upcoming upcoming;
+      upcoming.inputs = &later;
+      upcoming.first = static_cast<int>(later.rows * panel / layout_.panels);
+      upcoming.count = static_cast<int>(later.rows * (panel + 1) / layout_.panels) - upcoming.first;
+      upcoming.key_dim = p_.key_dim;
+      upcoming.value_dim = p_.value_dim;
       const StepFactors factors = layout_.factors(steps + (step - first) * layout_.step, static_cast<int>(rows));
       kernels_.advance_panel(factors, static_cast<int>(layout_.padded_key_dim), static_cast<int>(panel),
-                             state + panel * layout_.panel_state, out, scratch);
+                             state + panel * layout_.panel_state, out, upcoming, scratch);
     }
   }
 

@@ -41,8 +41,15 @@ struct HeadOptions {
 
 struct StepInputs {
   Rows q, k, v, g, beta;    // [rows, K], [rows, K], [rows, V], [rows, K], [rows]
-  int rows = 0;             // 1 .. kStepTokens
-  int rows_to_prefetch = 0;  // tokens behind this step that the next one takes
+  int rows = 0;           // 1 .. kStepTokens
+};
+
+// Tokens of q, k, v and g that a later step takes, to be fetched into the second-level cache meanwhile: rows of heads lie
+// apart in memory, where no hardware looks for them.
+struct Upcoming {
+  const StepInputs* inputs = nullptr;  // of the later step
+  int first = 0, count = 0;
+  int key_dim = 0, value_dim = 0;
 };
 
 // What a step is without the state, C = kStepTokens, Kp the padded key dimension. Rows behind the end of a sequence are 0.
@@ -80,7 +87,7 @@ struct Kernels {
   // o of one step in the columns of one panel, and the panel's state [Kp, P] at the step's end. `scratch` holds C * P
   // floats.
   void (*advance_panel)(const StepFactors& factors, int padded_key_dim, int panel, float* state,
-                        const OutputTile& output, float* scratch) = nullptr;
+                        const OutputTile& output, const Upcoming& upcoming, float* scratch) = nullptr;
 };
 
 extern const Kernels kBaselineKernels;

@@ -229,13 +229,6 @@ void prepare_step(const StepInputs& in, const HeadOptions& options, const StepFa
   for (int d = 0; d < Kp; d += kLanes) store(factors.decay + d, Floats{});
   std::memset(factors.Aqk, 0, sizeof(float) * kStepTokens * kStepTokens);
   std::memset(factors.Akk, 0, sizeof(float) * kStepTokens * kStepTokens);
-  for (int t = 0; t < in.rows_to_prefetch; ++t) {
-    prefetch_row(in.q, kStepTokens + t, options.key_dim);
-    prefetch_row(in.k, kStepTokens + t, options.key_dim);
-    prefetch_row(in.g, kStepTokens + t, options.key_dim);
-    prefetch_row(in.v, kStepTokens + t, options.value_dim);
-  }
-
   for (int tile = 0; tile < 2; ++tile) {
     const int first = tile * kTileTokens;
     const int left = in.rows - first;

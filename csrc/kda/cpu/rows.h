@@ -78,11 +78,24 @@ KDA_INLINE void write_row(void* to, const float* from, int columns) {
   }
 }
 
-// Asks for the cache lines of a row. One that is not contiguous is asked for in part.
-KDA_INLINE void prefetch_row(const Rows& rows, int token, int dim) {
+// Asks for the cache lines of memory that will be read, or written. They need not exist.
+template <bool kWrite>
+KDA_INLINE void prefetch(const char* from, int64_t bytes) {
   constexpr int64_t kLineBytes = 64;
-  const char* from = row_address(rows, token);
-  for (int64_t byte = 0; byte < dim * element_bytes(rows.type); byte += kLineBytes) __builtin_prefetch(from + byte);
+  constexpr int kSecondLevelCache = 2;
+  for (int64_t byte = 0; byte < bytes; byte += kLineBytes) __builtin_prefetch(from + byte, kWrite, kSecondLevelCache);
+}
+
+// Part `part` of `parts` of the upcoming tokens. Rows that are not contiguous are asked for in part.
+KDA_INLINE void prefetch(const Upcoming& upcoming, int part, int parts) {
+  const int end = upcoming.first + upcoming.count * (part + 1) / parts;
+  for (int token = upcoming.first + upcoming.count * part / parts; token < end; ++token) {
+    const StepInputs& in = *upcoming.inputs;
+    prefetch<false>(row_address(in.q, token), upcoming.key_dim * element_bytes(in.q.type));
+    prefetch<false>(row_address(in.k, token), upcoming.key_dim * element_bytes(in.k.type));
+    prefetch<false>(row_address(in.g, token), upcoming.key_dim * element_bytes(in.g.type));
+    prefetch<false>(row_address(in.v, token), upcoming.value_dim * element_bytes(in.v.type));
+  }
 }
 
 }  // namespace
