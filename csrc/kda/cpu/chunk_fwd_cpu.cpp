@@ -19,7 +19,7 @@ namespace kda::cpu {
 namespace {
 
 // Steps that a thread prepares before it advances: 73 KB each at K = V = 128, all of it in the second-level cache.
-constexpr int64_t kStepsAhead = 4;
+constexpr int64_t kStepsAhead = 2;
 // Steps a thread that are prepared side by side where threads work on the same items.
 constexpr int64_t kSharedStepsPerThread = 8;
 
