@@ -27,7 +27,7 @@ struct ChunkFwdProblem {
 };
 
 enum class ChunkFwdPath : int32_t {
-  kComposite = 0,  // the implementation in PyTorch operators
+  kComposite = 0,  // no CUDA kernel: PyTorch operators, or the CPU kernels of a host tensor
   kStaged = 1,     // three kernels: intra-chunk solve, state recurrence, output GEMM
 };
 

@@ -67,6 +67,20 @@ KDA_INLINE void substitute(Block& block, const float* factors) {
   }
 }
 
+// block += A B for the lower triangle of A, kBlockRows x kBlockRows, diagonal included. What lies above is left out, not
+// multiplied by 0: an infinity or NaN of a token must not reach those before it.
+KDA_INLINE void multiply_add_triangle(Block& block, const float* a, const float* b) {
+#pragma GCC unroll 8
+  for (int j = 0; j < kBlockRows; ++j) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kPanelVectors; ++n) {
+      const Floats row = load(b + j * kPanelColumns + n * kLanes);
+#pragma GCC unroll 8
+      for (int i = j; i < kBlockRows; ++i) block.x[i][n] += row * a[i * kStepTokens + j];
+    }
+  }
+}
+
 KDA_INLINE void prefetch_output(const OutputTile& output, int row) {
   const int64_t bytes = element_bytes(output.type);
   prefetch<true>(static_cast<const char*>(output.data) + row * output.token_stride * bytes, output.columns * bytes);
@@ -92,7 +106,8 @@ void advance_panel(const StepFactors& factors, int Kp, int panel, float* state, 
     prefetch(upcoming, (rows + i) / kBlockRows, 2 * rows / kBlockRows);
     Block block = {};
     multiply_add(block, factors.q + i * Kp, Kp, 1, state, Kp);
-    multiply_add(block, factors.Aqk + i * kStepTokens, kStepTokens, 1, U, i + kBlockRows);
+    multiply_add(block, factors.Aqk + i * kStepTokens, kStepTokens, 1, U, i);
+    multiply_add_triangle(block, factors.Aqk + i * kStepTokens + i, U + i * kPanelColumns);
     float o[kBlockRows * kPanelColumns];
     store_block(block, o);
     with_type(output.type, [&](auto type) {

@@ -8,8 +8,9 @@ namespace kda::cpu {
 
 namespace {
 
-// Time lost at the end, of the time of perfect balance, that is not worth sharing items for.
-constexpr double kTolerance = 1.1;
+// Part of the time of perfect balance that may be lost at the end before items are shared: to share costs barriers, and the
+// steps prepared leave the cache.
+constexpr double kTolerance = 0.1;
 
 // Steps of the busiest thread if each takes the next item when it is free.
 int64_t longest(const std::vector<Item>& items, int64_t first, int threads) {
@@ -32,10 +33,11 @@ int64_t shared_items(const std::vector<Item>& items, int threads) {
   const auto count = static_cast<int64_t>(items.size());
   int64_t rest = 0;
   for (const Item& item : items) rest += item.steps;
+  const double tolerated = kTolerance * static_cast<double>(rest) / threads;
   // Fewer items than threads cannot keep them busy alone, and of more than that at most a round is left over.
   for (int64_t shared = 0; shared < std::min<int64_t>(count, threads); ++shared) {
-    const double balanced = static_cast<double>(rest) / threads;
-    if (static_cast<double>(longest(items, shared, threads)) <= kTolerance * balanced) return shared;
+    const double lost = static_cast<double>(longest(items, shared, threads)) - static_cast<double>(rest) / threads;
+    if (lost <= tolerated) return shared;
     rest -= items[shared].steps;
   }
   return std::min<int64_t>(count, threads);
