@@ -38,7 +38,8 @@ Outputs make_outputs(const ChunkFwdArguments& args, int32_t device_type, int32_t
   // [B, chunks, HV, ..]; with cu_seqlens the slots of all sequences in one row.
   const int64_t slots =
       args.cu_seqlens ? chunk_slots(problem_of(args, Device{})) : (n.tokens + kChunkTokens - 1) / kChunkTokens;
-  return {std::move(o), std::move(final_state), make(std::array{n.batch, slots, n.value_heads, rows, columns}, float32)};
+  return {std::move(o), std::move(final_state),
+          make(std::array{n.batch, slots, n.value_heads, rows, columns}, float32)};
 }
 
 Outputs call_composite(const ChunkFwdArguments& args) {

@@ -1,4 +1,5 @@
-// The outputs of kda::chunk_fwd on any device, and its implementation in PyTorch operators for what nothing else covers.
+// The outputs of kda::chunk_fwd on any device, and its implementation in PyTorch operators for what nothing else
+// covers.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

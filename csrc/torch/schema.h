@@ -18,9 +18,10 @@ inline constexpr const char* kSchemas[] = {
     // The composite implementation of the forward: on the CPU that of chunk_fwd, elsewhere PyTorch operators.
     "chunk_fwd_composite(" KDA_CHUNK_FWD_ARGUMENTS ") -> (Tensor o, Tensor final_state, Tensor chunk_states)",
 
-    // The forward on the CPU in C++, which chunk_fwd takes there for all but float64. cu_seqlens may end before T: tokens
-    // behind it get o = 0. instruction_set: baseline, avx2 or avx512; empty: the best that this machine has.
-    "chunk_fwd_cpu(" KDA_CHUNK_FWD_ARGUMENTS ", str instruction_set=\"\") -> "
+    // The forward on the CPU in C++, which chunk_fwd takes there for all but float64. cu_seqlens may end before T:
+    // tokens behind it get o = 0. instruction_set: baseline, avx2 or avx512; empty: the best that this machine has.
+    "chunk_fwd_cpu(" KDA_CHUNK_FWD_ARGUMENTS
+    ", str instruction_set=\"\") -> "
     "(Tensor o, Tensor final_state, Tensor chunk_states)",
 
     // Refuses arguments that chunk_fwd must refuse; does nothing else.

@@ -1,12 +1,13 @@
-// The part of a step of the recurrence that depends on the state (see chunk_fwd_cpu.h), for one panel of columns of V, in
-// blocks of kBlockRows rows held in registers:
+// The part of a step of the recurrence that depends on the state (see chunk_fwd_cpu.h), for one panel of columns of V,
+// in blocks of kBlockRows rows held in registers:
 //
 //   U  = beta V - beta (K * e^G) S - Akk U      row by row, each from those above it: substitution, no inverse
 //   O  = (Q * e^G) S + Aqk U                    Q includes the scale
 //   S' = Diag(e^{G_C}) S + (K * e^{G_C - G})^T U
 //
-// The panel of S, 16 KB at K = 128 with the widest vectors, stays in the first-level cache. Each sum is taken in the order
-// of its index, so a column's bits do not depend on the panel that it is in. See simd.h for how this file is compiled.
+// The panel of S, 16 KB at K = 128 with the widest vectors, stays in the first-level cache. Each sum is taken in the
+// order of its index, so a column's bits do not depend on the panel that it is in. See simd.h for how this file is
+// compiled.
 #pragma once
 
 #include "rows.h"
@@ -55,7 +56,8 @@ KDA_INLINE void multiply_add(Block& block, const float* a, int64_t row_stride, i
   }
 }
 
-// Rows of the block become those of U: row i gains factors[i, j] times row j < i. factors has a row stride of kStepTokens.
+// Rows of the block become those of U: row i gains factors[i, j] times row j < i. factors has a row stride of
+// kStepTokens.
 KDA_INLINE void substitute(Block& block, const float* factors) {
 #pragma GCC unroll 8
   for (int j = 0; j < kBlockRows - 1; ++j) {
@@ -67,8 +69,8 @@ KDA_INLINE void substitute(Block& block, const float* factors) {
   }
 }
 
-// block += A B for the lower triangle of A, kBlockRows x kBlockRows, diagonal included. What lies above is left out, not
-// multiplied by 0: an infinity or NaN of a token must not reach those before it.
+// block += A B for the lower triangle of A, kBlockRows x kBlockRows, diagonal included. What lies above is left out,
+// not multiplied by 0: an infinity or NaN of a token must not reach those before it.
 KDA_INLINE void multiply_add_triangle(Block& block, const float* a, const float* b) {
 #pragma GCC unroll 8
   for (int j = 0; j < kBlockRows; ++j) {
@@ -119,14 +121,17 @@ void advance_panel(const StepFactors& factors, int Kp, int panel, float* state, 
     });
   }
   for (int d = 0; d < Kp; d += kBlockRows) {
-    Block block;
-    load_block(block, state + d * kPanelColumns);
+    // The step's own sum first, and then one addition to S: as long as little decays, each addition to S rounds at its
+    // size.
+    Block block = {};
+    multiply_add(block, factors.k_out + d, 1, Kp, U, rows);
+    Block S;
+    load_block(S, state + d * kPanelColumns);
 #pragma GCC unroll 8
     for (int m = 0; m < kBlockRows; ++m) {
 #pragma GCC unroll 8
-      for (int n = 0; n < kPanelVectors; ++n) block.x[m][n] *= factors.decay[d + m];
+      for (int n = 0; n < kPanelVectors; ++n) block.x[m][n] += S.x[m][n] * factors.decay[d + m];
     }
-    multiply_add(block, factors.k_out + d, 1, Kp, U, rows);
     store_block(block, state + d * kPanelColumns);
   }
 }

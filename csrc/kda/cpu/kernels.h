@@ -1,5 +1,5 @@
-// What the driver of the CPU forward (chunk_fwd_cpu.cpp) and its kernels agree on. The kernels are compiled once for each
-// instruction set; this header has no code, so that nothing of one set can end up in another.
+// What the driver of the CPU forward (chunk_fwd_cpu.cpp) and its kernels agree on. The kernels are compiled once for
+// each instruction set; this header has no code, so that nothing of one set can end up in another.
 #pragma once
 
 #include <cstdint>
@@ -8,15 +8,17 @@
 
 namespace kda::cpu {
 
-// Tokens of a step of the recurrence, and of a tile of it. Half of kChunkTokens: products inside a step cost in proportion
-// to its length, those with the state do not depend on it, and 32 tokens hide the reading and writing of the state.
+// Tokens of a step of the recurrence, and of a tile of it. Half of kChunkTokens: products inside a step cost in
+// proportion to its length, those with the state do not depend on it, and 32 tokens hide the reading and writing of the
+// state.
 inline constexpr int kStepTokens = 32;
 inline constexpr int kTileTokens = 16;
 
 // The key dimension is padded to a multiple of this, the widest vector, whatever the instruction set is.
 inline constexpr int kKeyPadding = 16;
 
-// The inputs of one step: tokens of one sequence and value head. Each pointer is at the first token; strides in elements.
+// The inputs of one step: tokens of one sequence and value head. Each pointer is at the first token; strides in
+// elements.
 struct Rows {
   const void* data = nullptr;
   DataType type = DataType::kFloat32;
@@ -40,20 +42,20 @@ struct HeadOptions {
 };
 
 struct StepInputs {
-  Rows q, k, v, g, beta;    // [rows, K], [rows, K], [rows, V], [rows, K], [rows]
+  Rows q, k, v, g, beta;  // [rows, K], [rows, K], [rows, V], [rows, K], [rows]
   int rows = 0;           // 1 .. kStepTokens
 };
 
-// Tokens of q, k, v and g that a later step takes, to be fetched into the second-level cache meanwhile: rows of heads lie
-// apart in memory, where no hardware looks for them.
+// Tokens of q, k, v and g that a later step takes, to be fetched into the second-level cache meanwhile: rows of heads
+// lie apart in memory, where no hardware looks for them.
 struct Upcoming {
   const StepInputs* inputs = nullptr;  // of the later step
   int first = 0, count = 0;
   int key_dim = 0, value_dim = 0;
 };
 
-// What a step is without the state, C = kStepTokens, Kp the padded key dimension. Rows behind the end of a sequence are 0.
-// With panels of P columns, [panels, C, P] is V cut into column panels.
+// What a step is without the state, C = kStepTokens, Kp the padded key dimension. Rows behind the end of a sequence are
+// 0. With panels of P columns, [panels, C, P] is V cut into column panels.
 struct StepFactors {
   int rows = 0;
   float* q = nullptr;      // [C, Kp] scale * q * e^G

@@ -17,7 +17,7 @@ namespace {
 // Pair products of a row of queries: one row of q and of -beta k against rows of k.
 constexpr int kPairColumns = 4;
 
-// --- Transforms -------------------------------------------------------------------------------------------------------
+// --- Transforms ------------------------------------------------------------------------------------------------------
 
 // x[i] for the lanes i of kTileTokens / kLanes vectors.
 struct TileScalars {
@@ -76,7 +76,8 @@ KDA_INLINE Floats log_gate(Floats g, const HeadOptions& options) {
   return g;
 }
 
-// alpha [16, Kp] of a tile, and its log-gates added to log_decay [Kp]. Behind the last row, and the key dimension, 1 and 0.
+// alpha [16, Kp] of a tile, and its log-gates added to log_decay [Kp]. Behind the last row, and the key dimension, 1
+// and 0.
 template <GateKind kGate, typename Type>
 void read_gates(const Rows& g, int first, int rows, const HeadOptions& options, float* alpha, float* log_decay) {
   const int Kp = options.padded_key_dim, K = options.key_dim;
@@ -131,7 +132,7 @@ KDA_INLINE void read_values(const Rows& v, int first, int rows, const HeadOption
   });
 }
 
-// --- Pairs ------------------------------------------------------------------------------------------------------------
+// --- Pairs -----------------------------------------------------------------------------------------------------------
 
 // Multiplies kCount rows of k by alpha and adds up, lane by lane, their products with one row of q and of -beta k.
 template <int kCount>
@@ -152,8 +153,8 @@ KDA_INLINE void decay_and_multiply(const float* q, const float* k_in, const floa
   for (int j = 0; j < kCount; ++j) q_products[j] = q_sum[j], k_products[j] = k_sum[j];
 }
 
-// The pairs inside one tile. On return k holds k * R, q and k_in their products with P, and prefix [Kp] the product of the
-// tile's alphas.
+// The pairs inside one tile. On return k holds k * R, q and k_in their products with P, and prefix [Kp] the product of
+// the tile's alphas.
 void multiply_tile(float* q, float* k_in, float* k, const float* alpha, int Kp, int rows, float* Aqk, float* Akk,
                    float* prefix) {
   for (int d = 0; d < Kp; d += kLanes) store(prefix + d, broadcast(1.0f));
@@ -219,13 +220,13 @@ KDA_INLINE void scale_rows(float* rows, const float* by, int Kp) {
   }
 }
 
-// --- All of it --------------------------------------------------------------------------------------------------------
+// --- All of it -------------------------------------------------------------------------------------------------------
 
 void prepare_step(const StepInputs& in, const HeadOptions& options, const StepFactors& factors, float* scratch) {
   static_assert(kStepTokens == 2 * kTileTokens, "a step is two tiles");
   const int Kp = options.padded_key_dim;
-  float* alpha = scratch;                            // [16, Kp]
-  float* totals = scratch + kTileTokens * Kp;        // [2, Kp], product of alpha over each tile
+  float* alpha = scratch;                      // [16, Kp]
+  float* totals = scratch + kTileTokens * Kp;  // [2, Kp], product of alpha over each tile
   for (int d = 0; d < Kp; d += kLanes) store(factors.decay + d, Floats{});
   std::memset(factors.Aqk, 0, sizeof(float) * kStepTokens * kStepTokens);
   std::memset(factors.Akk, 0, sizeof(float) * kStepTokens * kStepTokens);

@@ -8,8 +8,8 @@ namespace kda::cpu {
 
 namespace {
 
-// Part of the time of perfect balance that may be lost at the end before items are shared: to share costs barriers, and the
-// steps prepared leave the cache.
+// Part of the time of perfect balance that may be lost at the end before items are shared: to share costs barriers, and
+// the steps prepared leave the cache.
 constexpr double kTolerance = 0.1;
 
 // Steps of the busiest thread if each takes the next item when it is free.

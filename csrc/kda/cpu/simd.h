@@ -1,5 +1,5 @@
-// Vectors of floats for the kernels of one instruction set, in the vector extension that GCC and Clang share. Included by
-// kernels_<set>.cpp after it has chosen the set and KDA_CPU_VECTOR_BYTES. All of it is local to that file.
+// Vectors of floats for the kernels of one instruction set, in the vector extension that GCC and Clang share. Included
+// by kernels_<set>.cpp after it has chosen the set and KDA_CPU_VECTOR_BYTES. All of it is local to that file.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ KDA_INLINE Floats broadcast(float x) { return x - Floats{}; }
 KDA_INLINE Floats as_floats(Ints x) { return reinterpret_cast<Floats>(x); }
 KDA_INLINE Ints as_ints(Floats x) { return reinterpret_cast<Ints>(x); }
 
-// --- Sums over lanes --------------------------------------------------------------------------------------------------
+// --- Sums over lanes -------------------------------------------------------------------------------------------------
 
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
@@ -72,7 +72,7 @@ KDA_INLINE Floats sum_each(const Floats* x) {
   }
 }
 
-// --- Functions --------------------------------------------------------------------------------------------------------
+// --- Functions -------------------------------------------------------------------------------------------------------
 
 // e^x to about one unit in the last place; 0 where it is below the normal numbers. NaN stays NaN.
 KDA_INLINE Floats exp(Floats x) {
@@ -100,7 +100,8 @@ KDA_INLINE Floats exp(Floats x) {
 
 KDA_INLINE Floats sigmoid(Floats x) { return 1.0f / (1.0f + exp(-x)); }
 
-// log(1 + e^x) = max(x, 0) + log(1 + u), u = e^-|x| in [0, 1]; log(1 + u) = 2 artanh(u / (2 + u)), a series in s^2 <= 1/9.
+// log(1 + e^x) = max(x, 0) + log(1 + u), u = e^-|x| in [0, 1];
+// log(1 + u) = 2 artanh(s), s = u / (2 + u), a series in s^2 <= 1/9.
 KDA_INLINE Floats softplus(Floats x) {
   const Floats u = exp(x > 0.0f ? -x : x);
   const Floats s = u / (u + 2.0f);
@@ -115,13 +116,13 @@ KDA_INLINE Floats softplus(Floats x) {
   return (x > 0.0f ? x : Floats{}) + 2.0f * s * p;
 }
 
-// --- Types of 16 bits -------------------------------------------------------------------------------------------------
+// --- Types of 16 bits ------------------------------------------------------------------------------------------------
 
 KDA_INLINE Floats from_bfloat16(Halves x) { return as_floats(__builtin_convertvector(x, Ints) << 16); }
 
 KDA_INLINE Halves to_bfloat16(Floats x) {
   const Ints bits = as_ints(x);
-  const Ints rounded = bits + 0x7fff + ((bits >> 16) & 1);                              // to nearest, ties to even
+  const Ints rounded = bits + 0x7fff + ((bits >> 16) & 1);                            // to nearest, ties to even
   const Ints nan = (bits & 0x7fffffff) > 0x7f800000 ? (bits | 0x00400000) : rounded;  // NaN must not round to infinity
   return __builtin_convertvector((nan >> 16) & 0xffff, Halves);
 }
