@@ -96,6 +96,20 @@ def test_extreme_logits(instruction_set: str) -> None:
             assert relative_rmse(actual, expected) <= FP32_RELATIVE_RMSE
 
 
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("log_gate", [0.0, -7e-6, -1e-3])
+def test_long_memory_in_fp32(instruction_set: str, log_gate: float) -> None:
+    """Half-lives of 700 tokens up to forever, and small beta: the same rounding of the state or of its decay at every
+    step would add up."""
+    inputs = make_inputs("unbounded_log", T=2048, H=1, K=32, V=16, dtype=torch.float32, output_chunk_states=False)
+    inputs["g"][:] = log_gate
+    inputs["beta"][:] = -6.0
+    o, final_state, _ = run_with(instruction_set, inputs)
+    expected = run_reference(inputs)
+    assert relative_rmse(o, expected[0]) <= FP32_RELATIVE_RMSE
+    assert relative_rmse(final_state, expected[1]) <= FP32_RELATIVE_RMSE
+
+
 @pytest.fixture
 def thread_count() -> Iterator[None]:
     """Restores torch's number of threads."""

@@ -121,8 +121,7 @@ void advance_panel(const StepFactors& factors, int Kp, int panel, float* state, 
     });
   }
   for (int d = 0; d < Kp; d += kBlockRows) {
-    // The step's own sum first, and then one addition to S: as long as little decays, each addition to S rounds at its
-    // size.
+    // The step's own sum first, then what S loses, and one addition to S itself: each rounds at the size of S.
     Block block = {};
     multiply_add(block, factors.k_out + d, 1, Kp, U, rows);
     Block S;
@@ -130,7 +129,10 @@ void advance_panel(const StepFactors& factors, int Kp, int panel, float* state, 
 #pragma GCC unroll 8
     for (int m = 0; m < kBlockRows; ++m) {
 #pragma GCC unroll 8
-      for (int n = 0; n < kPanelVectors; ++n) block.x[m][n] += S.x[m][n] * factors.decay[d + m];
+      for (int n = 0; n < kPanelVectors; ++n) {
+        block.x[m][n] += S.x[m][n] * factors.decay[Kp + d + m];
+        block.x[m][n] += S.x[m][n] * factors.decay[d + m];
+      }
     }
     store_block(block, state + d * kPanelColumns);
   }

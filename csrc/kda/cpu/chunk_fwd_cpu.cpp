@@ -73,8 +73,8 @@ struct Layout {
         padded_key_dim(round_up(p.key_dim, kKeyPadding)),
         panel_state(padded_key_dim * kernels.panel_columns),
         state(panels * panel_state),
-        step(3 * kStepTokens * padded_key_dim + round_up(padded_key_dim, kFloats) +
-             panels * kStepTokens * kernels.panel_columns + 2 * kStepTokens * kStepTokens),
+        step(3 * kStepTokens * padded_key_dim + 2 * padded_key_dim + panels * kStepTokens * kernels.panel_columns +
+             2 * kStepTokens * kStepTokens),
         scratch(std::max<int64_t>(kPrepareScratchRows * padded_key_dim, kStepTokens * kernels.panel_columns)) {}
 
   // The factors of a step in `memory` [step].
@@ -88,7 +88,7 @@ struct Layout {
     f.Aqk = memory;
     f.Akk = f.Aqk + kStepTokens * kStepTokens;
     f.decay = f.Akk + kStepTokens * kStepTokens;
-    f.v = f.decay + round_up(padded_key_dim, kFloats);
+    f.v = f.decay + 2 * padded_key_dim;
     return f;
   }
 

@@ -61,7 +61,7 @@ struct StepFactors {
   float* q = nullptr;      // [C, Kp] scale * q * e^G
   float* k = nullptr;      // [C, Kp] -beta * k * e^G
   float* k_out = nullptr;  // [C, Kp] k * e^(G_C - G)
-  float* decay = nullptr;  // [Kp] e^(G_C)
+  float* decay = nullptr;  // [2, Kp] e^(G_C) as 0 or 1, plus the rest: see prepare_step.h
   float* v = nullptr;      // [panels, C, P] beta * v
   float* Aqk = nullptr;    // [C, C], lower triangle
   float* Akk = nullptr;    // [C, C] -Akk, strictly lower triangle

@@ -255,7 +255,14 @@ void prepare_step(const StepInputs& in, const HeadOptions& options, const StepFa
     const int64_t diagonal = first * kStepTokens + first;
     multiply_tile(q, k_in, k, alpha, Kp, rows, factors.Aqk + diagonal, factors.Akk + diagonal, totals + tile * Kp);
   }
-  for (int d = 0; d < Kp; d += kLanes) store(factors.decay + d, exp(load(factors.decay + d)));
+  // A number near 1 has lost its distance from 1, by the same amount at every step: it is kept as 1 and the rest.
+  for (int d = 0; d < Kp; d += kLanes) {
+    constexpr float kNearZero = 0.3f;  // of G_C; less than ln(2) / 2
+    const Floats G = load(factors.decay + d);
+    const Floats whole = ((G > -kNearZero) & (G < kNearZero)) ? broadcast(1.0f) : Floats{};
+    store(factors.decay + d, whole);
+    store(factors.decay + Kp + d, whole > 0.0f ? exp<true>(G) : exp(G));
+  }
   if (in.rows <= kTileTokens) return;
 
   const int64_t later = kTileTokens * Kp, corner = kTileTokens * kStepTokens;

@@ -74,7 +74,9 @@ KDA_INLINE Floats sum_each(const Floats* x) {
 
 // --- Functions -------------------------------------------------------------------------------------------------------
 
-// e^x to about one unit in the last place; 0 where it is below the normal numbers. NaN stays NaN.
+// e^x to about one unit in the last place; 0 where it is below the normal numbers. NaN stays NaN. With kMinusOne
+// e^x - 1, for |x| <= ln(2) / 2 only.
+template <bool kMinusOne = false>
 KDA_INLINE Floats exp(Floats x) {
   constexpr float kLowest = -86.6f, kHighest = 88.0f;  // 2^-125 and 2^127 are normal numbers
   constexpr float kLog2E = 1.44269504f;
@@ -93,7 +95,9 @@ KDA_INLINE Floats exp(Floats x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  p = p * (r * r) + r;
+  if constexpr (kMinusOne) return p;
+  p += 1.0f;
   const Floats power = as_floats((as_ints(shifted) - kRoundBits + kExponentBias) << kMantissaBits);
   return x < kLowest ? Floats{} : p * power;
 }
