@@ -66,7 +66,7 @@ class FlushSubnormals {
   FlushSubnormals& operator=(const FlushSubnormals&) = delete;
 };
 
-// Sizes in floats, each a multiple of kAlignment.
+// Sizes in floats, each a multiple of a cache line.
 struct Layout {
   Layout(const ChunkFwdParams& p, const Kernels& kernels)
       : panels(round_up(p.value_dim, kernels.panel_columns) / kernels.panel_columns),
@@ -92,7 +92,6 @@ struct Layout {
     return f;
   }
 
-  static constexpr int64_t kFloats = kAlignment / sizeof(float);
   int64_t panels;          // column panels of V
   int64_t padded_key_dim;  // Kp
   int64_t panel_state;     // [Kp, P]
