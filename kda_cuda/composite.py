@@ -1,4 +1,6 @@
-"""Kimi Delta Attention by chunks in PyTorch operators: the CPU path, and whatever no CUDA kernel covers on any device.
+"""Kimi Delta Attention by chunks in PyTorch operators: whatever no kernel covers, on any device, and the backward pass.
+
+The forward on a CPU is in C++ (``csrc/kda/cpu``) for all but fp64; :func:`chunk_fwd` hands such calls on to it.
 
 Chunks of C = 64 tokens, batched over heads and over the sequences that are equally far. For a chunk entered with state
 S (G_i: sum of the log-gates of the chunk up to token i; products of vectors element by element):
@@ -23,14 +25,14 @@ synchronises and cannot be captured in a CUDA graph (the kernels of ``kda::chunk
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import _extension  # noqa: F401  (defines the operators)
 from .composite_segments import Segment, plan_segments, put, sequence_spans, take
 from .conventions import CHUNK_TOKENS, L2NORM_EPS, compute_dtype
 
@@ -54,42 +56,6 @@ class _Options:
     allow_neg_eigval: bool
 
 
-class _Workspace:
-    """Memory that the segments of a call share, by name, and views of it: to allocate the one and to make the other
-    anew for each segment would cost half as much as the arithmetic.
-
-    ``reuse=False`` is for autograd, which needs every result kept: there is no memory then, and operators allocate.
-    """
-
-    def __init__(self, like: Tensor, dtype: torch.dtype, tiles: int, reuse: bool) -> None:
-        self.reuse = reuse
-        self._tiles = tiles  # the most that a segment has
-        self._new: dict[str, Any] = {"dtype": dtype, "device": like.device}
-        self._memory: dict[str, Tensor] = {}
-        self._views: dict[Hashable, Any] = {}
-
-    def out(self, name: str, tiles: int, *shape: int) -> Tensor | None:
-        """[tiles, *shape] for ``out=`` of an operator, with any content; or None."""
-        return self._get(torch.empty, name, tiles, shape) if self.reuse else None
-
-    def zeros(self, name: str, tiles: int, *shape: int) -> Tensor:
-        """[tiles, *shape], zero where nobody has written since the first call with this name."""
-        return self._get(torch.zeros, name, tiles, shape) if self.reuse else torch.zeros(tiles, *shape, **self._new)
-
-    def views(self, key: Hashable, make: Callable[..., Any], *args: Any) -> Any:
-        """``make(*args)``, which must depend on the key and on memory of this workspace alone."""
-        if not self.reuse:
-            return make(*args)
-        if key not in self._views:
-            self._views[key] = make(*args)
-        return self._views[key]
-
-    def _get(self, allocate: Callable[..., Tensor], name: str, tiles: int, shape: tuple[int, ...]) -> Tensor:
-        if name not in self._memory:
-            self._memory[name] = allocate(self._tiles, *shape, **self._new)
-        return self._memory[name][:tiles]
-
-
 # --- input transforms -------------------------------------------------------------------------------------------------
 
 
@@ -98,10 +64,8 @@ def _l2norm_factor(x: Tensor) -> Tensor:
     return torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() + L2NORM_EPS)
 
 
-def _log2_gate(
-    g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, options: _Options, out: Tensor | None
-) -> Tensor:
-    """Logarithm to base 2 of the gate, in [-inf, 0], of ``g`` [rows, HV, C, K], written to ``out`` if given.
+def _log2_gate(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, options: _Options) -> Tensor:
+    """Logarithm to base 2 of the gate, in [-inf, 0], of ``g`` [rows, HV, C, K].
 
     Args:
         A_log: HV elements.
@@ -109,16 +73,15 @@ def _log2_gate(
     """
     heads, key_dim = g.shape[1], g.shape[3]
     if not options.use_gate:
-        return torch.mul(g, LOG2_E, out=out)
+        return g * LOG2_E
     if dt_bias is not None:
-        g = torch.add(g, dt_bias.to(g.dtype).reshape(heads, 1, key_dim), out=out)
+        g = g + dt_bias.to(g.dtype).reshape(heads, 1, key_dim)
     rate = None if A_log is None else A_log.to(g.dtype).reshape(heads, 1, 1).exp()
     if options.lower_bound is not None:
-        logits = g if rate is None else torch.mul(g, rate, out=out)
-        return torch.mul(torch.sigmoid(logits, out=out), options.lower_bound * LOG2_E, out=out)
+        return torch.sigmoid(g if rate is None else g * rate) * (options.lower_bound * LOG2_E)
     if rate is None:
         raise ValueError("kda::chunk_fwd: argument `A_log`: the softplus gate (no lower_bound) needs it, got None")
-    return torch.mul(functional.softplus(g, out=out), rate * -LOG2_E, out=out)
+    return functional.softplus(g) * (rate * -LOG2_E)
 
 
 # --- one segment ------------------------------------------------------------------------------------------------------
@@ -134,44 +97,7 @@ def _diagonal_blocks(matrices: Tensor, size: int) -> Tensor:
     return matrices.view(-1, size * (C + 1))[:, : size * C].unflatten(1, (size, C))[:, :, :size]
 
 
-class _Level(NamedTuple):
-    """Views of what one level of :func:`_intra_chunk` works on: N blocks of 2h tokens, two halves each."""
-
-    qk_halves: tuple[Tensor, Tensor]  # [N, 2h, K] each; rows: (token, q or k)
-    k_halves: tuple[Tensor, Tensor]  # [N, h, K] each
-    total_halves: tuple[Tensor, Tensor]  # [N, 1, K] each
-    k_lower_transposed: Tensor  # [N, K, h]
-    Aqk_corner: Tensor  # [N, h, h] of Aqk: upper half by lower half
-    inverse_corner: Tensor  # [N, h, h] of the inverse
-    inverse_diagonal: tuple[Tensor, Tensor]  # [N, h, h] each, of the inverse
-
-    @staticmethod
-    def of(qk: Tensor, k: Tensor, total: Tensor, Aqk: Tensor, inverse: Tensor, h: int) -> "_Level":
-        (X, _, C), K = Aqk.shape, k.shape[-1]
-        N = X * C // (2 * h)
-        k_halves = k.view(N, 2, h, K).unbind(1)
-        blocks = _diagonal_blocks(inverse, 2 * h)
-        return _Level(
-            qk_halves=qk.view(N, 2, 2 * h, K).unbind(1),
-            k_halves=k_halves,
-            total_halves=total.view(N, 2, -1, K)[:, :, -1:].unbind(1),
-            k_lower_transposed=k_halves[0].transpose(1, 2),
-            Aqk_corner=_diagonal_blocks(Aqk, 2 * h)[:, h:, :h],
-            inverse_corner=blocks[:, h:, :h],
-            inverse_diagonal=(blocks[:, :h, :h], blocks[:, h:, h:]),
-        )
-
-
-def _pair_matrices(X: int, C: int, work: _Workspace) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Memory for Aqk, filled with 0, and for (I + Akk)^{-1}, filled with I; the matrices in them [X, C, C], and Aqk's
-    diagonal [X * C, 1, 1].
-    """
-    Aqk, inverse = (work.zeros(name, X, C + 1, C) for name in ("Aqk", "inverse"))
-    _diagonal_blocks(inverse, 1).fill_(1.0)
-    return Aqk, inverse, _diagonal_blocks(Aqk, C), _diagonal_blocks(inverse, C), _diagonal_blocks(Aqk, 1)
-
-
-def _intra_chunk(qk: Tensor, k: Tensor, alpha: Tensor, work: _Workspace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _intra_chunk(qk: Tensor, k: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Everything of a chunk that does not depend on the state, level by level (see the head of this file).
 
     (I + Akk)^{-1} grows with the levels by block substitution, never by powers of Akk, which exceed any precision
@@ -180,55 +106,36 @@ def _intra_chunk(qk: Tensor, k: Tensor, alpha: Tensor, work: _Workspace) -> tupl
     Args:
         qk: [X, C, 2, K] q and -beta k of each token.
         k, alpha: [X, C, K].
-        work: if it is reused, the arguments are its memory, and are overwritten.
 
     Returns:
         Aqk [X, C, C]; (I + Akk)^{-1} [X, C, C]; qk * e^G [X, C, 2, K]; k * e^{G_C - G} [X, C, K].
     """
     X, C, _, K = qk.shape
-    in_place = work.reuse
-    Aqk, inverse, *results, diagonal = work.views(("matrices", X), _pair_matrices, X, C, work)
-    diagonal.copy_(torch.linalg.vecdot(qk[:, :, 0], k).view(-1, 1, 1))
+    Aqk, inverse = (k.new_zeros(X, C + 1, C) for _ in range(2))
+    _diagonal_blocks(Aqk, 1).copy_(torch.linalg.vecdot(qk[:, :, 0], k).view(-1, 1, 1))
+    _diagonal_blocks(inverse, 1).fill_(1.0)
 
-    # Level 1, where the factor alpha of a pair goes to k, and is there as suffix product for the next level.
-    level = work.views((1, X), _Level.of, qk, k, alpha, Aqk, inverse, 1)
-    (k_lower, k_upper), (alpha_lower, alpha_upper) = level.k_halves, level.total_halves
-    k_lower = k_lower.mul_(alpha_upper) if in_place else k_lower * alpha_upper
-    pairs = torch.linalg.vecdot(level.qk_halves[1], k_lower).view(-1, 1, 2, 1)
-    level.Aqk_corner.copy_(pairs[:, :, 0])
-    level.inverse_corner.copy_(pairs[:, :, 1])
-    if in_place:
-        alpha_upper.mul_(alpha_lower)
-        qk.mul_(alpha.unsqueeze(2))
-        total = alpha
-    else:
-        total = alpha_lower * alpha_upper
-        qk = qk * torch.stack((alpha_lower, total), dim=1).view(X, C, 1, K)
-        k = torch.stack((k_lower, k_upper), dim=1)
-
-    # Now qk has the prefix product P_h, k the suffix product R_h; total is the product of alpha over each block of h
-    # tokens, the last of the block's rows if in_place, else its only row.
-    h = 2
+    # Level h joins blocks of h tokens to blocks of 2h. There qk has the prefix product P_h, which starts with the first
+    # alpha of i's block, k the suffix product R_h behind j, and total [X * C / h, 1, K] the product over each block:
+    # exp(G_i - G_j) is P_h[i] R_h[j] for i in the upper half of a block of 2h, j in the lower.
+    qk, total = qk * alpha.unsqueeze(2), alpha.reshape(-1, 1, K)
+    h = 1
     while h < C:
-        level = work.views((h, X), _Level.of, qk, k, total, Aqk, inverse, h)
-        (qk_lower, qk_upper), (k_lower, k_upper) = level.qk_halves, level.k_halves
-        Aqk_corner, Akk_corner = torch.bmm(qk_upper, level.k_lower_transposed).view(-1, h, 2, h).unbind(2)
-        X0, X1 = level.inverse_diagonal
-        if not in_place:  # autograd keeps them, and the matrix around them is written to
-            X0, X1 = X0.clone(), X1.clone()
-        level.Aqk_corner.copy_(Aqk_corner)
-        level.inverse_corner.copy_(torch.bmm(X1, torch.bmm(Akk_corner, X0)))  # the sign is in -beta k
-        total_lower, total_upper = level.total_halves
-        if in_place:
-            qk_upper.mul_(total_lower)
-            k_lower.mul_(total_upper)
-            total_upper.mul_(total_lower)
-        else:
-            qk = torch.stack((qk_lower, qk_upper * total_lower), dim=1)
-            k = torch.stack((k_lower * total_upper, k_upper), dim=1)
-            total = total_lower * total_upper
+        blocks = X * C // (2 * h)
+        qk_lower, qk_upper = qk.reshape(blocks, 2, 2 * h, K).unbind(1)  # rows: (token, q or k)
+        k_lower, k_upper = k.reshape(blocks, 2, h, K).unbind(1)
+        total_lower, total_upper = total.view(blocks, 2, 1, K).unbind(1)
+        Aqk_corner, Akk_corner = torch.bmm(qk_upper, k_lower.transpose(1, 2)).view(blocks, h, 2, h).unbind(2)
+        inverse_blocks = _diagonal_blocks(inverse, 2 * h)
+        # Cloned: autograd keeps them, and the matrix around them is written to.
+        X0, X1 = inverse_blocks[:, :h, :h].clone(), inverse_blocks[:, h:, h:].clone()
+        _diagonal_blocks(Aqk, 2 * h)[:, h:, :h].copy_(Aqk_corner)
+        inverse_blocks[:, h:, :h].copy_(torch.bmm(X1, torch.bmm(Akk_corner, X0)))  # the sign is in -beta k
+        qk = torch.stack((qk_lower, qk_upper * total_lower), dim=1)
+        k = torch.stack((k_lower * total_upper, k_upper), dim=1)
+        total = total_lower * total_upper
         h *= 2
-    return *results, qk.view(X, C, 2, K), k.view(X, C, K)
+    return _diagonal_blocks(Aqk, C), _diagonal_blocks(inverse, C), qk.view(X, C, 2, K), k.view(X, C, K)
 
 
 def _transformed(
@@ -241,7 +148,6 @@ def _transformed(
     dt_bias: Tensor | None,
     segment: Segment,
     options: _Options,
-    work: _Workspace,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the formulas take of a segment's inputs, X = rows * HV tiles, contiguous.
 
@@ -249,44 +155,26 @@ def _transformed(
         scale q and -beta k, both normalised if that is asked for [X, C, 2, K]; k [X, C, K]; beta v [X, C, V]; log-gate
         [X, C, K].
     """
-    (rows, C, H, K), (HV, V) = q.shape, v.shape[2:]
-    X, tiles = rows * HV, (rows, H, HV // H, C)
+    (rows, C, H, K), HV = q.shape, v.shape[2]
+    X = rows * HV
 
     def head_major(x: Tensor) -> Tensor:  # [rows, C, H or HV, D] -> [rows, H, HV / H, C, D], a view
-        return x.unflatten(2, (H, x.shape[2] // H)).permute(0, 2, 3, 1, 4).expand(*tiles, -1)
+        return x.unflatten(2, (H, x.shape[2] // H)).permute(0, 2, 3, 1, 4).expand(rows, H, HV // H, C, -1)
 
-    def memory() -> tuple[Tensor | None, ...]:  # tiles and what is in them; k last
-        if not work.reuse:
-            return (None,) * 6
-        qk, k, v, g = (
-            work.out("qk", X, C, 2, K),
-            work.out("k", X, C, K),
-            work.out("v", X, C, V),
-            work.out("g", X, C, K),
-        )
-        return qk, *qk.view(*tiles, 2, K).unbind(-2), k.view(*tiles, K), v.view(*tiles, V), g.view(rows, HV, C, K)
-
-    qk, q_out, beta_k_out, k_out, v_out, g_out = work.views(("inputs", X), memory)
-    g = _log2_gate(g.transpose(1, 2), A_log, dt_bias, options, g_out)
+    g = _log2_gate(g.transpose(1, 2), A_log, dt_bias, options)
     if options.use_beta_sigmoid:
         beta = torch.sigmoid(beta)
     if options.allow_neg_eigval:
         beta = beta * 2.0
     if segment.valid is not None:  # after the transforms: sigmoid(0) is 0.5
         behind = ~segment.valid
-        g = (Tensor.masked_fill_ if work.reuse else Tensor.masked_fill)(g, behind.view(rows, 1, C, 1), 0.0)
+        g = g.masked_fill(behind.view(rows, 1, C, 1), 0.0)
         beta = beta.masked_fill(behind.unsqueeze(-1), 0.0)
-    beta = head_major(beta.unsqueeze(-1))
-    q_factor, k_factor = options.scale, 1.0
     if options.use_qk_l2norm:
-        q_factor, k_factor = head_major(_l2norm_factor(q) * options.scale), head_major(_l2norm_factor(k))
-    q, k, v = head_major(q), head_major(k), head_major(v)
-    q = torch.mul(q, q_factor, out=q_out)
-    beta_k = torch.mul(k, k_factor * -beta, out=beta_k_out)
-    qk = torch.stack((q, beta_k), dim=-2).view(X, C, 2, K) if qk is None else qk
-    k = torch.mul(k, k_factor, out=k_out)
-    v = torch.mul(v, beta, out=v_out)
-    return qk, *(x.reshape(X, C, -1).contiguous() for x in (k, v, g))
+        q, k = (x * _l2norm_factor(x) for x in (q, k))
+    q, k, v, beta = (head_major(x) for x in (q * options.scale, k, v, beta.unsqueeze(-1)))
+    qk = torch.stack((q, k * -beta), dim=-2).view(X, C, 2, K)
+    return qk, *(x.reshape(X, C, -1).contiguous() for x in (k, v * beta, g))
 
 
 def _run_segment(
@@ -300,52 +188,38 @@ def _run_segment(
     S: Tensor,
     segment: Segment,
     options: _Options,
-    work: _Workspace,
     entries: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The chunks of a segment.
 
     Args:
         q, k [rows, C, H, K], v [rows, C, HV, V], g [rows, C, HV, K], beta [rows, C, HV]: of the segment, as given.
-        S: [sequences, HV, K, V] states of the group's sequences at entry of the segment; overwritten with those at
-            exit if the workspace is reused.
+        S: [sequences, HV, K, V] states of the group's sequences at entry of the segment.
         entries: gets the states [active, HV, K, V] at entry of each step.
 
     Returns:
-        o [rows, C, HV, V], valid until the workspace is used again, and the states at exit, shaped as ``S``.
+        o [rows, C, HV, V], and the states at exit, shaped as ``S``.
     """
-    in_place = work.reuse
     (rows, C), (HV, V) = q.shape[:2], v.shape[2:]
-    X = rows * HV
     q, k, v, g, beta = (x.to(S.dtype) for x in (q, k, v, g, beta))
-    qk, k, v, g = _transformed(q, k, v, g, beta, A_log, dt_bias, segment, options, work)
-    decay = torch.sum(g, 1, out=work.out("decay", X, g.shape[2]))
-    decay = torch.exp2(decay, out=decay if in_place else None).unsqueeze(-1)  # e^{G_C} [X, K, 1]
-    alpha = torch.exp2(g, out=g if in_place else None)
-    Aqk, inverse, qk, k = _intra_chunk(qk, k, alpha, work)
+    qk, k, v, g = _transformed(q, k, v, g, beta, A_log, dt_bias, segment, options)
+    decay = torch.exp2(g.sum(1)).unsqueeze(-1)  # e^{G_C} [X, K, 1]
+    Aqk, inverse, qk, k = _intra_chunk(qk, k, torch.exp2(g))
 
-    o, U = work.out("o", X, C, V), work.out("U", X, C, V)
-
-    def by_step() -> list[tuple[Tensor | None, ...]]:
-        tiles = [count * HV for count in segment.active]
-        factors = (*qk.unbind(2), k.transpose(1, 2), v, inverse, decay, o, U)
-        return list(zip(tiles, *((None,) * len(tiles) if x is None else x.split(tiles) for x in factors), strict=True))
-
-    multiply, add_product = (Tensor.mul_, Tensor.baddbmm_) if in_place else (Tensor.mul, Tensor.baddbmm)
     S, results = S.flatten(0, 1), []  # [sequences * HV, K, V]
-    for count, q_c, beta_k_c, k_c, v_c, inverse_c, decay_c, o_c, U_c in work.views(("steps", *segment.active), by_step):
-        S_c = S.narrow(0, 0, count)  # the shortest sequences have ended
+    tiles = [count * HV for count in segment.active]
+    factors = (*qk.unbind(2), k.transpose(1, 2), v, inverse, decay)
+    by_step = zip(tiles, *(x.split(tiles) for x in factors), strict=True)
+    for count, q_c, beta_k_c, k_c, v_c, inverse_c, decay_c in by_step:
+        S_c = S[:count]  # the shortest sequences have ended
         if entries is not None:
-            entries.append(S_c.clone().unflatten(0, (-1, HV)))
-        q_S = torch.bmm(q_c, S_c, out=o_c)
-        U_c = torch.bmm(inverse_c, add_product(v_c, beta_k_c, S_c), out=U_c)
-        S_c = add_product(multiply(S_c, decay_c), k_c, U_c)
-        if not in_place:
-            S = S_c if count == len(S) else torch.cat((S_c, S[count:]))
-            results.append((q_S, U_c))
-    if not in_place:
-        o, U = (torch.cat(x) for x in zip(*results, strict=True))
-    o = add_product(o, Aqk, U)
+            entries.append(S_c.unflatten(0, (-1, HV)))
+        U = torch.bmm(inverse_c, torch.baddbmm(v_c, beta_k_c, S_c))
+        results.append((torch.bmm(q_c, S_c), U))
+        S_c = torch.baddbmm(S_c * decay_c, k_c, U)
+        S = S_c if count == len(S) else torch.cat((S_c, S[count:]))
+    q_S, U = (torch.cat(x) for x in zip(*results, strict=True))
+    o = torch.baddbmm(q_S, Aqk, U)
     return o.view(rows, HV, C, V).transpose(1, 2), S.unflatten(0, (-1, HV))
 
 
@@ -397,8 +271,9 @@ def chunk_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Body of ``kda::chunk_fwd`` without kernels: same arguments and results, in fp32 inside (fp64 for fp64 inputs).
 
-    Not itself differentiable: the operator's gradient is :func:`chunk_bwd`. Arguments are expected to have passed
-    ``kda::check_chunk_fwd``.
+    On a CPU this is ``kda::chunk_fwd_cpu`` for all but fp64. Not itself differentiable: the operator's gradient is
+    :func:`chunk_bwd`. Arguments are expected to have passed ``kda::check_chunk_fwd``, but ``cu_seqlens`` may end before
+    T: tokens behind it get o = 0.
 
     Returns:
         o [B, T, HV, V] in the dtype of ``v``; final_state [N, HV, K, V] ([N, HV, V, K] with ``state_v_first``) and
@@ -410,8 +285,15 @@ def chunk_fwd(
         K**-0.5 if scale is None else scale, lower_bound, use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval
     )
     spans, first_slots, slot_shape = sequence_spans(B, T, cu_seqlens)
-    max_rows = _max_rows(spans, HV, q.device)
     compute = compute_dtype(q.dtype)
+    if q.device.type == "cpu" and compute == torch.float32:
+        with torch.no_grad():
+            return torch.ops.kda.chunk_fwd_cpu(
+                *(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, lower_bound),
+                *(use_qk_l2norm, use_gate, use_beta_sigmoid, allow_neg_eigval),
+                *(output_final_state, state_v_first, output_chunk_states, check_cu_seqlens),
+            )
+    max_rows = _max_rows(spans, HV, q.device)
     with torch.no_grad():
         states = _entry_states(initial_state, len(spans), v, K, state_v_first, compute)
         covered = sum(length for _, length in spans) == B * T
@@ -420,14 +302,13 @@ def chunk_fwd(
             slot_shape[0] * slot_shape[1] if output_chunk_states else 0, HV, K, V, dtype=compute, device=v.device
         )
         q, k, v, g, beta = (_flat(x) for x in (q, k, v, g, beta))
-        work = _Workspace(q, compute, max_rows * HV, reuse=True)
         for group in plan_segments(spans, first_slots, max_rows, q.device):
             sequences = torch.tensor(group[0].sequences, device=q.device)
             S = states[sequences]
             for segment in group:
                 chunks = [take(x, segment) for x in (q, k, v, g, beta)]
                 entries = [] if output_chunk_states else None
-                o_chunks, S = _run_segment(*chunks, A_log, dt_bias, S, segment, options, work, entries)
+                o_chunks, S = _run_segment(*chunks, A_log, dt_bias, S, segment, options, entries)
                 put(_flat(o), o_chunks, segment)
                 if output_chunk_states:
                     chunk_states[torch.tensor(segment.slots, device=q.device)] = torch.cat(entries)
@@ -517,14 +398,13 @@ def chunk_bwd(
     flat_gradients = [_flat(x) for x in gradients]
     flat_do = _flat(do)
     max_rows = _max_rows(spans, HV, q.device)
-    work, no_work = (_Workspace(q, compute, max_rows * HV, reuse) for reuse in (True, False))
     for group in plan_segments(spans, first_slots, max_rows, q.device):
         sequences = torch.tensor(group[0].sequences, device=q.device)
         entries = [states[sequences]]
         with torch.no_grad():
             for segment in group[:-1]:
                 chunks = [take(x, segment) for x in flat]
-                entries.append(_run_segment(*chunks, *parameters, entries[-1].clone(), segment, options, work)[1])
+                entries.append(_run_segment(*chunks, *parameters, entries[-1], segment, options)[1])
         dS = dstates[sequences]
         while group:
             segment, S = group.pop(), entries.pop()
@@ -532,7 +412,7 @@ def chunk_bwd(
                 chunks = [_leaf(take(x, segment)) for x in flat]
                 leaves = [_leaf(x) for x in parameters]
                 S = _leaf(S)
-                o, S_exit = _run_segment(*chunks, *leaves, S, segment, options, no_work)
+                o, S_exit = _run_segment(*chunks, *leaves, S, segment, options)
                 do_chunks = take(flat_do, segment).to(compute)
                 if segment.valid is not None:
                     do_chunks = do_chunks.masked_fill(~segment.valid[:, :, None, None], 0.0)

@@ -49,6 +49,7 @@ def _chunk_fwd(
     state_v_first: bool = False,
     output_chunk_states: bool = False,
     check_cu_seqlens: bool = False,
+    instruction_set: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o [B, T, HV, V]; final_state [N, HV, K, V] or [0]; chunk_states [B, slots, HV, K, V] or [0]."""
     _check_devices(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens)
@@ -92,6 +93,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
 
 torch.library.register_fake("kda::chunk_fwd", _chunk_fwd)
 torch.library.register_fake("kda::chunk_fwd_composite", _chunk_fwd)
+torch.library.register_fake("kda::chunk_fwd_cpu", _chunk_fwd)
 torch.library.register_fake("kda::chunk_bwd", _chunk_bwd)
 torch.library.register_fake("kda::check_chunk_fwd", _check_devices)
 torch.library.register_fake("kda::check_cu_seqlens", _check_cu_seqlens)

@@ -1,8 +1,8 @@
-"""The operators' Python implementations, for every call that no CUDA kernel covers, on any device.
+"""The operators' Python implementations, for every call that no kernel covers, on any device.
 
 They are registered for ``CompositeExplicitAutograd``: below autograd, and for all backends that have no kernel of their
-own. The CUDA implementation of ``kda::chunk_fwd`` comes here, through ``kda::chunk_fwd_composite``, with what its
-kernels do not cover.
+own. The implementations of ``kda::chunk_fwd`` for CUDA and for the CPU come here, through ``kda::chunk_fwd_composite``,
+with what their kernels do not cover.
 """
 
 from __future__ import annotations

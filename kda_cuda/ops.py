@@ -47,7 +47,7 @@ def chunk_fwd(
 
     Tensors may be strided views. On a Hopper GPU it runs on tensor-core kernels if q, k, v are bf16 or fp16, K and V
     are 64 or 128 and the last dimension of q, k, v, g is contiguous; otherwise in PyTorch operators, with one warning
-    for each reason.
+    for each reason. On a CPU it runs in C++, in fp32 inside; fp64 in PyTorch operators.
 
     Args:
         q: [B, T, H, K] queries; bf16, fp16, fp32 or fp64.

@@ -74,7 +74,7 @@ class TestCMake:
     def test_outside_project_finds_links_and_runs(self, built, tmp_path):
         run("cmake", "--install", built, "--prefix", tmp_path / "prefix")
         headers = {path.name for path in (tmp_path / "prefix/include/kda").iterdir()}
-        assert headers == {"kda.h", "plan.h"}
+        assert headers == {"kda.h", "plan.h", "types.h"}
         run("cmake", "-S", CONSUMER, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={tmp_path / 'prefix'}")
         run("cmake", "--build", tmp_path / "build")
         plan = json.loads(run(tmp_path / "build/consumer").stdout)

@@ -13,13 +13,6 @@
 
 namespace kda {
 
-// How the log-gate is obtained from the tensor `g`.
-enum class GateKind : int32_t {
-  kLog = 0,       // g is the log-gate, in (-inf, 0]
-  kSoftplus = 1,  // -exp(A_log) * softplus(g + dt_bias)
-  kSigmoid = 2,   // lower_bound * sigmoid(exp(A_log) * (g + dt_bias)); A_log optional
-};
-
 // Element strides of a [B, T, heads, dim] tensor whose last dimension is contiguous. For beta [B, T, HV] likewise.
 struct TokenStrides {
   int64_t batch = 0;

@@ -7,12 +7,9 @@
 #include <cstdint>
 #include <string>
 
+#include "types.h"
+
 namespace kda {
-
-// Tokens of one chunk; C in the formulas.
-inline constexpr int kChunkTokens = 64;
-
-enum class DataType : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
 // What the plan of a forward call depends on. Never the contents of a tensor.
 struct ChunkFwdProblem {
@@ -30,7 +27,7 @@ struct ChunkFwdProblem {
 };
 
 enum class ChunkFwdPath : int32_t {
-  kComposite = 0,  // the implementation in PyTorch operators
+  kComposite = 0,  // no CUDA kernel: PyTorch operators, or the CPU kernels of a host tensor
   kStaged = 1,     // three kernels: intra-chunk solve, state recurrence, output GEMM
   kFused = 2,      // one kernel: producers of the factors of a step feed the recurrence through shared memory
 };

@@ -1,7 +1,9 @@
-// The host-side planner as the Python module `kda_plan`, for tests and tools. It needs neither torch nor CUDA and is
-// not part of the wheel.
+// The host-side planner, and the schedule of the CPU forward, as the Python module `kda_plan`, for tests and tools. It
+// needs neither torch nor CUDA and is not part of the wheel.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include "../kda/cpu/schedule.h"
 #include "../kda/plan.h"
 
 namespace py = pybind11;
@@ -76,4 +78,12 @@ PYBIND11_MODULE(kda_plan, m) {
   m.def("chunk_slots", &kda::chunk_slots, py::arg("problem"));
   m.def("plan_chunk_fwd", &kda::plan_chunk_fwd, py::arg("problem"));
   m.def("to_json", &kda::to_json, py::arg("problem"), py::arg("plan"));
+  m.def(
+      "shared_items",
+      [](const std::vector<int64_t>& steps, int threads) {
+        std::vector<kda::cpu::Item> items;
+        for (int64_t count : steps) items.push_back({0, 0, count});
+        return kda::cpu::shared_items(items, threads);
+      },
+      py::arg("steps"), py::arg("threads"));
 }

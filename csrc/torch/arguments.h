@@ -2,11 +2,15 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <vector>
+
+#include "kda/types.h"
 
 namespace kda::binding {
 
@@ -74,6 +78,36 @@ inline ChunkFwdSizes sizes_of(const ChunkFwdArguments& args) {
   const auto v = args.v.sizes();
   const int64_t sequences = args.cu_seqlens ? args.cu_seqlens->size(0) - 1 : q[0];
   return {q[0], q[1], sequences, q[2], v[2], q[3], v[3]};
+}
+
+// The kernel library's name of a type; the checks admit no other than these and float64, which only PyTorch operators
+// compute.
+inline DataType data_type(ScalarType type) {
+  switch (type) {
+    case ScalarType::BFloat16:
+      return DataType::kBFloat16;
+    case ScalarType::Half:
+      return DataType::kFloat16;
+    default:
+      return DataType::kFloat32;
+  }
+}
+
+inline GateKind gate_kind(const ChunkFwdArguments& args) {
+  if (!args.use_gate) return GateKind::kLog;
+  return args.lower_bound ? GateKind::kSigmoid : GateKind::kSoftplus;
+}
+
+// The factor of o.
+inline float scale_of(const ChunkFwdArguments& args) {
+  return static_cast<float>(args.scale ? *args.scale : 1.0 / std::sqrt(static_cast<double>(args.q.size(3))));
+}
+
+inline const void* data_or_null(const std::optional<Tensor>& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
+
+// A small tensor as the kernels read it: packed. Copies it only if it is not.
+inline void make_packed(std::optional<Tensor>& tensor) {
+  if (tensor && !tensor->is_contiguous()) tensor = torch::stable::contiguous(*tensor);
 }
 
 }  // namespace kda::binding

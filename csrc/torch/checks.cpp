@@ -239,7 +239,7 @@ void check_cu_seqlens_form(const Tensor& cu_seqlens) {
 }
 
 template <typename Int>
-void check_values(const Int* values, int64_t count, int64_t tokens) {
+void check_values(const Int* values, int64_t count, int64_t tokens, bool padding_allowed) {
   if (values[0] != 0) fail("cu_seqlens", "expected it to start at 0, got ", values[0]);
   for (int64_t i = 1; i < count; ++i) {
     if (values[i] < values[i - 1]) {
@@ -247,30 +247,31 @@ void check_values(const Int* values, int64_t count, int64_t tokens) {
            values[i], " at index ", i);
     }
   }
-  if (values[count - 1] != tokens) {
-    fail("cu_seqlens", "expected it to end at T = ", tokens, ", got ", values[count - 1]);
+  const int64_t last = values[count - 1];
+  if (padding_allowed ? last > tokens : last != tokens) {
+    fail("cu_seqlens", "expected it to end at ", padding_allowed ? "or before " : "", "T = ", tokens, ", got ", last);
   }
 }
 
-void check_values(const Tensor& cu_seqlens, int64_t tokens) {
+void check_values(const Tensor& cu_seqlens, int64_t tokens, bool padding_allowed) {
   Tensor host = cu_seqlens;
   if (!host.is_cpu()) host = torch::stable::to(host, torch::stable::Device(DeviceType::CPU));
   if (!host.is_contiguous()) host = torch::stable::contiguous(host);
   if (host.scalar_type() == ScalarType::Int) {
-    check_values(static_cast<const int32_t*>(host.data_ptr()), host.numel(), tokens);
+    check_values(static_cast<const int32_t*>(host.data_ptr()), host.numel(), tokens, padding_allowed);
   } else {
-    check_values(static_cast<const int64_t*>(host.data_ptr()), host.numel(), tokens);
+    check_values(static_cast<const int64_t*>(host.data_ptr()), host.numel(), tokens, padding_allowed);
   }
 }
 
-void check_sequences(const ChunkFwdArguments& args, const DeviceId& device) {
+void check_sequences(const ChunkFwdArguments& args, const DeviceId& device, bool padding_allowed) {
   const Tensor& cu_seqlens = *args.cu_seqlens;
   check_cu_seqlens_form(cu_seqlens);
   check_device("cu_seqlens", cu_seqlens, device);
   if (args.q.size(0) != 1) {
     fail("q", "expected batch size B = 1 with `cu_seqlens`, got ", args.q.size(0), " in shape ", join(args.q.sizes()));
   }
-  if (args.check_cu_seqlens || cu_seqlens.is_cpu()) check_values(cu_seqlens, args.q.size(1));
+  if (args.check_cu_seqlens || cu_seqlens.is_cpu()) check_values(cu_seqlens, args.q.size(1), padding_allowed);
 }
 
 void check_initial_state(const ChunkFwdArguments& args, const DeviceId& device) {
@@ -296,10 +297,10 @@ void check_initial_state(const ChunkFwdArguments& args, const DeviceId& device) 
 void check_cu_seqlens(const Tensor& cu_seqlens, int64_t tokens) {
   check_given("cu_seqlens", cu_seqlens);
   check_cu_seqlens_form(cu_seqlens);
-  check_values(cu_seqlens, tokens);
+  check_values(cu_seqlens, tokens, false);
 }
 
-void check_chunk_fwd(const ChunkFwdArguments& args) {
+void check_chunk_fwd(const ChunkFwdArguments& args, bool padding_allowed) {
   check_given("q", args.q);
   check_given("k", args.k);
   check_given("v", args.v);
@@ -312,7 +313,7 @@ void check_chunk_fwd(const ChunkFwdArguments& args) {
   if (args.allow_neg_eigval && !args.use_beta_sigmoid) {
     fail("allow_neg_eigval", "expected False without use_beta_sigmoid, got True");
   }
-  if (args.cu_seqlens) check_sequences(args, device);
+  if (args.cu_seqlens) check_sequences(args, device, padding_allowed);
   if (args.initial_state) check_initial_state(args, device);
 }
 

@@ -8,8 +8,8 @@
 namespace kda::binding {
 
 // Everything that is wrong whatever computes the call. Reads the contents of cu_seqlens where that costs nothing (on
-// the CPU) or where check_cu_seqlens asks for it; reads no other contents.
-void check_chunk_fwd(const ChunkFwdArguments& args);
+// the CPU) or where check_cu_seqlens asks for it; reads no other contents. With padding_allowed they may end before T.
+void check_chunk_fwd(const ChunkFwdArguments& args, bool padding_allowed = false);
 
 // A cu_seqlens by itself: one row of int32 or int64 whose first value is 0, none smaller than the one before, the last
 // `tokens`. If it is not on the host it is copied there, which waits for the device.

@@ -3,93 +3,23 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <array>
-#include <cmath>
-#include <initializer_list>
 #include <string>
 
 #include "checks.h"
 #include "coverage.h"
 #include "kda/kda.h"
+#include "outputs.h"
 #include "runtime_cuda.h"
 
 namespace kda::binding {
 
 namespace {
 
-using torch::stable::detail::from;
-using torch::stable::detail::to;
-
-constexpr uint64_t kOutputs = 3;  // o, final_state, chunk_states
-
-struct Outputs {
-  Tensor o, final_state, chunk_states;
-};
-
-DataType data_type(ScalarType type) {
-  switch (type) {
-    case ScalarType::BFloat16:
-      return DataType::kBFloat16;
-    case ScalarType::Half:
-      return DataType::kFloat16;
-    default:
-      return DataType::kFloat32;  // the checks admit no other type on this path
-  }
-}
-
-// A contiguous tensor on the device. The C function is called as it is: it costs a third of a call through the
-// dispatcher.
-template <size_t kRank>
-Tensor empty_cuda(const std::array<int64_t, kRank>& sizes, int32_t dtype, int32_t device_index) {
-  std::array<int64_t, kRank> strides;
-  int64_t stride = 1;
-  for (size_t i = kRank; i-- > 0;) {
-    strides[i] = stride;
-    stride *= sizes[i] > 0 ? sizes[i] : 1;
-  }
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(kRank, sizes.data(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cuda(), device_index, &handle));
-  return Tensor(handle);
-}
-
-// [.., K, V], or [.., V, K] with state_v_first.
-std::array<int64_t, 2> state_matrix(const ChunkFwdSizes& n, bool state_v_first) {
-  return state_v_first ? std::array{n.value_dim, n.key_dim} : std::array{n.key_dim, n.value_dim};
-}
-
-Outputs make_outputs(const ChunkFwdArguments& args, const ChunkFwdProblem& problem, int32_t device) {
-  const ChunkFwdSizes n = sizes_of(args);
-  const auto [rows, columns] = state_matrix(n, args.state_v_first);
-  const int32_t float32 = aoti_torch_dtype_float32();
-  int32_t activation = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(args.v.get(), &activation));
-  const auto absent = [&] { return empty_cuda(std::array<int64_t, 1>{0}, float32, device); };
-
-  Tensor o = empty_cuda(std::array{n.batch, n.tokens, n.value_heads, n.value_dim}, activation, device);
-  Tensor final_state = args.output_final_state
-                           ? empty_cuda(std::array{n.sequences, n.value_heads, rows, columns}, float32, device)
-                           : absent();
-  if (!args.output_chunk_states) return {std::move(o), std::move(final_state), absent()};
-
-  // [B, chunks, HV, ..]; with cu_seqlens the slots of all sequences in one row.
-  const int64_t slots = problem.varlen ? chunk_slots(problem) : (n.tokens + kChunkTokens - 1) / kChunkTokens;
-  return {std::move(o), std::move(final_state),
-          empty_cuda(std::array{n.batch, slots, n.value_heads, rows, columns}, float32, device)};
-}
-
 TokenStrides token_strides(const Tensor& tensor) {
   const auto strides = tensor.strides();
   return {strides[0], strides[1], strides[2]};
-}
-
-const void* data_or_null(const std::optional<Tensor>& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
-
-// A small tensor as the kernels read it: packed. Copies it only if it is not.
-void make_packed(std::optional<Tensor>& tensor) {
-  if (tensor && !tensor->is_contiguous()) tensor = torch::stable::contiguous(*tensor);
 }
 
 ChunkFwdParams make_params(const ChunkFwdArguments& args, const ChunkFwdProblem& problem, const Outputs& outputs) {
@@ -122,8 +52,8 @@ ChunkFwdParams make_params(const ChunkFwdArguments& args, const ChunkFwdProblem&
     p.cu_seqlens_int64 = args.cu_seqlens->scalar_type() == ScalarType::Long;
   }
 
-  p.scale = static_cast<float>(args.scale ? *args.scale : 1.0 / std::sqrt(static_cast<double>(problem.key_dim)));
-  p.gate = !args.use_gate ? GateKind::kLog : args.lower_bound ? GateKind::kSigmoid : GateKind::kSoftplus;
+  p.scale = scale_of(args);
+  p.gate = gate_kind(args);
   p.lower_bound = static_cast<float>(args.lower_bound.value_or(0.0));
   p.qk_l2norm = args.use_qk_l2norm;
   p.beta_sigmoid = args.use_beta_sigmoid;
@@ -133,32 +63,6 @@ ChunkFwdParams make_params(const ChunkFwdArguments& args, const ChunkFwdProblem&
   if (args.output_final_state) p.final_state = static_cast<float*>(outputs.final_state.data_ptr());
   if (args.output_chunk_states) p.chunk_states = static_cast<float*>(outputs.chunk_states.data_ptr());
   return p;
-}
-
-Outputs call_composite(const ChunkFwdArguments& args) {
-  std::array<StableIValue, kChunkFwdArguments> stack{
-      from(args.q),
-      from(args.k),
-      from(args.v),
-      from(args.g),
-      from(args.beta),
-      from(args.A_log),
-      from(args.dt_bias),
-      from(args.initial_state),
-      from(args.cu_seqlens),
-      from(args.scale),
-      from(args.lower_bound),
-      from(args.use_qk_l2norm),
-      from(args.use_gate),
-      from(args.use_beta_sigmoid),
-      from(args.allow_neg_eigval),
-      from(args.output_final_state),
-      from(args.state_v_first),
-      from(args.output_chunk_states),
-      from(args.check_cu_seqlens),
-  };
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("kda::chunk_fwd_composite", "", stack.data(), TORCH_ABI_VERSION));
-  return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};
 }
 
 Outputs chunk_fwd_cuda(ChunkFwdArguments args) {
@@ -173,7 +77,7 @@ Outputs chunk_fwd_cuda(ChunkFwdArguments args) {
   make_packed(args.A_log);
   make_packed(args.dt_bias);
   make_packed(args.cu_seqlens);
-  Outputs outputs = make_outputs(args, problem, device);
+  Outputs outputs = make_outputs(args, aoti_torch_device_type_cuda(), device);
   if (problem.batch == 0) return outputs;
 
   const cudaStream_t stream = current_stream(device);
@@ -183,18 +87,15 @@ Outputs chunk_fwd_cuda(ChunkFwdArguments args) {
                "kda::chunk_fwd: clearing chunk_states");
   }
   const auto workspace_bytes = static_cast<int64_t>(plan.workspace.total_bytes);
-  const Tensor workspace = empty_cuda(std::array{workspace_bytes}, aoti_torch_dtype_uint8(), device);
+  const Tensor workspace =
+      empty_tensor(std::array{workspace_bytes}, aoti_torch_dtype_uint8(), aoti_torch_device_type_cuda(), device);
   params.workspace = workspace.data_ptr();
   check_cuda(chunk_fwd(params, plan, stream), "kda::chunk_fwd: launching the kernels");
   return outputs;
 }
 
 void boxed_chunk_fwd_cuda(StableIValue* stack, uint64_t, uint64_t) {
-  static_assert(kOutputs <= kChunkFwdArguments, "the stack of a boxed call holds the larger of the two");
-  const Outputs outputs = chunk_fwd_cuda(read_arguments(stack));
-  stack[0] = from(outputs.o);
-  stack[1] = from(outputs.final_state);
-  stack[2] = from(outputs.chunk_states);
+  return_outputs(chunk_fwd_cuda(read_arguments(stack)), stack);
 }
 
 }  // namespace

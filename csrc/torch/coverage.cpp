@@ -4,17 +4,6 @@ namespace kda::binding {
 
 namespace {
 
-DataType activation_type(ScalarType type) {
-  switch (type) {
-    case ScalarType::BFloat16:
-      return DataType::kBFloat16;
-    case ScalarType::Half:
-      return DataType::kFloat16;
-    default:
-      return DataType::kFloat32;  // float64 too: layout_reason names it before a plan is made
-  }
-}
-
 // A stride of a dimension of size 1 (or of an empty tensor) is never used, and torch leaves it arbitrary.
 bool last_dimension_is_contiguous(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
@@ -41,7 +30,7 @@ ChunkFwdProblem problem_of(const ChunkFwdArguments& args, const Device& device) 
   problem.value_heads = static_cast<int>(n.value_heads);
   problem.key_dim = static_cast<int>(n.key_dim);
   problem.value_dim = static_cast<int>(n.value_dim);
-  problem.activation_type = activation_type(args.q.scalar_type());
+  problem.activation_type = data_type(args.q.scalar_type());  // float64: layout_reason names it before
   problem.compute_capability = device.compute_capability;
   problem.sm_count = device.sm_count;
   return problem;

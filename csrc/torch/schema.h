@@ -12,11 +12,17 @@ namespace kda::binding {
   "bool check_cu_seqlens=False"
 
 inline constexpr const char* kSchemas[] = {
-    // The forward: by kernels where they cover the call, else by the composite implementation.
+    // The forward: by kernels where they cover the call, on CUDA and on the CPU, else by the composite implementation.
     "chunk_fwd(" KDA_CHUNK_FWD_ARGUMENTS ") -> (Tensor o, Tensor final_state, Tensor chunk_states)",
 
-    // The forward by PyTorch operators, on every device. It trusts its arguments: chunk_fwd has checked them.
+    // The composite implementation of the forward: on the CPU that of chunk_fwd, elsewhere PyTorch operators.
     "chunk_fwd_composite(" KDA_CHUNK_FWD_ARGUMENTS ") -> (Tensor o, Tensor final_state, Tensor chunk_states)",
+
+    // The forward on the CPU in C++, which chunk_fwd takes there for all but float64. cu_seqlens may end before T:
+    // tokens behind it get o = 0. instruction_set: baseline, avx2 or avx512; empty: the best that this machine has.
+    "chunk_fwd_cpu(" KDA_CHUNK_FWD_ARGUMENTS
+    ", str instruction_set=\"\") -> "
+    "(Tensor o, Tensor final_state, Tensor chunk_states)",
 
     // Refuses arguments that chunk_fwd must refuse; does nothing else.
     "check_chunk_fwd(" KDA_CHUNK_FWD_ARGUMENTS ") -> ()",

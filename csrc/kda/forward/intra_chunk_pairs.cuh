@@ -47,8 +47,7 @@ struct InverseNorm {
   float power = 1.0f, rest = 1.0f;
   InverseNorm() = default;
   __device__ __forceinline__ explicit InverseNorm(float sum_of_squares) {
-    constexpr float kEpsilon = 1e-6f;
-    const uint32_t bits = __float_as_uint(rsqrtf(sum_of_squares + kEpsilon));
+    const uint32_t bits = __float_as_uint(rsqrtf(sum_of_squares + kL2NormEpsilon));
     power = __uint_as_float(bits & 0x7f800000u);
     rest = __uint_as_float((bits & 0x007fffffu) | 0x3f800000u);
   }
