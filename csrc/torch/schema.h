@@ -15,6 +15,9 @@ inline constexpr const char* kSchemas[] = {
     // The forward: by kernels where they cover the call, else by the composite implementation.
     "chunk_fwd(" KDA_CHUNK_FWD_ARGUMENTS ") -> (Tensor o, Tensor final_state, Tensor chunk_states)",
 
+    // The forward where no gradient is wanted: the same kernels, nothing of this project at the Autograd keys.
+    "inference_chunk_fwd(" KDA_CHUNK_FWD_ARGUMENTS ") -> (Tensor o, Tensor final_state, Tensor chunk_states)",
+
     // The forward by PyTorch operators, on every device. It trusts its arguments: chunk_fwd has checked them.
     "chunk_fwd_composite(" KDA_CHUNK_FWD_ARGUMENTS ") -> (Tensor o, Tensor final_state, Tensor chunk_states)",
 
