@@ -172,9 +172,9 @@ def _may_want_gradients(
     initial_state: Tensor | None,
 ) -> bool:
     """Whether a gradient may be asked of a call with these arguments; True where that is not certain."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if _functorch_is_active() or forward_ad._current_level >= 0:
         return True
-    if not torch.is_grad_enabled():
+    if not _grad_mode_is_on():
         return False
     try:
         # Compared with False: what stands for a tensor while a graph is traced answers with neither.
@@ -192,10 +192,13 @@ def _may_want_gradients(
         return True
 
 
+_functorch_is_active = torch._C._are_functorch_transforms_active
+_grad_mode_is_on = torch.is_grad_enabled
+
 _register("chunk_fwd", _save_inputs, _backward)
 _register("chunk_fwd_composite", _save_inputs, _backward)
 _register("chunk_bwd", _save_nothing, _no_double_backward)
 
-_inference = torch.ops.kda.inference_chunk_fwd.default
-_differentiable = torch.ops.kda.chunk_fwd.default
+_inference = torch.ops.kda.inference_chunk_fwd.default.op
+_differentiable = torch.ops.kda.chunk_fwd.default.op
 torch.ops.kda.chunk_fwd.__class__ = _ChunkFwd
