@@ -12,13 +12,13 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import kda_cuda  # noqa: F401  (registers the operators)
+import kda_cuda
 from bench import fla_tuning
 from bench.shapes import Shape
 
@@ -31,6 +31,7 @@ class Call:
 
     run: Callable[[], Any]
     outputs: Callable[[Any], dict[str, Tensor]]  # what it returned, by name and in our layouts
+    same: dict[str, Callable[[], Any]] = field(default_factory=dict)  # by other names; only the host's time is taken
 
 
 class ForwardImplementation:
@@ -84,7 +85,8 @@ class OurForward(ForwardImplementation):
         self.kind = "ours" if path is None else "forced"
         self.slow = path == "composite"
         self.method = "events" if self.slow else "graph"
-        self._operator = getattr(torch.ops.kda, self._PREFIX + (f"_{path}" if path else "")).default
+        self._operator = getattr(torch.ops.kda, self._PREFIX + (f"_{path}" if path else ""))
+        self._arguments = self._operator.default._schema.arguments
 
     @classmethod
     def forced(cls) -> list[OurForward]:
@@ -100,7 +102,19 @@ class OurForward(ForwardImplementation):
         return kda_cuda.__version__
 
     def call(self, inputs: dict[str, Any]) -> Call:
-        return Call(lambda: self._operator(**inputs), lambda results: {"o": results[0], "final_state": results[1]})
+        # Arguments by position: what matching names costs is no property of the operator.
+        arguments = [inputs.get(argument.name, argument.default_value) for argument in self._arguments]
+        same = {} if self.path else {"chunk_kda": _drop_in(inputs)}
+        return Call(
+            lambda: self._operator(*arguments), lambda results: {"o": results[0], "final_state": results[1]}, same
+        )
+
+
+def _drop_in(inputs: dict[str, Any]) -> Callable[[], Any]:
+    """The same call by ``kda_cuda.chunk_kda``."""
+    renamed = {f"use_{name}": f"use_{name}_in_kernel" for name in ("qk_l2norm", "gate", "beta_sigmoid")}
+    arguments = {renamed.get(name, name): x for name, x in inputs.items()}
+    return lambda: kda_cuda.chunk_kda(**arguments)
 
 
 def _schema_of(path: str) -> str:

@@ -117,6 +117,10 @@ def _measure(
     measurement: Json = {"errors": errors, "peak_bytes": peak_memory(device, runs[0])}
     has_host_time = device.asynchronous and not implementation.slow
     measurement["host_us"] = host_time(device, runs).as_json() if has_host_time else None
+    if has_host_time and calls[0].same:
+        measurement["same_host_us"] = {
+            name: host_time(device, [call.same[name] for call in calls]).as_json() for name in calls[0].same
+        }
     measurement["gpu"] = take(device, runs, SLOW_BUDGET if implementation.slow else budget).as_json()
     return measurement, outputs
 

@@ -244,9 +244,9 @@ def details_section(result: Json, figure_prefix: str) -> str:
                 if us is None:
                     row += [NOTHING] * 4
                 else:
-                    spread, host = ours["gpu"]["us"], ours["host_us"]
+                    spread = ours["gpu"]["us"]
                     row += [f"{time_text(spread['p10'])}–{time_text(spread['p90'])}", f"{case['roofline_us'] / us:.1%}"]
-                    row += [time_text(host and host["median"]), tables.bytes_text(ours["peak_bytes"])]
+                    row += [tables.host_text(ours), tables.bytes_text(ours["peak_bytes"])]
                 row += [time_text(median_us(case, name)) for name in others]
                 row += [time_text(recorded_us(operator, case["shape"], name, family)) for name in recorded]
                 rows.append(row)

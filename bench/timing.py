@@ -115,17 +115,19 @@ def time_events(device: Device, calls: Sequence[Call], budget: Budget = Budget()
     return Timing(Statistics.of([x / in_sample for x in samples]), "events", in_sample, warmup, clocks)
 
 
-def host_time(device: Device, calls: Sequence[Call]) -> Statistics:
-    """Microseconds of the host for one call that returns before the device is done."""
+def host_time(
+    device: Device, calls: Sequence[Call], count: int = HOST_CALLS, repeats: int = HOST_REPEATS
+) -> Statistics:
+    """Microseconds of the host for one call that returns before the device is done, from ``count`` calls a sample."""
     for call in calls:
         call()
     samples = []
-    for _ in range(HOST_REPEATS):
+    for _ in range(repeats):
         device.synchronize()
         start = device.now()
-        for i in range(HOST_CALLS):
+        for i in range(count):
             calls[i % len(calls)]()
-        samples.append((device.now() - start) * 1e6 / HOST_CALLS)
+        samples.append((device.now() - start) * 1e6 / count)
     device.synchronize()
     return Statistics.of(samples)
 

@@ -92,6 +92,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
 
 
 torch.library.register_fake("kda::chunk_fwd", _chunk_fwd)
+torch.library.register_fake("kda::inference_chunk_fwd", _chunk_fwd)
 torch.library.register_fake("kda::chunk_fwd_composite", _chunk_fwd)
 torch.library.register_fake("kda::chunk_fwd_cpu", _chunk_fwd)
 torch.library.register_fake("kda::chunk_bwd", _chunk_bwd)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import board, fla_tuning, implementations, inputs, measure, operators, results, shapes, timing
+from bench import board, fla_tuning, implementations, inputs, measure, operators, results, shapes, tables, timing
 from bench.devices import CLOCK_FIELDS, HostDevice
 from bench.shapes import Shape
 
@@ -273,6 +273,20 @@ def test_host_time_is_of_the_host_alone() -> None:
     device = FakeDevice()
     found = timing.host_time(device, [device.call(5000.0, host_us=12.0), device.call(5000.0, host_us=12.0)])
     assert found.median == pytest.approx(12.0) and len(found.samples) == timing.HOST_REPEATS
+
+
+def test_host_time_of_the_same_call_by_another_name() -> None:
+    """The drop-in takes what the operator takes, returns the same, and its host time stands behind the operator's."""
+    shape = Shape("h2_70", (40, 30), 2)
+    given = inputs.make_inputs(shape, "long", 0, "cpu")
+    call = implementations.OurForward().call(given)
+    o, final_state = call.same["chunk_kda"]()
+    expected = call.outputs(call.run())
+    assert torch.equal(o, expected["o"]) and torch.equal(final_state, expected["final_state"])
+    measurement = {"host_us": {"median": 15.12}}
+    assert tables.host_text(measurement) == "15.1"
+    assert tables.host_text(measurement | {"same_host_us": {"chunk_kda": {"median": 17.04}}}) == "15.1 / 17.0"
+    assert tables.host_text({"host_us": None}) == tables.NOTHING
 
 
 def test_statistics() -> None:

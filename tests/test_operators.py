@@ -53,7 +53,9 @@ def test_opcheck_with_gradients(inputs: dict) -> None:
     torch.library.opcheck(torch.ops.kda.chunk_fwd, positional(inputs))
 
 
-@pytest.mark.parametrize("operator", ["chunk_fwd_composite", "chunk_fwd_cpu", "check_chunk_fwd"])
+@pytest.mark.parametrize(
+    "operator", ["inference_chunk_fwd", "chunk_fwd_composite", "chunk_fwd_cpu", "check_chunk_fwd"]
+)
 def test_opcheck_of_variants(operator: str) -> None:
     torch.library.opcheck(getattr(torch.ops.kda, operator), positional(CASES["states"]))
 
@@ -108,7 +110,7 @@ def test_schema() -> None:
     assert not any(argument.kwarg_only for argument in schema.arguments)
     assert [result.name for result in schema.returns] == ["o", "final_state", "chunk_states"]
     described = [(a.name, str(a.type), a.default_value) for a in schema.arguments]
-    for variant in ("chunk_fwd_composite", "check_chunk_fwd", "composite_reason"):
+    for variant in ("inference_chunk_fwd", "chunk_fwd_composite", "check_chunk_fwd", "composite_reason"):
         arguments = getattr(torch.ops.kda, variant).default._schema.arguments
         assert [(a.name, str(a.type), a.default_value) for a in arguments] == described
 

@@ -123,7 +123,7 @@ bool is_activation_type(ScalarType type) {
 
 // g and beta: any floating type that is not wider than what the call computes in.
 void check_gate_type(const char* argument, const Tensor& tensor, ScalarType activation) {
-  const ScalarType type = tensor.scalar_type();
+  const ScalarType type = type_of(tensor);
   if (activation == ScalarType::Double ? is_activation_type(type)
                                        : is_activation_type(type) && type != ScalarType::Double) {
     return;
@@ -134,7 +134,7 @@ void check_gate_type(const char* argument, const Tensor& tensor, ScalarType acti
 
 // A_log and dt_bias: float32, or the type of float64 activations.
 void check_parameter_type(const char* argument, const Tensor& tensor, ScalarType activation) {
-  const ScalarType type = tensor.scalar_type();
+  const ScalarType type = type_of(tensor);
   if (type == ScalarType::Float || (type == ScalarType::Double && activation == ScalarType::Double)) return;
   fail(argument, "expected dtype float32 (float64 with float64 activations only), got ", name_of(type));
 }
@@ -145,7 +145,7 @@ void check_activations(const ChunkFwdArguments& args, const DeviceId& device) {
   check_rank("q", args.q, 4, "[B, T, H, K]");
   const auto q = args.q.sizes();
   const int64_t B = q[0], T = q[1], H = q[2], K = q[3];
-  const ScalarType type = args.q.scalar_type();
+  const ScalarType type = type_of(args.q);
   if (!is_activation_type(type)) {
     fail("q", "expected dtype bfloat16, float16, float32 or float64, got ", name_of(type));
   }
@@ -153,8 +153,8 @@ void check_activations(const ChunkFwdArguments& args, const DeviceId& device) {
   if (K < 1 || K > INT_MAX) fail("q", "expected a head size of at least 1 (K >= 1), got shape ", join(q));
 
   check_shape("k", args.k, "[B, T, H, K]", {B, T, H, K});
-  if (args.k.scalar_type() != type) {
-    fail("k", "expected dtype ", name_of(type), " as `q` has, got ", name_of(args.k.scalar_type()));
+  if (type_of(args.k) != type) {
+    fail("k", "expected dtype ", name_of(type), " as `q` has, got ", name_of(type_of(args.k)));
   }
   check_device("k", args.k, device);
 
@@ -169,8 +169,8 @@ void check_activations(const ChunkFwdArguments& args, const DeviceId& device) {
          join(v));
   }
   if (V < 1 || V > INT_MAX) fail("v", "expected a head size of at least 1 (V >= 1), got shape ", join(v));
-  if (args.v.scalar_type() != type) {
-    fail("v", "expected dtype ", name_of(type), " as `q` has, got ", name_of(args.v.scalar_type()));
+  if (type_of(args.v) != type) {
+    fail("v", "expected dtype ", name_of(type), " as `q` has, got ", name_of(type_of(args.v)));
   }
   check_device("v", args.v, device);
 
@@ -203,7 +203,7 @@ void check_dt_bias_shape(const Tensor& dt_bias, int64_t HV, int64_t K) {
 }
 
 void check_gate(const ChunkFwdArguments& args, const DeviceId& device) {
-  const ScalarType type = args.q.scalar_type();
+  const ScalarType type = type_of(args.q);
   const int64_t HV = args.v.size(2), K = args.q.size(3);
   if (!args.use_gate) {
     constexpr const char* kUnused = "expected None without use_gate (then `g` is the log-gate itself), got ";
@@ -231,7 +231,7 @@ void check_gate(const ChunkFwdArguments& args, const DeviceId& device) {
 
 void check_cu_seqlens_form(const Tensor& cu_seqlens) {
   check_rank("cu_seqlens", cu_seqlens, 1, "[N + 1]");
-  const ScalarType type = cu_seqlens.scalar_type();
+  const ScalarType type = type_of(cu_seqlens);
   if (type != ScalarType::Int && type != ScalarType::Long) {
     fail("cu_seqlens", "expected dtype int32 or int64, got ", name_of(type));
   }
@@ -257,7 +257,7 @@ void check_values(const Tensor& cu_seqlens, int64_t tokens, bool padding_allowed
   Tensor host = cu_seqlens;
   if (!host.is_cpu()) host = torch::stable::to(host, torch::stable::Device(DeviceType::CPU));
   if (!host.is_contiguous()) host = torch::stable::contiguous(host);
-  if (host.scalar_type() == ScalarType::Int) {
+  if (type_of(host) == ScalarType::Int) {
     check_values(static_cast<const int32_t*>(host.data_ptr()), host.numel(), tokens, padding_allowed);
   } else {
     check_values(static_cast<const int64_t*>(host.data_ptr()), host.numel(), tokens, padding_allowed);
@@ -283,8 +283,8 @@ void check_initial_state(const ChunkFwdArguments& args, const DeviceId& device) 
   } else {
     check_shape("initial_state", state, "[N, HV, K, V]", {n.sequences, n.value_heads, n.key_dim, n.value_dim});
   }
-  const ScalarType type = state.scalar_type();
-  const bool wide = type == ScalarType::Double && args.q.scalar_type() == ScalarType::Double;
+  const ScalarType type = type_of(state);
+  const bool wide = type == ScalarType::Double && type_of(args.q) == ScalarType::Double;
   if (type != ScalarType::Float && type != ScalarType::BFloat16 && !wide) {
     fail("initial_state", "expected dtype float32 or bfloat16 (float64 with float64 activations only), got ",
          name_of(type));

@@ -150,5 +150,6 @@ void boxed_chunk_fwd_cpu(StableIValue* stack, uint64_t, uint64_t) {
 
 STABLE_TORCH_LIBRARY_IMPL(kda, CPU, m) {
   m.impl("chunk_fwd", &kda::binding::boxed_chunk_fwd);
+  m.impl("inference_chunk_fwd", &kda::binding::boxed_chunk_fwd);
   m.impl("chunk_fwd_cpu", &kda::binding::boxed_chunk_fwd_cpu);
 }

@@ -35,8 +35,8 @@ ChunkFwdParams make_params(const ChunkFwdArguments& args, const ChunkFwdProblem&
   p.v_stride = token_strides(args.v);
   p.g_stride = token_strides(args.g);
   p.beta_stride = token_strides(args.beta);
-  p.gate_type = data_type(args.g.scalar_type());
-  p.beta_type = data_type(args.beta.scalar_type());
+  p.gate_type = data_type(type_of(args.g));
+  p.beta_type = data_type(type_of(args.beta));
 
   p.A_log = static_cast<const float*>(data_or_null(args.A_log));
   p.dt_bias = static_cast<const float*>(data_or_null(args.dt_bias));
@@ -44,12 +44,12 @@ ChunkFwdParams make_params(const ChunkFwdArguments& args, const ChunkFwdProblem&
     p.initial_state = args.initial_state->data_ptr();
     p.initial_state_stride_sequence = args.initial_state->stride(0);
     p.initial_state_stride_head = args.initial_state->stride(1);
-    p.state_type = data_type(args.initial_state->scalar_type());
+    p.state_type = data_type(type_of(*args.initial_state));
   }
   p.state_v_first = args.state_v_first;
   if (args.cu_seqlens) {
     p.cu_seqlens = args.cu_seqlens->data_ptr();
-    p.cu_seqlens_int64 = args.cu_seqlens->scalar_type() == ScalarType::Long;
+    p.cu_seqlens_int64 = type_of(*args.cu_seqlens) == ScalarType::Long;
   }
 
   p.scale = scale_of(args);
@@ -86,10 +86,8 @@ Outputs chunk_fwd_cuda(ChunkFwdArguments args) {
     check_cuda(cudaMemsetAsync(params.chunk_states, 0, outputs.chunk_states.numel() * sizeof(float), stream),
                "kda::chunk_fwd: clearing chunk_states");
   }
-  const auto workspace_bytes = static_cast<int64_t>(plan.workspace.total_bytes);
-  const Tensor workspace =
-      empty_tensor(std::array{workspace_bytes}, aoti_torch_dtype_uint8(), aoti_torch_device_type_cuda(), device);
-  params.workspace = workspace.data_ptr();
+  const ScratchMemory workspace(plan.workspace.total_bytes);
+  params.workspace = workspace.data();
   check_cuda(chunk_fwd(params, plan, stream), "kda::chunk_fwd: launching the kernels");
   return outputs;
 }
@@ -102,4 +100,7 @@ void boxed_chunk_fwd_cuda(StableIValue* stack, uint64_t, uint64_t) {
 
 }  // namespace kda::binding
 
-STABLE_TORCH_LIBRARY_IMPL(kda, CUDA, m) { m.impl("chunk_fwd", &kda::binding::boxed_chunk_fwd_cuda); }
+STABLE_TORCH_LIBRARY_IMPL(kda, CUDA, m) {
+  m.impl("chunk_fwd", &kda::binding::boxed_chunk_fwd_cuda);
+  m.impl("inference_chunk_fwd", &kda::binding::boxed_chunk_fwd_cuda);
+}

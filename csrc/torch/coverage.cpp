@@ -30,14 +30,14 @@ ChunkFwdProblem problem_of(const ChunkFwdArguments& args, const Device& device) 
   problem.value_heads = static_cast<int>(n.value_heads);
   problem.key_dim = static_cast<int>(n.key_dim);
   problem.value_dim = static_cast<int>(n.value_dim);
-  problem.activation_type = data_type(args.q.scalar_type());  // float64: layout_reason names it before
+  problem.activation_type = data_type(type_of(args.q));  // float64: layout_reason names it before
   problem.compute_capability = device.compute_capability;
   problem.sm_count = device.sm_count;
   return problem;
 }
 
 const char* layout_reason(const ChunkFwdArguments& args) {
-  if (args.q.scalar_type() == ScalarType::Double) return "the kernels take bf16 and fp16 activations, not fp64";
+  if (type_of(args.q) == ScalarType::Double) return "the kernels take bf16 and fp16 activations, not fp64";
   if (!last_dimension_is_contiguous(args.q)) return "the last dimension of `q` is not contiguous";
   if (!last_dimension_is_contiguous(args.k)) return "the last dimension of `k` is not contiguous";
   if (!last_dimension_is_contiguous(args.v)) return "the last dimension of `v` is not contiguous";

@@ -11,18 +11,30 @@ namespace kda::binding {
 
 namespace {
 
-using GetCurrentStream = AOTITorchError (*)(int32_t device_index, void** stream);
-
-// The function is part of libtorch_cuda.so. Looked up at run time, so that the library loads on a torch without CUDA as
+// Functions of libtorch_cuda.so. They are looked up at run time, so that the library loads on a torch without CUDA as
 // well; a CUDA tensor exists only where libtorch_cuda.so is loaded.
-GetCurrentStream find_get_current_stream() {
-  constexpr const char* kName = "aoti_torch_get_current_cuda_stream";
-  void* symbol = dlsym(RTLD_DEFAULT, kName);
+using GetCurrentStream = AOTITorchError (*)(int32_t device_index, void** stream);
+using Allocate = AOTITorchError (*)(uint64_t bytes, void** data);
+using Free = AOTITorchError (*)(void* data);
+
+template <typename Function>
+Function find_in_torch(const char* name) {
+  void* symbol = dlsym(RTLD_DEFAULT, name);
   if (!symbol) {
-    if (void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD)) symbol = dlsym(library, kName);
+    if (void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD)) symbol = dlsym(library, name);
   }
-  if (!symbol) throw std::runtime_error(std::string("kda-cuda: this torch has no function ") + kName);
-  return reinterpret_cast<GetCurrentStream>(symbol);
+  if (!symbol) throw std::runtime_error(std::string("kda-cuda: this torch has no function ") + name);
+  return reinterpret_cast<Function>(symbol);
+}
+
+struct Allocator {
+  Allocate allocate = find_in_torch<Allocate>("aoti_torch_cuda_caching_allocator_raw_alloc");
+  Free free = find_in_torch<Free>("aoti_torch_cuda_caching_allocator_raw_delete");
+};
+
+const Allocator& torch_allocator() {
+  static const Allocator allocator;
+  return allocator;
 }
 
 int device_attribute(cudaDeviceAttr attribute, int32_t index) {
@@ -48,15 +60,24 @@ void check_cuda(cudaError_t status, const char* action) {
 }
 
 cudaStream_t current_stream(int32_t device_index) {
-  static const GetCurrentStream get_current_stream = find_get_current_stream();
+  static const auto get_current_stream = find_in_torch<GetCurrentStream>("aoti_torch_get_current_cuda_stream");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(get_current_stream(device_index, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
 // The CUDA runtime of this library keeps its own current device; it is set on every call rather than trusted.
-DeviceScope::DeviceScope(int32_t device_index) : guard_(device_index) {
+DeviceScope::DeviceScope(int32_t device_index) {
+  int32_t current = -1;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_device_index(&current));
+  if (current != device_index) guard_.emplace(device_index);
   check_cuda(cudaSetDevice(device_index), "kda-cuda: selecting the device");
+}
+
+ScratchMemory::ScratchMemory(size_t bytes) { STABLE_TORCH_ERROR_CODE_CHECK(torch_allocator().allocate(bytes, &data_)); }
+
+ScratchMemory::~ScratchMemory() {
+  if (data_) torch_allocator().free(data_);
 }
 
 Device cuda_device(int32_t index) {

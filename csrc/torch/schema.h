@@ -15,6 +15,9 @@ inline constexpr const char* kSchemas[] = {
     // The forward: by kernels where they cover the call, on CUDA and on the CPU, else by the composite implementation.
     "chunk_fwd(" KDA_CHUNK_FWD_ARGUMENTS ") -> (Tensor o, Tensor final_state, Tensor chunk_states)",
 
+    // The forward where no gradient is wanted: the same kernels, nothing of this project at the Autograd keys.
+    "inference_chunk_fwd(" KDA_CHUNK_FWD_ARGUMENTS ") -> (Tensor o, Tensor final_state, Tensor chunk_states)",
+
     // The composite implementation of the forward: on the CPU that of chunk_fwd, elsewhere PyTorch operators.
     "chunk_fwd_composite(" KDA_CHUNK_FWD_ARGUMENTS ") -> (Tensor o, Tensor final_state, Tensor chunk_states)",
 
