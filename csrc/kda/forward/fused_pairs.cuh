@@ -21,13 +21,18 @@ struct RowValues {
   float* write;         // beta |k|^-2: beta for keys as they came and values over |k|
   float* query_power;   // power of two that scales q to about 1, for operands in fp16
   float* key_power;     // likewise k
+  float* key_norm;      // |k|, or 1
+  float* output_scale;  // scale / |q|, or scale
 
   __device__ __forceinline__ explicit RowValues(void* memory)
       : query_key(static_cast<float*>(memory)),
         write(query_key + kStepTokens),
         query_power(write + kStepTokens),
-        key_power(query_power + kStepTokens) {}
+        key_power(query_power + kStepTokens),
+        key_norm(key_power + kStepTokens),
+        output_scale(key_norm + kStepTokens) {}
 };
+inline constexpr int kRowValueArrays = 6;
 
 // What decides about the pairs: log2 range on either side of the middle that bf16 and fp32 hold with operands up to
 // 2^kMaxNormLog2.
@@ -234,13 +239,12 @@ struct FusedOperands {
 
   // Operands of the level of blocks of `block` tokens, in the place of the gated keys and queries: a token in an upper block is the later one of
   // its pairs, and has P = exp(G_i - G of the token before its block); one in a lower block is the earlier one, and has R = exp(G of the block's last
-  // token - G_j). kHalf: fp16, q and k scaled to about 1; otherwise bf16.
-  template <bool kHalf>
-  __device__ __forceinline__ void store_level(int block, const RowValues& rows) const {
+  // token - G_j). half: fp16, q and k scaled to about 1; otherwise bf16, with powers of 1.
+  __device__ __forceinline__ void store_level(int block, const RowValues& rows, bool half) const {
     const auto scaled = [&](uint32_t packed, const float2& factor, float power) {
       const float2 x = Packed2<Element>::to_float2(packed);
-      if constexpr (kHalf) return Packed2<Float16>::from_floats(x.x * power * factor.x, x.y * power * factor.y);
-      return pack_bf16(x.x * factor.x, x.y * factor.y);
+      const float2 y = {x.x * power * factor.x, x.y * power * factor.y};
+      return half ? Packed2<Float16>::from_floats(y.x, y.y) : pack_bf16(y.x, y.y);
     };
     float2 sum = total_of(first_token() / block * block / kTokens, group);
 #pragma unroll

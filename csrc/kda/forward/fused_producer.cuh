@@ -123,8 +123,7 @@ struct FusedProducer {
   }
 
   // q·k, |q|^2 and |k|^2 are on the diagonals of those products; what follows from them. Returns whether q and k are too large for one reference.
-  __device__ __forceinline__ bool store_row_values(uint8_t* stage, const uint8_t* raw, const RowValues& rows,
-                                                   float beta) const {
+  __device__ __forceinline__ bool store_row_values(const uint8_t* raw, const RowValues& rows, float beta) const {
     float with_q[4] = {}, with_k[4] = {};
     multiply_rows(with_q, with_k, raw);
     if (!owns_diagonal()) return false;
@@ -141,10 +140,10 @@ struct FusedProducer {
     rows.query_key[token] = odd ? with_k[1] : with_k[0];
     rows.write[token] = beta * inverse_k * inverse_k;
     const auto power_of_two = [](float x) { return __uint_as_float(__float_as_uint(x) & 0x7f800000u); };
-    rows.query_power[token] = power_of_two(inverse_q);
+    rows.query_power[token] = power_of_two(inverse_q);  // 1 if q and k are not normalised
     rows.key_power[token] = power_of_two(inverse_k);
-    reinterpret_cast<float*>(stage + Config::kKeyNorm)[token] = norm_k;
-    reinterpret_cast<float*>(stage + Config::kOutputScale)[token] = call.scale * inverse_q;
+    rows.key_norm[token] = norm_k;
+    rows.output_scale[token] = call.scale * inverse_q;
     constexpr float kLimit = static_cast<float>(1 << static_cast<int>(2 * kMaxNormLog2));
     return !(squares_q <= kLimit && squares_k <= kLimit);
   }
@@ -153,15 +152,34 @@ struct FusedProducer {
   __device__ __forceinline__ bool owns_diagonal() const { return member() == row_group() >> 1; }
 
   // beta of the token whose diagonal element the lane owns, as it is in memory: the conversion would wait for the load.
-  __device__ __forceinline__ uint32_t load_beta(int step) const {
-    const int row = 8 * warp + row_group();
-    if (step >= item.steps || !owns_diagonal() || row >= item.tokens(step)) return 0;
-    const int64_t token = item.range.begin + int64_t{step} * C + row;
-    const int64_t offset = item.range.batch * call.beta_stride.batch + token * call.beta_stride.token +
-                           item.value_head * call.beta_stride.head;
-    if (call.beta_type == DataType::kFloat32) return static_cast<const uint32_t*>(call.beta)[offset];
-    return static_cast<const uint16_t*>(call.beta)[offset];
-  }
+  struct BetaReader {
+    const uint8_t* source;  // in the group's next step
+    int tokens_left;        // of the sequence, from the lane's token of that step on
+
+    __device__ __forceinline__ int bytes(const FusedProducer& p) const {
+      return p.call.beta_type == DataType::kFloat32 ? 4 : 2;
+    }
+
+    __device__ __forceinline__ explicit BetaReader(const FusedProducer& p) {
+      const int row = 8 * p.warp + p.row_group() + p.producer * C;
+      const TokenStrides& stride = p.call.beta_stride;
+      source = static_cast<const uint8_t*>(p.call.beta) +
+               (p.item.range.batch * stride.batch + (p.item.range.begin + row) * stride.token +
+                p.item.value_head * stride.head) *
+                   bytes(p);
+      tokens_left = p.owns_diagonal() ? static_cast<int>(p.item.range.end - p.item.range.begin) - row : 0;
+    }
+
+    __device__ __forceinline__ uint32_t next(const FusedProducer& p) {
+      uint32_t bits = 0;
+      if (tokens_left > 0) {
+        bits = bytes(p) == 4 ? *reinterpret_cast<const uint32_t*>(source) : *reinterpret_cast<const uint16_t*>(source);
+      }
+      source += Config::kProducerGroups * C * p.call.beta_stride.token * bytes(p);
+      tokens_left -= Config::kProducerGroups * C;
+      return bits;
+    }
+  };
 
   __device__ __forceinline__ float activate_beta(uint32_t bits) const {
     float beta = __uint_as_float(bits);
@@ -183,8 +201,9 @@ struct FusedProducer {
   };
 
   // d += the products with token blocks first .. first + kCount - 1.
-  template <bool kHalf, int kCount, typename Tile>
-  __device__ __forceinline__ void multiply(float (&d)[kCount][4], const PairTiles<Tile>& tiles, int first) const {
+  template <int kCount, typename Tile>
+  __device__ __forceinline__ void multiply(float (&d)[kCount][4], const PairTiles<Tile>& tiles, int first,
+                                           bool half) const {
     const int matrix = lane >> 3, row = lane & 7;
     const uint32_t a_tile = matrix & 1 ? tiles.k : tiles.q;
 #pragma unroll
@@ -192,7 +211,7 @@ struct FusedProducer {
       uint32_t a[4], b[4];
       ptx::ldmatrix_x4(a, a_tile + Tile::unit_offset(8 * warp + row, 2 * kt + (matrix >> 1)));
       const auto product = [&](float(&acc)[4], uint32_t b0, uint32_t b1) {
-        if constexpr (kHalf) {
+        if (half) {
           ptx::mma_m16n8k16_f16(acc, a[0], a[1], a[2], a[3], b0, b1);
         } else {
           ptx::mma_m16n8k16_bf16(acc, a[0], a[1], a[2], a[3], b0, b1);
@@ -219,30 +238,30 @@ struct FusedProducer {
     // Token blocks above the diagonal may come along; their products, of any value, are not used.
     if (warp < 2) {
       float low[2][4] = {};
-      multiply<false, 2>(low, tiles, 0);
+      multiply<2>(low, tiles, 0, false);
 #pragma unroll
       for (int e = 0; e < 4; ++e) products.tile[0][e] = low[0][e], products.tile[1][e] = low[1][e];
     } else {
-      multiply<false, 4>(products.tile, tiles, 0);
+      multiply<4>(products.tile, tiles, 0, false);
     }
   }
 
   // Level by level; see store_level.
-  template <bool kHalf>
   __device__ __forceinline__ void multiply_by_levels(Products& products, const FusedOperands<Config>& operands,
                                                      const RowValues& rows) const {
+    const bool half = call.qk_l2norm;  // operands are at most 1
     using Tile = typename Config::GatedTile;
     const uint32_t keys = ptx::shared_address(operands.stage) + Config::kGated;
     const PairTiles<Tile> tiles{keys + Tile::unit_offset(C, 0), keys, keys};
 #pragma unroll 1
     for (int block = C / 2; block > 0; block /= 2) {
       sync();  // the operands of the level before have been read
-      operands.template store_level<kHalf>(block, rows);
+      operands.store_level(block, rows, half);
       sync();
       if (block == 16) {
         if (warp >= 2) {
           float low[2][4] = {};
-          multiply<kHalf, 2>(low, tiles, 0);
+          multiply<2>(low, tiles, 0, half);
 #pragma unroll
           for (int e = 0; e < 4; ++e) products.tile[0][e] = low[0][e], products.tile[1][e] = low[1][e];
         }
@@ -253,7 +272,7 @@ struct FusedProducer {
       const int earlier = block == 8 ? warp - 1 : warp;
       if (block == 8 && !(warp & 1)) continue;
       float d[1][4] = {};
-      multiply<kHalf, 1>(d, tiles, earlier);
+      multiply<1>(d, tiles, earlier, half);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
 #pragma unroll
@@ -264,14 +283,13 @@ struct FusedProducer {
         }
       }
     }
-    if constexpr (kHalf) {  // the powers of two are exact, and so are their inverses
+    // The powers of two are exact, and so are their inverses.
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
+    for (int n = 0; n < 4; ++n) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float power = (e < 2 ? rows.query_power : rows.key_power)[8 * warp + row_group()];
-          products.tile[n][e] *= 1.0f / (power * rows.key_power[8 * n + 2 * member() + (e & 1)]);
-        }
+      for (int e = 0; e < 4; ++e) {
+        const float power = (e < 2 ? rows.query_power : rows.key_power)[8 * warp + row_group()];
+        products.tile[n][e] *= 1.0f / (power * rows.key_power[8 * n + 2 * member() + (e & 1)]);
       }
     }
   }
@@ -291,7 +309,7 @@ struct FusedProducer {
     }
   }
 
-  // Tinv as the sum of three bf16 operands: its entries cancel in products where keys repeat and the gates hardly decay.
+  // Into the stage: the values of the rows, and Tinv as the sum of three bf16 operands: its entries cancel in products where keys repeat and the gates hardly decay.
   __device__ __forceinline__ void store_inverse(uint8_t* stage, const RowValues& rows) const {
     const int row = thread >> 2, column = 8 * (thread & 3);
     uint32_t high[4], middle[4], low[4];
@@ -311,6 +329,10 @@ struct FusedProducer {
     const auto store = [&](int tile, int tile_column, const uint32_t(&v)[4]) {
       *reinterpret_cast<uint4*>(stage + tile + Config::PairTile::pair_offset(row, tile_column)) = {v[0], v[1], v[2], v[3]};
     };
+    if (column == 0) {
+      reinterpret_cast<float*>(stage + Config::kKeyNorm)[row] = rows.key_norm[row];
+      reinterpret_cast<float*>(stage + Config::kOutputScale)[row] = rows.output_scale[row];
+    }
     store(Config::kInverseTile, column, high);
     store(Config::kInverseTile, C + column, middle);
     store(Config::kAqkTile, C + column, low);
@@ -339,8 +361,6 @@ struct FusedProducer {
     const uint32_t full = Config::full(shared_base, stage_index), empty = Config::empty(shared_base, stage_index);
     const RowValues rows(scratch() + Config::kRowValues);
 
-    ptx::mbarrier_wait_parity(empty, (step / Config::kStages & 1) ^ 1);
-    load_values(stage, full, step);
     ptx::mbarrier_wait_parity(Config::raw_full(shared_base, step % raw_buffers()), step / raw_buffers() & 1);
     FusedOperands<Config> operands{raw, stage, scratch(), channel(), token_group, tokens, constants.gate_unit};
     if (tokens < C) {
@@ -348,12 +368,14 @@ struct FusedProducer {
       sync();
     }
     const float beta = 8 * warp + row_group() < tokens ? activate_beta(beta_bits) : 0.0f;  // past the end: no write
-    bool far_apart = store_row_values(stage, raw, rows, beta);
+    bool far_apart = store_row_values(raw, rows, beta);
     operands.load_gates(call);
     far_apart |= operands.activate(call, constants.decay_rate, constants.bias);
     far_apart = ptx::barrier_any(kBarrier + producer, Config::kGroupThreads, far_apart);
-    operands.store_step_decay();
 
+    ptx::mbarrier_wait_parity(empty, (step / Config::kStages & 1) ^ 1);
+    load_values(stage, full, step);
+    operands.store_step_decay();
     Products products;
     if (!far_apart) {
       if (token_group >= Config::kTokenGroups / 2) {
@@ -364,11 +386,7 @@ struct FusedProducer {
       sync();
       multiply_with_middle_reference(products, raw);
     } else {
-      if (call.qk_l2norm) {
-        multiply_by_levels<true>(products, operands, rows);
-      } else {
-        multiply_by_levels<false>(products, operands, rows);
-      }
+      multiply_by_levels(products, operands, rows);
       sync();  // the last level's operands have been read
       operands.store_state_operands();
     }
@@ -396,10 +414,11 @@ struct FusedProducer {
     if (producer == 0) {
       for (int step = 0; step < raw_buffers(); ++step) load_inputs(step);
     }
-    uint32_t beta_next = load_beta(producer);
+    BetaReader betas(*this);
+    uint32_t beta_next = betas.next(*this);
     for (int step = producer; step < item.steps; step += Config::kProducerGroups) {
       const uint32_t beta = beta_next;
-      beta_next = load_beta(step + Config::kProducerGroups);
+      beta_next = betas.next(*this);
       const int here = ptx::opaque(thread);
       FusedProducer{params, call, item, shared, producer, here, here >> 5, here & 31}.make_step(step, constants, beta);
     }
