@@ -33,9 +33,9 @@ struct FusedConfig {
   static constexpr bool kVectorized = kVectorized_;
 
   // Registers of a thread after the roles have parted: 65536 for all threads.
-  static constexpr int kConsumerGroups = kRows / 64, kProducerGroups = kConsumerGroups == 2 ? 2 : 3, kGroupThreads = 128;
+  static constexpr int kConsumerGroups = kRows / 64, kProducerGroups = 2, kGroupThreads = 128;
   static constexpr int kThreads = (kProducerGroups + kConsumerGroups) * kGroupThreads;
-  static constexpr int kProducerRegisters = kConsumerGroups == 2 ? 96 : 112;
+  static constexpr int kProducerRegisters = kConsumerGroups == 2 ? 96 : 168;
   static constexpr int kConsumerRegisters = kConsumerGroups == 2 ? 160 : 168;
 
   // One stage: what a consumer needs of a step.
@@ -57,10 +57,10 @@ struct FusedConfig {
   static constexpr int kOutputScale = kKeyNorm + C * 4;                    // scale / |q|, or scale   [C] fp32
   static constexpr int kStageBytes = (kOutputScale + C * 4 + 1023) / 1024 * 1024;
 
-  // The rows of q, k and g of a step as they come; then, in their place, the operands of the pair products. A ring of buffers, three, or two
-  // if the gate is fp32.
-  static constexpr int kRawQ = 0, kRawK = kKeyTileBytes, kRawG = 2 * kKeyTileBytes;
-  static constexpr int kRawRingBytes = 9 * kKeyTileBytes, kMaxRawBuffers = 3;
+  // The rows of q, k and g of a step as they come, one buffer for each producer group. Then, in their place, the gates in fp32 (over g, which
+  // has room for fp32) and the operands of the pair products: P q, P k over q, k, and R k over the first of the gates.
+  static constexpr int kRawQ = 0, kRawK = kKeyTileBytes, kRawG = 2 * kKeyTileBytes, kSecondGate = 3 * kKeyTileBytes;
+  static constexpr int kRawBytes = 4 * kKeyTileBytes;
 
   // What a producer group has for itself.
   static constexpr int kSolve = 0;  // Akk, then its inverse   [C, 36] fp32
@@ -75,10 +75,10 @@ struct FusedConfig {
   static constexpr int kOutputTileBytes = C * (2 * 64 + 16), kOutputBytes = 2 * kOutputTileBytes;
 
   static constexpr int kRawOffset = kStages * kStageBytes;
-  static constexpr int kProducerOffset = kRawOffset + kRawRingBytes;
+  static constexpr int kProducerOffset = kRawOffset + kProducerGroups * kRawBytes;
   static constexpr int kOutputOffset = kProducerOffset + kProducerGroups * kProducerBytes;
   static constexpr int kBarrierOffset = kOutputOffset + kConsumerGroups * kOutputBytes;
-  static constexpr int kBarriers = 2 * kStages + kMaxRawBuffers;
+  static constexpr int kBarriers = 2 * kStages + kProducerGroups;
   static constexpr int kSharedBytes = kBarrierOffset + 8 * kBarriers;
   static_assert(kSharedBytes <= 227 * 1024);
 
@@ -88,8 +88,8 @@ struct FusedConfig {
   static __device__ __forceinline__ uint32_t empty(uint32_t shared, int stage) {
     return shared + kBarrierOffset + 16 * stage + 8;
   }
-  static __device__ __forceinline__ uint32_t raw_full(uint32_t shared, int buffer) {
-    return shared + kBarrierOffset + 16 * kStages + 8 * buffer;
+  static __device__ __forceinline__ uint32_t raw_full(uint32_t shared, int producer) {
+    return shared + kBarrierOffset + 16 * kStages + 8 * producer;
   }
 };
 

@@ -105,32 +105,43 @@ struct FusedConsumer {
     }
   }
 
+  // Where the thread's part of o goes: 16 bytes of every kRowsAtOnce-th row of a step.
+  struct OutputRows {
+    static constexpr int kUnits = 64 / 8, kRowsAtOnce = Config::kGroupThreads / kUnits;
+    Element* next;  // in the next step to store
+    int64_t row_stride;
+    int row, unit;
+
+    __device__ __forceinline__ explicit OutputRows(const FusedConsumer& c)
+        : row_stride(int64_t{c.call.problem.value_heads} * Config::V), row(c.thread / kUnits), unit(c.thread % kUnits) {
+      const int64_t first = c.item.range.batch * c.call.problem.tokens + c.item.range.begin + row;
+      next = static_cast<Element*>(c.call.o) + first * row_stride + c.item.value_head * Config::V + c.group_row() + 8 * unit;
+    }
+  };
+
   // To rows of o, by way of shared memory. A buffer is used again two steps later, and the barrier of the step between says that it
   // has been read.
-  __device__ __forceinline__ void store_output(const PackedOutput& packed, int step) const {
+  __device__ __forceinline__ void store_output(const PackedOutput& packed, OutputRows& rows, int step) const {
     uint8_t* const tile =
         shared + Config::kOutputOffset + consumer * Config::kOutputBytes + step % 2 * Config::kOutputTileBytes;
     const int matrix = lane >> 3;
+    const uint32_t address = ptx::shared_address(tile) +
+                             Config::OutputTile::unit_offset(8 * (matrix >> 1) + (lane & 7), 2 * warp + (matrix & 1));
 #pragma unroll
     for (int n = 0; n < kTokenTiles; n += 2) {
-      const int token = 8 * (n + (matrix >> 1)) + (lane & 7), unit = 2 * warp + (matrix & 1);
-      ptx::stmatrix_x4_trans(ptx::shared_address(tile) + Config::OutputTile::unit_offset(token, unit),
-                             packed.pairs[n][0], packed.pairs[n][1], packed.pairs[n + 1][0], packed.pairs[n + 1][1]);
+      ptx::stmatrix_x4_trans(address + Config::OutputTile::unit_offset(8 * n, 0), packed.pairs[n][0], packed.pairs[n][1],
+                             packed.pairs[n + 1][0], packed.pairs[n + 1][1]);
     }
     sync();
-    constexpr int kUnits = 64 / 8;
-    const int64_t first_token = item.range.batch * call.problem.tokens + item.range.begin + int64_t{step} * C;
-    const int tokens = item.tokens(step), unit = thread % kUnits;
-    const int64_t row_stride = int64_t{call.problem.value_heads} * Config::V;
-    Element* const rows =
-        static_cast<Element*>(call.o) + first_token * row_stride + item.value_head * Config::V + group_row() + 8 * unit;
+    const int tokens = item.tokens(step);
+    const uint8_t* from = tile + Config::OutputTile::unit_offset(rows.row, rows.unit);
 #pragma unroll
-    for (int i = 0; i < C * kUnits / Config::kGroupThreads; ++i) {
-      const int token = thread / kUnits + i * (Config::kGroupThreads / kUnits);
-      if (token < tokens) {
-        *reinterpret_cast<uint4*>(rows + token * row_stride) =
-            *reinterpret_cast<const uint4*>(tile + Config::OutputTile::unit_offset(token, unit));
+    for (int i = 0; i < C; i += OutputRows::kRowsAtOnce) {
+      if (rows.row + i < tokens) {
+        *reinterpret_cast<uint4*>(rows.next) = *reinterpret_cast<const uint4*>(from);
       }
+      rows.next += OutputRows::kRowsAtOnce * rows.row_stride;
+      from += Config::OutputTile::unit_offset(OutputRows::kRowsAtOnce, 0);
     }
   }
 
@@ -149,6 +160,7 @@ struct FusedConsumer {
     }
     const int64_t first_slot = first_chunk_slot(call, item.sequence, item.range);
 
+    OutputRows output_rows(*this);
     PackedOutput output;  // of the step before, stored while the products of the next one run
     for (int step = 0; step < item.steps; ++step) {
       const int stage_index = step % Config::kStages, use = step / Config::kStages;
@@ -181,7 +193,7 @@ struct FusedConsumer {
       wgmma::fence();
       multiply_state(products, operands, gated);
       wgmma::commit_group();
-      if (step > 0) store_output(output, step - 1);
+      if (step > 0) store_output(output, output_rows, step - 1);
 
       uint32_t v[kTokenTiles / 2][4];
 #pragma unroll
@@ -243,7 +255,7 @@ struct FusedConsumer {
       pack_output(output, o, stage);
       ptx::mbarrier_arrive(Config::empty(shared_base, stage_index));
     }
-    if (item.steps > 0) store_output(output, item.steps - 1);
+    if (item.steps > 0) store_output(output, output_rows, item.steps - 1);
 
     if (call.final_state != nullptr) {
       state.store(call.final_state + (item.sequence * value_heads + item.value_head) * K * Config::V +

@@ -45,6 +45,7 @@ template <typename Config>
 struct FusedOperands {
   using Element = typename Config::Element;
   static constexpr int K = Config::K, C = Config::C, kTokens = Config::kTokensPerThread, kGroups = Config::kTokenGroups;
+  static constexpr int kBatch = 4;  // tokens whose loads are issued together: a store may alias any load after it
 
   uint8_t* const raw;      // rows of the step; pair operands take their place
   uint8_t* const stage;    // the stage to fill
@@ -52,9 +53,7 @@ struct FusedOperands {
   const int channel;       // first of the thread's two channels
   const int group;         // its tokens are kTokens * group ..
   const int tokens;        // of the step
-  const float unit;      // of `gate`
-
-  float gate[kTokens][2];  // log2 alpha is unit * gate
+  const float unit;        // of the gates in memory: log2 alpha is unit * gate
 
   __device__ __forceinline__ int first_token() const { return kTokens * group; }
   __device__ __forceinline__ float2* totals(int token_group) const {
@@ -62,98 +61,136 @@ struct FusedOperands {
   }
   using KeyTile = typename Config::KeyTile;
   using GatedTile = typename Config::GatedTile;
-  __device__ __forceinline__ uint32_t* row_pair(int region, int token) const {
-    return reinterpret_cast<uint32_t*>(raw + region + KeyTile::pair_offset(token, channel));
+
+  // A token of the step as eight + n, eight a multiple of 8: the offset of n in a swizzled tile is known where n is.
+  struct Token {
+    int eight, n;
+    __device__ __forceinline__ int index() const { return eight + n; }
+  };
+  // The thread's token i.
+  __device__ __forceinline__ Token token(int i) const { return {first_token() + (i & ~7), i & 7}; }
+  static_assert(kTokens % 8 == 0);
+
+  template <typename Tile>
+  __device__ __forceinline__ uint32_t* pair(uint8_t* tile, Token t) const {
+    return reinterpret_cast<uint32_t*>(tile + Tile::pair_offset(t.n, channel) + Tile::unit_offset(8, 0) / 8 * t.eight);
   }
-  // Row `row` of the tile of gated keys (rows 0 .. C - 1) and queries.
-  __device__ __forceinline__ uint32_t* gated_pair(int row) const {
-    return reinterpret_cast<uint32_t*>(stage + Config::kGated + GatedTile::pair_offset(row, channel));
+  __device__ __forceinline__ uint32_t* row_pair(int region, Token t) const { return pair<KeyTile>(raw + region, t); }
+  // Of the tile of gated keys (rows 0 .. C - 1) and queries.
+  __device__ __forceinline__ uint32_t* gated_key(Token t) const { return pair<GatedTile>(stage + Config::kGated, t); }
+  __device__ __forceinline__ uint32_t* gated_query(Token t) const {
+    return pair<GatedTile>(stage + Config::kGated + GatedTile::unit_offset(C, 0), t);
   }
-  __device__ __forceinline__ uint32_t* decayed_pair(int row) const {
-    return reinterpret_cast<uint32_t*>(stage + Config::kKeysDecayed + KeyTile::pair_offset(row, channel));
+  __device__ __forceinline__ uint32_t* decayed_key(Token t) const {
+    return pair<KeyTile>(stage + Config::kKeysDecayed, t);
   }
 
-  template <typename Gate>
-  __device__ __forceinline__ void load_16bit_gates() {
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      const float2 g = Packed2<Gate>::to_float2(*row_pair(Config::kRawG, first_token() + i));
-      gate[i][0] = g.x, gate[i][1] = g.y;
-    }
+  // The gates of a pair of channels: two tiles, the first of which later takes the earlier tokens' k of the pair products. Each slot is
+  // read and written by one thread.
+  __device__ __forceinline__ float2 gate(Token t) const {
+    return {__uint_as_float(*row_pair(Config::kRawG, t)), __uint_as_float(*row_pair(Config::kSecondGate, t))};
   }
-
-  // The thread's elements of the tensor g.
-  __device__ __forceinline__ void load_gates(const ChunkFwdParams& call) {
-    if (call.gate_type == DataType::kBFloat16) {
-      load_16bit_gates<BFloat16>();
-    } else if (call.gate_type == DataType::kFloat16) {
-      load_16bit_gates<Float16>();
-    } else {
-#pragma unroll
-      for (int i = 0; i < kTokens; ++i) {
-        // The tile of fp32: two columns of 16 bits for each channel.
-        const uint32_t unit = KeyTile::unit_offset(first_token() + i, channel / 4);
-        const float2 g = *reinterpret_cast<const float2*>(raw + Config::kRawG + unit + channel % 4 * 4);
-        gate[i][0] = g.x, gate[i][1] = g.y;
-      }
-    }
+  __device__ __forceinline__ void store_gate(Token t, float2 value) const {
+    *row_pair(Config::kRawG, t) = __float_as_uint(value.x);
+    *row_pair(Config::kSecondGate, t) = __float_as_uint(value.y);
   }
 
   // Zeros for q and k past the end, where rows of another sequence may lie.
   __device__ __forceinline__ void clear_rows_past_end() const {
+#pragma unroll 1
     for (int i = 0; i < kTokens; ++i) {
       if (first_token() + i >= tokens) {
-        *row_pair(Config::kRawQ, first_token() + i) = 0;
-        *row_pair(Config::kRawK, first_token() + i) = 0;
+        *row_pair(Config::kRawQ, token(i)) = 0;
+        *row_pair(Config::kRawK, token(i)) = 0;
       }
     }
   }
 
-  // From elements of g to the log-gate; 0 past the end. The thread's totals into shared memory. Returns whether its tokens are too
-  // far apart for one reference.
-  __device__ __forceinline__ bool activate(const ChunkFwdParams& call, float decay_rate, float2 bias) {
+  // From elements of g to the log-gate, in their place; 0 past the end. The thread's totals into shared memory. Returns whether its tokens are
+  // too far apart for one reference. sync: a barrier of the group.
+  template <typename Sync>
+  __device__ __forceinline__ bool activate(const ChunkFwdParams& call, float decay_rate, float2 bias, Sync sync) const {
+    if (call.gate_type == DataType::kBFloat16) {
+      return activate_with(call, decay_rate, bias, [&](Token t) {
+        return Packed2<BFloat16>::to_float2(*row_pair(Config::kRawG, t));
+      });
+    }
+    if (call.gate_type == DataType::kFloat16) {
+      return activate_with(call, decay_rate, bias, [&](Token t) {
+        return Packed2<Float16>::to_float2(*row_pair(Config::kRawG, t));
+      });
+    }
+    // Tiles of fp32 have two columns of 16 bits for each channel: to the gates' slots first.
+    float2 g[kTokens];
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const uint32_t unit_offset = KeyTile::unit_offset(first_token() + i, channel / 4);
+      g[i] = *reinterpret_cast<const float2*>(raw + Config::kRawG + unit_offset + channel % 4 * 4);
+    }
+    sync();
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) store_gate(token(i), g[i]);
+    return activate_with(call, decay_rate, bias, [&](Token t) { return gate(t); });
+  }
+
+  template <typename Load>
+  __device__ __forceinline__ bool activate_with(const ChunkFwdParams& call, float decay_rate, float2 bias,
+                                                Load load) const {
+    float2 total = {0.0f, 0.0f};
     if (call.gate == GateKind::kSigmoid) {
       // sigmoid(x) = 1 / (1 + 2^(-x log2 e)). Where the exponential exceeds fp32, the sigmoid is below its smallest normal number, and
       // comes out as 0.
       const float rate = -decay_rate * kLog2E;
-      const float offset[2] = {rate * bias.x, rate * bias.y};
-#pragma unroll
-      for (int i = 0; i < kTokens; ++i) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) gate[i][c] = ptx::rcp(1.0f + ptx::ex2(fmaf(gate[i][c], rate, offset[c])));
-      }
+      const float2 offset = {rate * bias.x, rate * bias.y};
+      activate_all(total, load, [&](float2 g) {
+        return float2{ptx::rcp(1.0f + ptx::ex2(fmaf(g.x, rate, offset.x))),
+                      ptx::rcp(1.0f + ptx::ex2(fmaf(g.y, rate, offset.y)))};
+      });
     } else if (call.gate == GateKind::kSoftplus) {
       const float rate = -decay_rate * kLog2E;
-#pragma unroll
-      for (int i = 0; i < kTokens; ++i) {
-        gate[i][0] = clamp(rate * softplus(gate[i][0] + bias.x));
-        gate[i][1] = clamp(rate * softplus(gate[i][1] + bias.y));
-      }
+      activate_all(total, load, [&](float2 g) {
+        return float2{clamp(rate * softplus(g.x + bias.x)), clamp(rate * softplus(g.y + bias.y))};
+      });
     } else {
-#pragma unroll
-      for (int i = 0; i < kTokens; ++i) {
-        gate[i][0] = clamp(gate[i][0] * kLog2E);
-        gate[i][1] = clamp(gate[i][1] * kLog2E);
-      }
+      activate_all(total, load, [&](float2 g) { return float2{clamp(g.x * kLog2E), clamp(g.y * kLog2E)}; });
     }
-    if (tokens < C) {
-#pragma unroll
-      for (int i = 0; i < kTokens; ++i) {
-        if (first_token() + i >= tokens) gate[i][0] = gate[i][1] = 0.0f;
-      }
-    }
-    float2 total = {0.0f, 0.0f};
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) add(total, i);
     *totals(group) = total;
     constexpr float kRange = kMidRange / (kGroups / 2);  // of one group
     return !(total.x >= -kRange && total.y >= -kRange);
   }
 
-  // Adds the log-gate of the thread's token i.
-  __device__ __forceinline__ void add(float2& sum, int i) const {
-    sum.x = fmaf(gate[i][0], unit, sum.x);
-    sum.y = fmaf(gate[i][1], unit, sum.y);
+  template <typename Load, typename Activation>
+  __device__ __forceinline__ void activate_all(float2& total, Load load, Activation activation) const {
+#pragma unroll 1
+    for (int first = 0; first < kTokens; first += 8) {
+#pragma unroll
+      for (int batch = 0; batch < 8; batch += kBatch) {
+        const Token t = {first_token() + first, batch};
+        float2 g[kBatch];
+#pragma unroll
+        for (int n = 0; n < kBatch; ++n) g[n] = load(Token{t.eight, t.n + n});
+#pragma unroll
+        for (int n = 0; n < kBatch; ++n) {
+          const float2 value = activation(g[n]);
+          store_gate(Token{t.eight, t.n + n}, value);
+          add(total, value);
+        }
+      }
+    }
+    if (tokens < C) {  // past the end nothing decays
+      total = {0.0f, 0.0f};
+#pragma unroll 1
+      for (int i = 0; i < kTokens; ++i) {
+        if (first_token() + i >= tokens) store_gate(token(i), {0.0f, 0.0f});
+        add(total, gate(token(i)));
+      }
+    }
+  }
+
+  // Adds a log-gate.
+  __device__ __forceinline__ void add(float2& sum, float2 value) const {
+    sum.x = fmaf(value.x, unit, sum.x);
+    sum.y = fmaf(value.y, unit, sum.y);
   }
 
   // NaN passes.
@@ -185,30 +222,38 @@ struct FusedOperands {
     const float2 to_start = {ptx::ex2(head.x), ptx::ex2(head.y)}, to_end = {ptx::ex2(tail.x), ptx::ex2(tail.y)};
     // Sum of the log-gates between the middle and the token, the token's own included in the upper half.
     float2 sum = kUpper ? total_of(kGroups / 2, group) : total_of(group + 1, kGroups / 2);
-    constexpr int kBatch = 4;  // tokens whose loads are issued together: a store may alias any load after it
 #pragma unroll
-    for (int first = 0; first < kTokens; first += kBatch) {
-      uint32_t q_packed[kBatch], k_packed[kBatch];
+    for (int first = 0; first < kTokens; first += 8) {
 #pragma unroll
-      for (int n = 0; n < kBatch; ++n) {
-        const int token = first_token() + (kUpper ? first + n : kTokens - 1 - first - n);
-        q_packed[n] = *row_pair(Config::kRawQ, token), k_packed[n] = *row_pair(Config::kRawK, token);
-      }
+      for (int batch = 0; batch < 8; batch += kBatch) {
+        // Away from the middle.
+        const auto token_of = [&](int n) {
+          return kUpper ? Token{first_token() + first, batch + n}
+                        : Token{first_token() + kTokens - 8 - first, 7 - batch - n};
+        };
+        uint32_t q_packed[kBatch], k_packed[kBatch];
+        float2 gates[kBatch];
 #pragma unroll
-      for (int n = 0; n < kBatch; ++n) {
-        const int i = kUpper ? first + n : kTokens - 1 - first - n, token = first_token() + i;
-        if (kUpper) add(sum, i);
-        const float2 down = {ptx::ex2(sum.x), ptx::ex2(sum.y)}, up = {ptx::ex2(-sum.x), ptx::ex2(-sum.y)};
-        if (!kUpper) add(sum, i);
-        const float2 P = kUpper ? down : up, R = kUpper ? up : down;
-        const float2 q = Packed2<Element>::to_float2(q_packed[n]), k = Packed2<Element>::to_float2(k_packed[n]);
-        const float2 qP = {q.x * P.x, q.y * P.y}, kP = {k.x * P.x, k.y * P.y}, kR = {k.x * R.x, k.y * R.y};
-        *row_pair(Config::kRawQ, token) = pack_bf16(qP.x, qP.y);
-        *row_pair(Config::kRawK, token) = pack_bf16(kP.x, kP.y);
-        *row_pair(Config::kRawG, token) = pack_bf16(kR.x, kR.y);
-        *gated_pair(C + token) = pack_bf16(qP.x * to_start.x, qP.y * to_start.y);
-        *gated_pair(token) = pack_bf16(kP.x * to_start.x, kP.y * to_start.y);
-        *decayed_pair(token) = pack_bf16(kR.x * to_end.x, kR.y * to_end.y);
+        for (int n = 0; n < kBatch; ++n) {
+          gates[n] = gate(token_of(n));
+          q_packed[n] = *row_pair(Config::kRawQ, token_of(n)), k_packed[n] = *row_pair(Config::kRawK, token_of(n));
+        }
+#pragma unroll
+        for (int n = 0; n < kBatch; ++n) {
+          const Token t = token_of(n);
+          if (kUpper) add(sum, gates[n]);
+          const float2 down = {ptx::ex2(sum.x), ptx::ex2(sum.y)}, up = {ptx::ex2(-sum.x), ptx::ex2(-sum.y)};
+          if (!kUpper) add(sum, gates[n]);
+          const float2 P = kUpper ? down : up, R = kUpper ? up : down;
+          const float2 q = Packed2<Element>::to_float2(q_packed[n]), k = Packed2<Element>::to_float2(k_packed[n]);
+          const float2 qP = {q.x * P.x, q.y * P.y}, kP = {k.x * P.x, k.y * P.y}, kR = {k.x * R.x, k.y * R.y};
+          *row_pair(Config::kRawQ, t) = pack_bf16(qP.x, qP.y);
+          *row_pair(Config::kRawK, t) = pack_bf16(kP.x, kP.y);
+          *row_pair(Config::kRawG, t) = pack_bf16(kR.x, kR.y);
+          *gated_query(t) = pack_bf16(qP.x * to_start.x, qP.y * to_start.y);
+          *gated_key(t) = pack_bf16(kP.x * to_start.x, kP.y * to_start.y);
+          *decayed_key(t) = pack_bf16(kR.x * to_end.x, kR.y * to_end.y);
+        }
       }
     }
   }
@@ -218,22 +263,22 @@ struct FusedOperands {
     float2 sum = total_of(0, group);
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      const int token = first_token() + i;
-      add(sum, i);
+      const Token t = token(i);
+      add(sum, gate(t));
       const float2 factor = {ptx::ex2(sum.x), ptx::ex2(sum.y)};
-      const float2 q = Packed2<Element>::to_float2(*row_pair(Config::kRawQ, token));
-      const float2 k = Packed2<Element>::to_float2(*row_pair(Config::kRawK, token));
-      *gated_pair(C + token) = pack_bf16(q.x * factor.x, q.y * factor.y);
-      *gated_pair(token) = pack_bf16(k.x * factor.x, k.y * factor.y);
+      const float2 q = Packed2<Element>::to_float2(*row_pair(Config::kRawQ, t));
+      const float2 k = Packed2<Element>::to_float2(*row_pair(Config::kRawK, t));
+      *gated_query(t) = pack_bf16(q.x * factor.x, q.y * factor.y);
+      *gated_key(t) = pack_bf16(k.x * factor.x, k.y * factor.y);
     }
     sum = total_of(group + 1, kGroups);
 #pragma unroll
     for (int i = kTokens - 1; i >= 0; --i) {
-      const int token = first_token() + i;
+      const Token t = token(i);
       const float2 factor = {ptx::ex2(sum.x), ptx::ex2(sum.y)};
-      add(sum, i);
-      const float2 k = Packed2<Element>::to_float2(*row_pair(Config::kRawK, token));
-      *decayed_pair(token) = pack_bf16(k.x * factor.x, k.y * factor.y);
+      add(sum, gate(t));
+      const float2 k = Packed2<Element>::to_float2(*row_pair(Config::kRawK, t));
+      *decayed_key(t) = pack_bf16(k.x * factor.x, k.y * factor.y);
     }
   }
 
@@ -249,25 +294,25 @@ struct FusedOperands {
     float2 sum = total_of(first_token() / block * block / kTokens, group);
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      const int token = first_token() + i;
-      if ((token & (block - 1)) == 0) sum = {0.0f, 0.0f};
-      add(sum, i);
-      if (token & block) {
+      const Token t = token(i);
+      if ((t.index() & (block - 1)) == 0) sum = {0.0f, 0.0f};
+      add(sum, gate(t));
+      if (t.index() & block) {
         const float2 factor = {ptx::ex2(sum.x), ptx::ex2(sum.y)};
-        *gated_pair(token) = scaled(*row_pair(Config::kRawK, token), factor, rows.key_power[token]);
-        *gated_pair(C + token) = scaled(*row_pair(Config::kRawQ, token), factor, rows.query_power[token]);
+        *gated_key(t) = scaled(*row_pair(Config::kRawK, t), factor, rows.key_power[t.index()]);
+        *gated_query(t) = scaled(*row_pair(Config::kRawQ, t), factor, rows.query_power[t.index()]);
       }
     }
     sum = total_of(group + 1, ((first_token() + kTokens - 1) / block + 1) * block / kTokens);
 #pragma unroll
     for (int i = kTokens - 1; i >= 0; --i) {
-      const int token = first_token() + i;
-      if (((token + 1) & (block - 1)) == 0) sum = {0.0f, 0.0f};
-      if (!(token & block)) {
+      const Token t = token(i);
+      if (((t.index() + 1) & (block - 1)) == 0) sum = {0.0f, 0.0f};
+      if (!(t.index() & block)) {
         const float2 factor = {ptx::ex2(sum.x), ptx::ex2(sum.y)};
-        *gated_pair(token) = scaled(*row_pair(Config::kRawK, token), factor, rows.key_power[token]);
+        *gated_key(t) = scaled(*row_pair(Config::kRawK, t), factor, rows.key_power[t.index()]);
       }
-      add(sum, i);
+      add(sum, gate(t));
     }
   }
 };

@@ -35,13 +35,10 @@ struct FusedProducer {
     return {reinterpret_cast<float*>(scratch() + Config::kSolve)};
   }
 
-  // The ring of rows.
-  __device__ __forceinline__ bool gate_is_fp32() const { return call.gate_type == DataType::kFloat32; }
-  __device__ __forceinline__ int raw_buffers() const { return gate_is_fp32() ? 2 : 3; }
-  __device__ __forceinline__ int raw_bytes() const { return (gate_is_fp32() ? 4 : 3) * Config::kKeyTileBytes; }
-  __device__ __forceinline__ uint8_t* raw_buffer(int step) const {
-    return shared + Config::kRawOffset + step % raw_buffers() * raw_bytes();
+  __device__ __forceinline__ uint8_t* raw() const {
+    return shared + Config::kRawOffset + producer * Config::kRawBytes;
   }
+  __device__ __forceinline__ bool gate_is_fp32() const { return call.gate_type == DataType::kFloat32; }
 
   // A step of one head of a tensor [B, T, heads, dim] into a BlockedTile, element by element; zeros past the end. For tensors that the copy
   // engine cannot take.
@@ -63,13 +60,13 @@ struct FusedProducer {
   // q, k and g of a step. Called by the whole group, and with kVectorized the work of one thread; rows past the end are of any content.
   __device__ __forceinline__ void load_inputs(int step) const {
     if (step >= item.steps) return;
-    const uint32_t barrier = Config::raw_full(ptx::shared_address(shared), step % raw_buffers());
-    uint8_t* const raw = raw_buffer(step);
+    const uint32_t barrier = Config::raw_full(ptx::shared_address(shared), producer);
+    uint8_t* const raw = this->raw();
     if constexpr (Config::kVectorized) {
       if (thread != 0) return;
       const uint32_t address = ptx::shared_address(raw);
       const int token = static_cast<int>(item.range.begin) + step * C, batch = static_cast<int>(item.range.batch);
-      ptx::mbarrier_arrive_expect_tx(barrier, raw_bytes());
+      ptx::mbarrier_arrive_expect_tx(barrier, (gate_is_fp32() ? 4 : 3) * Config::kKeyTileBytes);
       ptx::cp_async_bulk_tensor_load(address + Config::kRawG, &params.g, 0, token, 0, item.value_head, batch, barrier);
       ptx::cp_async_bulk_tensor_load(address + Config::kRawQ, &params.q, 0, token, 0, item.key_head, batch, barrier);
       ptx::cp_async_bulk_tensor_load(address + Config::kRawK, &params.k, 0, token, 0, item.key_head, batch, barrier);
@@ -80,6 +77,16 @@ struct FusedProducer {
       copy_rows(raw + Config::kRawG, call.g, call.g_stride, item.value_head, 0, gate_bytes * K, gate_bytes, step);
       ptx::mbarrier_arrive(barrier);
     }
+  }
+
+  // Into L2, ahead of load_inputs.
+  __device__ __forceinline__ void prefetch_inputs(int step) const {
+    if (!Config::kVectorized || step >= item.steps || thread != 0) return;
+    const int token = static_cast<int>(item.range.begin) + step * C, batch = static_cast<int>(item.range.batch);
+    ptx::cp_async_bulk_tensor_prefetch(&params.g, 0, token, 0, item.value_head, batch);
+    ptx::cp_async_bulk_tensor_prefetch(&params.q, 0, token, 0, item.key_head, batch);
+    ptx::cp_async_bulk_tensor_prefetch(&params.k, 0, token, 0, item.key_head, batch);
+    ptx::cp_async_bulk_tensor_prefetch(&params.v, 0, token, item.first_row / 64, item.value_head, batch);
   }
 
   __device__ __forceinline__ void load_values(uint8_t* stage, uint32_t full, int step) const {
@@ -353,15 +360,15 @@ struct FusedProducer {
 
   __device__ __forceinline__ int channel() const { return 2 * (thread % (K / 2)); }
 
-  __device__ __forceinline__ void make_step(int step, const Constants& constants, uint32_t beta_bits) const {
+  __device__ __forceinline__ void make_step(int step, int turn, const Constants& constants, uint32_t beta_bits) const {
     const uint32_t shared_base = ptx::shared_address(shared);
     const int stage_index = step % Config::kStages, tokens = item.tokens(step), token_group = thread / (K / 2);
     uint8_t* const stage = shared + stage_index * Config::kStageBytes;
-    uint8_t* const raw = raw_buffer(step);
+    uint8_t* const raw = this->raw();
     const uint32_t full = Config::full(shared_base, stage_index), empty = Config::empty(shared_base, stage_index);
     const RowValues rows(scratch() + Config::kRowValues);
 
-    ptx::mbarrier_wait_parity(Config::raw_full(shared_base, step % raw_buffers()), step / raw_buffers() & 1);
+    ptx::mbarrier_wait_parity(Config::raw_full(shared_base, producer), turn & 1);
     FusedOperands<Config> operands{raw, stage, scratch(), channel(), token_group, tokens, constants.gate_unit};
     if (tokens < C) {
       operands.clear_rows_past_end();
@@ -369,8 +376,7 @@ struct FusedProducer {
     }
     const float beta = 8 * warp + row_group() < tokens ? activate_beta(beta_bits) : 0.0f;  // past the end: no write
     bool far_apart = store_row_values(raw, rows, beta);
-    operands.load_gates(call);
-    far_apart |= operands.activate(call, constants.decay_rate, constants.bias);
+    far_apart |= operands.activate(call, constants.decay_rate, constants.bias, [&] { sync(); });
     far_apart = ptx::barrier_any(kBarrier + producer, Config::kGroupThreads, far_apart);
 
     ptx::mbarrier_wait_parity(empty, (step / Config::kStages & 1) ^ 1);
@@ -393,7 +399,8 @@ struct FusedProducer {
     store_products(products, stage, rows);
     ptx::fence_proxy_async_shared();  // the rows make room for others, which come through the copy engine
     sync();
-    load_inputs(step + raw_buffers());
+    load_inputs(step + Config::kProducerGroups);
+    prefetch_inputs(step + 2 * Config::kProducerGroups);
     if (warp == kSolveWarp) invert_unit_lower_32x32(solve_matrix(), lane);
     sync();
     store_inverse(stage, rows);
@@ -411,16 +418,16 @@ struct FusedProducer {
     }
     constants.gate_unit = call.gate == GateKind::kSigmoid ? call.lower_bound * kLog2E : 1.0f;
 
-    if (producer == 0) {
-      for (int step = 0; step < raw_buffers(); ++step) load_inputs(step);
-    }
+    load_inputs(producer);
+    prefetch_inputs(producer + Config::kProducerGroups);
     BetaReader betas(*this);
     uint32_t beta_next = betas.next(*this);
-    for (int step = producer; step < item.steps; step += Config::kProducerGroups) {
+    int turn = 0;
+    for (int step = producer; step < item.steps; step += Config::kProducerGroups, ++turn) {
       const uint32_t beta = beta_next;
       beta_next = betas.next(*this);
       const int here = ptx::opaque(thread);
-      FusedProducer{params, call, item, shared, producer, here, here >> 5, here & 31}.make_step(step, constants, beta);
+      FusedProducer{params, call, item, shared, producer, here, here >> 5, here & 31}.make_step(step, turn, constants, beta);
     }
   }
 };

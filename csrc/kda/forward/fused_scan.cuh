@@ -37,8 +37,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       ptx::mbarrier_init(Config::full(shared_base, stage), Config::kGroupThreads + 1);  // one more for V
       ptx::mbarrier_init(Config::empty(shared_base, stage), Config::kConsumerGroups * Config::kGroupThreads);
     }
-    for (int buffer = 0; buffer < Config::kMaxRawBuffers; ++buffer) {
-      ptx::mbarrier_init(Config::raw_full(shared_base, buffer), Config::kVectorized ? 1 : Config::kGroupThreads);
+    for (int producer = 0; producer < Config::kProducerGroups; ++producer) {
+      ptx::mbarrier_init(Config::raw_full(shared_base, producer), Config::kVectorized ? 1 : Config::kGroupThreads);
     }
     ptx::fence_mbarrier_init();
   }
