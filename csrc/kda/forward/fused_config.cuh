@@ -1,19 +1,13 @@
 // The fused forward's configuration: shared-memory map, roles, barriers. See fused_scan.cuh for the kernel.
 #pragma once
 
-#include <cuda.h>
-
 #include "../device/chunk_location.cuh"
 #include "../device/elements.cuh"
 #include "../device/tile.cuh"
 #include "../device/triangular_inverse.cuh"
-#include "kernel_params.h"
+#include "fused_params.h"
 
 namespace kda {
-
-// Tokens of one step of the fused scan: the chunk of its formulas. 32 rather than 64: half the pairs and half the solve for each
-// token, and a range of the gates that one reference token in the middle can serve (see fused_pairs.cuh).
-inline constexpr int kStepTokens = 32;
 
 // Tiles of rows of 128 bytes whose 16-byte units are permuted (unit ^ (row & 7)), one block of Rows rows for every 64 columns of 16 bits: what
 // tensor copies with 128-byte swizzle write, and what ldmatrix and wgmma read without bank conflicts.
@@ -26,11 +20,10 @@ struct BlockedTile : TileOperands<BlockedTile<Rows>> {
 };
 
 // K: channels of a key. V: width of a value row in memory. kRows: rows of the transposed state of one CTA, 64 a consumer warpgroup.
-template <int K_, int V_, int kRows_, typename Element_, bool kVectorized_>
+template <int K_, int V_, int kRows_, typename Element_>
 struct FusedConfig {
   static constexpr int K = K_, V = V_, C = kStepTokens, kRows = kRows_;
   using Element = Element_;
-  static constexpr bool kVectorized = kVectorized_;
 
   // Registers of a thread after the roles have parted: 65536 for all threads.
   static constexpr int kConsumerGroups = kRows / 64, kProducerGroups = 2, kGroupThreads = 128;
@@ -43,18 +36,18 @@ struct FusedConfig {
   static constexpr int kKeyTileBytes = C * K * 2;
   using KeyTile = BlockedTile<C>;
   using GatedTile = BlockedTile<2 * C>;  // rows of k, then rows of q: one operand
-  using PairTile = BlockedTile<C>;  // two matrices [C, C] side by side
+  using PairTile = BlockedTile<C>;       // two matrices [C, C] side by side
   static constexpr int kPairTileBytes = C * 128;
   using ValueTile = BlockedTile<C>;
   static constexpr int kValueTileBytes = C * kRows * 2;
-  static constexpr int kGated = 0;                                         // K ⊙ e^G above Q ⊙ e^G   [2 C, K]
-  static constexpr int kKeysDecayed = kGated + 2 * kKeyTileBytes;          // K ⊙ e^{G_C - G}         [C, K]
-  static constexpr int kInverseTile = kKeysDecayed + kKeyTileBytes;        // Tinv: high part | middle part
-  static constexpr int kAqkTile = kInverseTile + kPairTileBytes;           // Aqk | Tinv: low part
-  static constexpr int kValues = kAqkTile + kPairTileBytes;                // V                       [C, kRows]
-  static constexpr int kStepDecay = kValues + kValueTileBytes;             // e^{G_C}                 [K] fp32
-  static constexpr int kKeyNorm = kStepDecay + K * 4;                      // |k|, or 1               [C] fp32
-  static constexpr int kOutputScale = kKeyNorm + C * 4;                    // scale / |q|, or scale   [C] fp32
+  static constexpr int kGated = 0;                                   // K ⊙ e^G above Q ⊙ e^G   [2 C, K]
+  static constexpr int kKeysDecayed = kGated + 2 * kKeyTileBytes;    // K ⊙ e^{G_C - G}         [C, K]
+  static constexpr int kInverseTile = kKeysDecayed + kKeyTileBytes;  // Tinv: high part | middle part
+  static constexpr int kAqkTile = kInverseTile + kPairTileBytes;     // Aqk | Tinv: low part
+  static constexpr int kValues = kAqkTile + kPairTileBytes;          // V                       [C, kRows]
+  static constexpr int kStepDecay = kValues + kValueTileBytes;       // e^{G_C}                 [K] fp32
+  static constexpr int kKeyNorm = kStepDecay + K * 4;                // |k|, or 1               [C] fp32
+  static constexpr int kOutputScale = kKeyNorm + C * 4;              // scale / |q|, or scale   [C] fp32
   static constexpr int kStageBytes = (kOutputScale + C * 4 + 1023) / 1024 * 1024;
 
   // The rows of q, k and g of a step as they come, one buffer for each producer group. Then, in their place, the gates in fp32 (over g, which
@@ -91,13 +84,6 @@ struct FusedConfig {
   static __device__ __forceinline__ uint32_t raw_full(uint32_t shared, int producer) {
     return shared + kBarrierOffset + 16 * kStages + 8 * producer;
   }
-};
-
-// What the kernel receives. The maps describe [B, heads, dim / n, T, n] views, n elements in 128 bytes, for copies of a step of one head; they are
-// used if the inputs are vectorized.
-struct FusedScanParams {
-  ChunkFwdParams call;
-  CUtensorMap q, k, g, v;
 };
 
 // The tokens, head and rows of the state that a CTA scans.

@@ -115,7 +115,8 @@ struct FusedConsumer {
     __device__ __forceinline__ explicit OutputRows(const FusedConsumer& c)
         : row_stride(int64_t{c.call.problem.value_heads} * Config::V), row(c.thread / kUnits), unit(c.thread % kUnits) {
       const int64_t first = c.item.range.batch * c.call.problem.tokens + c.item.range.begin + row;
-      next = static_cast<Element*>(c.call.o) + first * row_stride + c.item.value_head * Config::V + c.group_row() + 8 * unit;
+      next = static_cast<Element*>(c.call.o) + first * row_stride + c.item.value_head * Config::V + c.group_row() +
+             8 * unit;
     }
   };
 
@@ -129,8 +130,8 @@ struct FusedConsumer {
                              Config::OutputTile::unit_offset(8 * (matrix >> 1) + (lane & 7), 2 * warp + (matrix & 1));
 #pragma unroll
     for (int n = 0; n < kTokenTiles; n += 2) {
-      ptx::stmatrix_x4_trans(address + Config::OutputTile::unit_offset(8 * n, 0), packed.pairs[n][0], packed.pairs[n][1],
-                             packed.pairs[n + 1][0], packed.pairs[n + 1][1]);
+      ptx::stmatrix_x4_trans(address + Config::OutputTile::unit_offset(8 * n, 0), packed.pairs[n][0],
+                             packed.pairs[n][1], packed.pairs[n + 1][0], packed.pairs[n + 1][1]);
     }
     sync();
     const int tokens = item.tokens(step);
@@ -153,8 +154,8 @@ struct FusedConsumer {
       const int64_t matrix = item.sequence * call.initial_state_stride_sequence +
                              item.value_head * call.initial_state_stride_head + warp_row() * row_stride();
       const int element_bytes = call.state_type == DataType::kFloat32 ? 4 : 2;
-      state.load(static_cast<const uint8_t*>(call.initial_state) + matrix * element_bytes, call.state_type, row_stride(),
-                 channel_stride(), lane);
+      state.load(static_cast<const uint8_t*>(call.initial_state) + matrix * element_bytes, call.state_type,
+                 row_stride(), channel_stride(), lane);
     } else {
       state.for_each(lane, [](float& value, int, int) { value = 0.0f; });
     }
@@ -173,7 +174,8 @@ struct FusedConsumer {
       }
       const uint64_t tiles = wgmma::descriptor(stage_address, 16);  // K-major
       const uint64_t gated = wgmma::advance(tiles, Config::kGated);
-      const uint64_t keys_decayed = wgmma::descriptor(stage_address + Config::kKeysDecayed, Config::KeyTile::kBlockBytes);
+      const uint64_t keys_decayed =
+          wgmma::descriptor(stage_address + Config::kKeysDecayed, Config::KeyTile::kBlockBytes);
       const uint64_t inverse_high = wgmma::advance(tiles, Config::kInverseTile);
       const uint64_t inverse_middle = wgmma::advance(inverse_high, 2 * C);
       const uint64_t aqk = wgmma::advance(tiles, Config::kAqkTile), inverse_low = wgmma::advance(aqk, 2 * C);
@@ -198,7 +200,8 @@ struct FusedConsumer {
       uint32_t v[kTokenTiles / 2][4];
 #pragma unroll
       for (int kt = 0; kt < kTokenTiles / 2; ++kt) {
-        Config::ValueTile::load_a_trans(v[kt], stage_address + Config::kValues, 16 * kt, 64 * consumer + 16 * warp, lane);
+        Config::ValueTile::load_a_trans(v[kt], stage_address + Config::kValues, 16 * kt, 64 * consumer + 16 * warp,
+                                        lane);
       }
 
       wgmma::wait_group<0>();

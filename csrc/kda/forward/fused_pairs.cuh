@@ -111,14 +111,12 @@ struct FusedOperands {
   template <typename Sync>
   __device__ __forceinline__ bool activate(const ChunkFwdParams& call, float decay_rate, float2 bias, Sync sync) const {
     if (call.gate_type == DataType::kBFloat16) {
-      return activate_with(call, decay_rate, bias, [&](Token t) {
-        return Packed2<BFloat16>::to_float2(*row_pair(Config::kRawG, t));
-      });
+      return activate_with(call, decay_rate, bias,
+                           [&](Token t) { return Packed2<BFloat16>::to_float2(*row_pair(Config::kRawG, t)); });
     }
     if (call.gate_type == DataType::kFloat16) {
-      return activate_with(call, decay_rate, bias, [&](Token t) {
-        return Packed2<Float16>::to_float2(*row_pair(Config::kRawG, t));
-      });
+      return activate_with(call, decay_rate, bias,
+                           [&](Token t) { return Packed2<Float16>::to_float2(*row_pair(Config::kRawG, t)); });
     }
     // Tiles of fp32 have two columns of 16 bits for each channel: to the gates' slots first.
     float2 g[kTokens];

@@ -35,72 +35,45 @@ struct FusedProducer {
     return {reinterpret_cast<float*>(scratch() + Config::kSolve)};
   }
 
-  __device__ __forceinline__ uint8_t* raw() const {
-    return shared + Config::kRawOffset + producer * Config::kRawBytes;
-  }
+  __device__ __forceinline__ uint8_t* raw() const { return shared + Config::kRawOffset + producer * Config::kRawBytes; }
   __device__ __forceinline__ bool gate_is_fp32() const { return call.gate_type == DataType::kFloat32; }
 
-  // A step of one head of a tensor [B, T, heads, dim] into a BlockedTile, element by element; zeros past the end. For tensors that the copy
-  // engine cannot take.
-  __device__ __forceinline__ void copy_rows(uint8_t* tile, const void* base, const TokenStrides& stride, int head,
-                                            int first_column, int row_bytes, int element_bytes, int step) const {
-    const int units = row_bytes / 16, tokens = item.tokens(step);
-    for (int i = thread; i < C * units; i += Config::kGroupThreads) {
-      const int row = i / units, unit = i % units;
-      const int64_t token = item.range.begin + int64_t{step} * C + row;
-      const uint8_t* source = static_cast<const uint8_t*>(base) +
-                              (item.range.batch * stride.batch + token * stride.token + head * stride.head + first_column) *
-                                  element_bytes +
-                              16 * unit;
-      *reinterpret_cast<uint4*>(tile + Config::KeyTile::unit_offset(row, unit)) =
-          row < tokens ? load_8x16bit<false>(source) : uint4{0, 0, 0, 0};
-    }
+  // First token and batch row of a step, as coordinates of the tensor maps.
+  struct Box {
+    int token, batch;
+  };
+  __device__ __forceinline__ Box box(int step) const {
+    return {static_cast<int>(item.range.begin) + step * C, static_cast<int>(item.range.batch)};
   }
 
-  // q, k and g of a step. Called by the whole group, and with kVectorized the work of one thread; rows past the end are of any content.
+  // q, k and g of a step, by one thread. Rows past the end are of any content.
   __device__ __forceinline__ void load_inputs(int step) const {
-    if (step >= item.steps) return;
+    if (step >= item.steps || thread != 0) return;
     const uint32_t barrier = Config::raw_full(ptx::shared_address(shared), producer);
-    uint8_t* const raw = this->raw();
-    if constexpr (Config::kVectorized) {
-      if (thread != 0) return;
-      const uint32_t address = ptx::shared_address(raw);
-      const int token = static_cast<int>(item.range.begin) + step * C, batch = static_cast<int>(item.range.batch);
-      ptx::mbarrier_arrive_expect_tx(barrier, (gate_is_fp32() ? 4 : 3) * Config::kKeyTileBytes);
-      ptx::cp_async_bulk_tensor_load(address + Config::kRawG, &params.g, 0, token, 0, item.value_head, batch, barrier);
-      ptx::cp_async_bulk_tensor_load(address + Config::kRawQ, &params.q, 0, token, 0, item.key_head, batch, barrier);
-      ptx::cp_async_bulk_tensor_load(address + Config::kRawK, &params.k, 0, token, 0, item.key_head, batch, barrier);
-    } else {
-      const int gate_bytes = gate_is_fp32() ? 4 : 2;
-      copy_rows(raw + Config::kRawQ, call.q, call.q_stride, item.key_head, 0, 2 * K, 2, step);
-      copy_rows(raw + Config::kRawK, call.k, call.k_stride, item.key_head, 0, 2 * K, 2, step);
-      copy_rows(raw + Config::kRawG, call.g, call.g_stride, item.value_head, 0, gate_bytes * K, gate_bytes, step);
-      ptx::mbarrier_arrive(barrier);
-    }
-  }
-
-  // Into L2, ahead of load_inputs.
-  __device__ __forceinline__ void prefetch_inputs(int step) const {
-    if (!Config::kVectorized || step >= item.steps || thread != 0) return;
-    const int token = static_cast<int>(item.range.begin) + step * C, batch = static_cast<int>(item.range.batch);
-    ptx::cp_async_bulk_tensor_prefetch(&params.g, 0, token, 0, item.value_head, batch);
-    ptx::cp_async_bulk_tensor_prefetch(&params.q, 0, token, 0, item.key_head, batch);
-    ptx::cp_async_bulk_tensor_prefetch(&params.k, 0, token, 0, item.key_head, batch);
-    ptx::cp_async_bulk_tensor_prefetch(&params.v, 0, token, item.first_row / 64, item.value_head, batch);
+    const uint32_t rows = ptx::shared_address(raw());
+    const Box b = box(step);
+    ptx::mbarrier_arrive_expect_tx(barrier, (gate_is_fp32() ? 4 : 3) * Config::kKeyTileBytes);
+    ptx::cp_async_bulk_tensor_load(rows + Config::kRawQ, &params.q, 0, b.token, 0, item.key_head, b.batch, barrier);
+    ptx::cp_async_bulk_tensor_load(rows + Config::kRawK, &params.k, 0, b.token, 0, item.key_head, b.batch, barrier);
+    ptx::cp_async_bulk_tensor_load(rows + Config::kRawG, &params.g, 0, b.token, 0, item.value_head, b.batch, barrier);
   }
 
   __device__ __forceinline__ void load_values(uint8_t* stage, uint32_t full, int step) const {
-    if constexpr (Config::kVectorized) {
-      if (thread != 0) return;
-      const int token = static_cast<int>(item.range.begin) + step * C, batch = static_cast<int>(item.range.batch);
-      ptx::mbarrier_arrive_expect_tx(full, Config::kValueTileBytes);
-      ptx::cp_async_bulk_tensor_load(ptx::shared_address(stage) + Config::kValues, &params.v, 0, token,
-                                     item.first_row / 64, item.value_head, batch, full);
-    } else {
-      copy_rows(stage + Config::kValues, call.v, call.v_stride, item.value_head, item.first_row, 2 * Config::kRows, 2,
-                step);
-      if (thread == 0) ptx::mbarrier_arrive(full);  // the group's other arrivals come after all of its copies
-    }
+    if (thread != 0) return;
+    const Box b = box(step);
+    ptx::mbarrier_arrive_expect_tx(full, Config::kValueTileBytes);
+    ptx::cp_async_bulk_tensor_load(ptx::shared_address(stage) + Config::kValues, &params.v, 0, b.token,
+                                   item.first_row / 64, item.value_head, b.batch, full);
+  }
+
+  // Into L2, ahead of the loads.
+  __device__ __forceinline__ void prefetch_inputs(int step) const {
+    if (step >= item.steps || thread != 0) return;
+    const Box b = box(step);
+    ptx::cp_async_bulk_tensor_prefetch(&params.g, 0, b.token, 0, item.value_head, b.batch);
+    ptx::cp_async_bulk_tensor_prefetch(&params.q, 0, b.token, 0, item.key_head, b.batch);
+    ptx::cp_async_bulk_tensor_prefetch(&params.k, 0, b.token, 0, item.key_head, b.batch);
+    ptx::cp_async_bulk_tensor_prefetch(&params.v, 0, b.token, item.first_row / 64, item.value_head, b.batch);
   }
 
   // Products of the warp's 8 tokens with themselves, from q and k as they came, exact in fp32: q q^T and q k^T in elements 0, 1 of the
@@ -230,8 +203,8 @@ struct FusedProducer {
       } else {
 #pragma unroll
         for (int n = 0; n < kCount; n += 2) {
-          ptx::ldmatrix_x4(b, tiles.earlier_k +
-                                  Tile::unit_offset(8 * (first + n + (matrix >> 1)) + row, 2 * kt + (matrix & 1)));
+          ptx::ldmatrix_x4(
+              b, tiles.earlier_k + Tile::unit_offset(8 * (first + n + (matrix >> 1)) + row, 2 * kt + (matrix & 1)));
           product(d[n], b[0], b[1]);
           product(d[n + 1], b[2], b[3]);
         }
@@ -302,7 +275,8 @@ struct FusedProducer {
   }
 
   // Aqk into the stage and Akk for the solve. What is not a pair is dropped by selection: it may be inf or NaN.
-  __device__ __forceinline__ void store_products(const Products& products, uint8_t* stage, const RowValues& rows) const {
+  __device__ __forceinline__ void store_products(const Products& products, uint8_t* stage,
+                                                 const RowValues& rows) const {
     const int row = 8 * warp + row_group();
     const float write = rows.write[row], diagonal = rows.query_key[row];
 #pragma unroll
@@ -334,7 +308,8 @@ struct FusedProducer {
       middle[i] = rest.high, low[i] = rest.low;
     }
     const auto store = [&](int tile, int tile_column, const uint32_t(&v)[4]) {
-      *reinterpret_cast<uint4*>(stage + tile + Config::PairTile::pair_offset(row, tile_column)) = {v[0], v[1], v[2], v[3]};
+      *reinterpret_cast<uint4*>(stage + tile + Config::PairTile::pair_offset(row, tile_column)) = {v[0], v[1], v[2],
+                                                                                                   v[3]};
     };
     if (column == 0) {
       reinterpret_cast<float*>(stage + Config::kKeyNorm)[row] = rows.key_norm[row];
@@ -427,7 +402,8 @@ struct FusedProducer {
       const uint32_t beta = beta_next;
       beta_next = betas.next(*this);
       const int here = ptx::opaque(thread);
-      FusedProducer{params, call, item, shared, producer, here, here >> 5, here & 31}.make_step(step, turn, constants, beta);
+      FusedProducer{params, call, item, shared, producer, here, here >> 5, here & 31}.make_step(step, turn, constants,
+                                                                                                beta);
     }
   }
 };

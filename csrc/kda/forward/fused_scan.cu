@@ -1,27 +1,28 @@
-#include "fused_scan.cuh"
-#include "launch.cuh"
+#include "fused_params.h"
 #include "tensor_map.h"
 
 namespace kda {
 namespace {
 
-cudaError_t make_params(FusedScanParams& params, const ChunkFwdParams& call, bool vectorized, int value_rows) {
+cudaError_t make_params(FusedScanParams& params, const ChunkFwdKernelParams& kernel_params, int value_tile) {
+  const ChunkFwdParams& call = kernel_params.call;
   params.call = call;
-  if (!vectorized || call.problem.tokens == 0) return cudaSuccess;
+  if (call.problem.tokens == 0) return cudaSuccess;  // there is nothing to describe
   const ChunkFwdProblem& p = call.problem;
   struct Map {
     CUtensorMap& map;
     TokenTensor tensor;
-    int columns;
+    int columns;  // of a box
   };
   const Map maps[] = {
       {params.q, {call.q, call.q_stride, p.batch, p.tokens, p.heads, p.key_dim, p.activation_type}, p.key_dim},
       {params.k, {call.k, call.k_stride, p.batch, p.tokens, p.heads, p.key_dim, p.activation_type}, p.key_dim},
       {params.g, {call.g, call.g_stride, p.batch, p.tokens, p.value_heads, p.key_dim, call.gate_type}, p.key_dim},
-      {params.v, {call.v, call.v_stride, p.batch, p.tokens, p.value_heads, p.value_dim, p.activation_type}, value_rows},
+      {params.v, {call.v, call.v_stride, p.batch, p.tokens, p.value_heads, p.value_dim, p.activation_type}, value_tile},
   };
   for (const Map& m : maps) {
-    if (const cudaError_t status = encode_tensor_map(m.map, m.tensor, kStepTokens, m.columns)) return status;
+    const cudaError_t status = encode_tensor_map(m.map, m.tensor, kStepTokens, m.columns);
+    if (status != cudaSuccess) return status;
   }
   return cudaSuccess;
 }
@@ -29,33 +30,17 @@ cudaError_t make_params(FusedScanParams& params, const ChunkFwdParams& call, boo
 }  // namespace
 
 cudaError_t launch_fused_scan(const ChunkFwdKernelParams& kernel_params, int value_tile, cudaStream_t stream) {
-  const ChunkFwdProblem& problem = kernel_params.call.problem;
   FusedScanParams params;
-  if (const cudaError_t status = make_params(params, kernel_params.call, kernel_params.vectorized, value_tile)) return status;
-  return for_instantiation(problem, [&](auto key_dim, auto value_dim, auto element) {
-    using Element = decltype(element);
-    const auto launch_config = [&](auto config) {
-      using Config = decltype(config);
-      const int64_t ctas = problem.sequences * problem.value_heads * (Config::V / Config::kRows);
-      return launch(fused_scan_kernel<Config>, ctas, Config::kThreads, Config::kSharedBytes, stream, params);
-    };
-    const auto with_rows = [&](auto vectorized) {
-      constexpr bool kVectorized = decltype(vectorized)::value;
-#ifdef KDA_DEV
-      if constexpr (key_dim() == 128 && value_dim() == 128 && kVectorized && std::is_same_v<Element, BFloat16>) {
-        if (value_tile == 128) return launch_config(FusedConfig<128, 128, 128, BFloat16, true>());
-        return launch_config(FusedConfig<128, 128, 64, BFloat16, true>());
-      }
+  const cudaError_t status = make_params(params, kernel_params, value_tile);
+  if (status != cudaSuccess) return status;
+  switch (kernel_params.call.problem.key_dim) {
+    case 64:
+      return launch_fused_scan_k64(params, value_tile, stream);
+    case 128:
+      return launch_fused_scan_k128(params, value_tile, stream);
+    default:
       return cudaErrorNotSupported;
-#else
-      if constexpr (value_dim() == 128) {
-        if (value_tile == 128) return launch_config(FusedConfig<key_dim(), value_dim(), 128, Element, kVectorized>());
-      }
-      return launch_config(FusedConfig<key_dim(), value_dim(), 64, Element, kVectorized>());
-#endif
-    };
-    return kernel_params.vectorized ? with_rows(std::true_type()) : with_rows(std::false_type());
-  });
+  }
 }
 
 }  // namespace kda

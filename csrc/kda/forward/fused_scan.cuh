@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       ptx::mbarrier_init(Config::empty(shared_base, stage), Config::kConsumerGroups * Config::kGroupThreads);
     }
     for (int producer = 0; producer < Config::kProducerGroups; ++producer) {
-      ptx::mbarrier_init(Config::raw_full(shared_base, producer), Config::kVectorized ? 1 : Config::kGroupThreads);
+      ptx::mbarrier_init(Config::raw_full(shared_base, producer), 1);
     }
     ptx::fence_mbarrier_init();
   }

@@ -31,7 +31,8 @@ cudaError_t encode_tensor_map(CUtensorMap& map, const TokenTensor& t, int rows, 
   const auto bytes = [&](int64_t stride, int64_t size) {
     return static_cast<cuuint64_t>(size > 1 ? stride * element_bytes : kBlockBytes);
   };
-  const cuuint64_t sizes[kRank] = {extent(block), extent(t.tokens), extent(t.dim / block), extent(t.heads), extent(t.batch)};
+  const cuuint64_t sizes[kRank] = {extent(block), extent(t.tokens), extent(t.dim / block), extent(t.heads),
+                                   extent(t.batch)};
   const cuuint64_t strides[kRank - 1] = {bytes(t.stride.token, t.tokens), kBlockBytes, bytes(t.stride.head, t.heads),
                                          bytes(t.stride.batch, t.batch)};
   const cuuint32_t box[kRank] = {static_cast<cuuint32_t>(block), static_cast<cuuint32_t>(rows),

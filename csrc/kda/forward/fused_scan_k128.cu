@@ -1,0 +1,9 @@
+#include "fused_launch.cuh"
+
+namespace kda {
+
+cudaError_t launch_fused_scan_k128(const FusedScanParams& params, int value_tile, cudaStream_t stream) {
+  return launch_fused_scan_of<128>(params, value_tile, stream);
+}
+
+}  // namespace kda
