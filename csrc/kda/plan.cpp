@@ -1,4 +1,6 @@
 #include "plan.h"
+
+#include <algorithm>
 #include <cstdlib>
 
 namespace kda {
@@ -6,6 +8,13 @@ namespace kda {
 int64_t chunk_slots(const ChunkFwdProblem& p) {
   if (p.varlen) return p.tokens / kChunkTokens + p.sequences;
   return p.batch * ((p.tokens + kChunkTokens - 1) / kChunkTokens);
+}
+
+int64_t segment_slots(const ChunkFwdProblem& p, int64_t segment_chunks) {
+  if (segment_chunks == 0 || p.sequences == 0) return p.sequences;
+  const int64_t segment_tokens = segment_chunks * kChunkTokens;
+  if (p.varlen) return p.tokens / segment_tokens + p.sequences;
+  return p.batch * std::max((p.tokens + segment_tokens - 1) / segment_tokens, int64_t{1});
 }
 
 namespace {
@@ -28,14 +37,18 @@ const char* reason_for_composite(const ChunkFwdProblem& p) {
   return nullptr;
 }
 
-// The recurrence runs one CTA for each (sequence, value head, value tile). Cut V only as far as it takes to give every
-// multiprocessor a CTA: each further cut reads the factors of a chunk once more. Within 5 % of the best tile at every point of the
-// sweep in bench/results (python -m bench.sweep).
-int choose_value_tile(const ChunkFwdProblem& p) {
+// A pass of the recurrence runs one CTA for each of `items` (segment slots and value heads, or the like) and tile of `rows` rows. Cut
+// rows only as far as it takes to give every multiprocessor a CTA: each further cut reads the factors of a chunk once more. Within 5 %
+// of the best tile at every point of the sweep in bench/results (python -m bench.sweep).
+int choose_tile(const ChunkFwdProblem& p, int64_t items, int rows) {
   constexpr int kSmallestTile = 32;
-  int tile = p.value_dim;
-  while (tile > kSmallestTile && p.sequences * p.value_heads * (p.value_dim / tile) < p.sm_count) tile /= 2;
+  int tile = rows;
+  while (tile > kSmallestTile && items * (rows / tile) < p.sm_count) tile /= 2;
   return tile;
+}
+
+int64_t choose_segment_chunks(const ChunkFwdProblem& p) {
+  return getenv("KDA_L") ? atoi(getenv("KDA_L")) : 0;
 }
 
 const char* name_of(ChunkFwdPath path) {
@@ -73,7 +86,13 @@ JsonObject stage_ctas(const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
   if (plan.path != ChunkFwdPath::kStaged) return ctas;
   const int64_t tiles = plan.chunk_slots * p.value_heads;
   ctas.add("intra_chunk_solve", tiles);
-  ctas.add("state_recurrence", p.sequences * p.value_heads * (p.value_dim / plan.value_tile));
+  const int64_t segments = plan.segment_slots * p.value_heads;
+  if (plan.segment_chunks > 0) {
+    constexpr int kComposeRows = 16;
+    ctas.add("segment_summary", segments * ((p.value_dim + p.key_dim) / plan.segment_tile));
+    ctas.add("segment_compose", p.sequences * p.value_heads * (p.value_dim / kComposeRows));
+  }
+  ctas.add("state_recurrence", segments * (p.value_dim / plan.value_tile));
   // With cu_seqlens, one slot more: it clears rows past the last entry.
   ctas.add("output_gemm", tiles + (p.varlen && p.tokens > 0 ? p.value_heads : 0));
   return ctas;
@@ -81,20 +100,23 @@ JsonObject stage_ctas(const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
 
 }  // namespace
 
-ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p) {
+ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p, const ChunkFwdPlanOptions& options) {
   ChunkFwdPlan plan;
   plan.chunk_slots = chunk_slots(p);
   if (const char* reason = reason_for_composite(p)) {
     plan.reason = reason;
     return plan;
   }
-  plan.path = getenv("KDA_STAGED") ? ChunkFwdPath::kStaged : ChunkFwdPath::kFused;
+  plan.path = options.path.value_or(ChunkFwdPath::kStaged);
+  plan.reason = "K, V and the types are covered by the kernels";
   if (plan.path == ChunkFwdPath::kFused) {
-    plan.value_tile = getenv("KDA_ROWS") ? atoi(getenv("KDA_ROWS")) : p.value_dim;
+    plan.value_tile = p.value_dim;
     return plan;
   }
-  plan.reason = "K, V and the types are covered by the kernels";
-  plan.value_tile = choose_value_tile(p);
+  plan.segment_chunks = options.segment_chunks ? *options.segment_chunks : choose_segment_chunks(p);
+  plan.segment_slots = segment_slots(p, plan.segment_chunks);
+  const int64_t segments = plan.segment_slots * p.value_heads;
+  plan.value_tile = getenv("KDA_VT") ? atoi(getenv("KDA_VT")) : choose_tile(p, segments, p.value_dim);
 
   constexpr size_t kBf16 = 2, kFp32 = 4, C = kChunkTokens;
   const size_t tiles = static_cast<size_t>(plan.chunk_slots) * p.value_heads;
@@ -107,6 +129,11 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p) {
   w.U = reserve(w, tiles * V * C * kFp32);
   w.state = reserve(w, tiles * V * K * kBf16);
   w.chunk_decay = reserve(w, tiles * K * kFp32);
+  if (plan.segment_chunks > 0) {
+    plan.segment_tile = getenv("KDA_ST") ? atoi(getenv("KDA_ST")) : choose_tile(p, 2 * segments, std::min(p.key_dim, p.value_dim));
+    w.segment_map = reserve(w, segments * K * K * kFp32);
+    w.segment_state = reserve(w, segments * V * K * kFp32);
+  }
   return plan;
 }
 
@@ -118,6 +145,9 @@ std::string to_json(const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
   json.add("chunk_tokens", int64_t{kChunkTokens});
   json.add("chunk_slots", plan.chunk_slots);
   json.add("value_tile", int64_t{plan.value_tile});
+  json.add("segment_chunks", plan.segment_chunks);
+  json.add("segment_slots", plan.segment_slots);
+  json.add("segment_tile", int64_t{plan.segment_tile});
   json.add("stage_ctas", stage_ctas(p, plan));
   json.add("workspace_bytes", static_cast<int64_t>(plan.workspace.total_bytes));
   return json.str();

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "types.h"
@@ -28,8 +29,14 @@ struct ChunkFwdProblem {
 
 enum class ChunkFwdPath : int32_t {
   kComposite = 0,  // no CUDA kernel: PyTorch operators, or the CPU kernels of a host tensor
-  kStaged = 1,     // three kernels: intra-chunk solve, state recurrence, output GEMM
+  kStaged = 1,     // three kernels: intra-chunk solve, state recurrence, output GEMM; two more if sequences are cut
   kFused = 2,      // one kernel: producers of the factors of a step feed the recurrence through shared memory
+};
+
+// What a caller may fix that the planner otherwise chooses; for tests and measurements.
+struct ChunkFwdPlanOptions {
+  std::optional<ChunkFwdPath> path;       // kStaged or kFused
+  std::optional<int64_t> segment_chunks;  // of kStaged; 0: sequences are not cut
 };
 
 // Byte offsets of the regions of the workspace. A region holds one tile for each (chunk slot, value head), slot-major.
@@ -41,6 +48,9 @@ struct ChunkFwdWorkspace {
   size_t U = 0;            // Tinv V, fp32 accumulators [slots, HV, V, C]; then, in its place, U as two bf16 operands
   size_t state = 0;        // state at entry of a chunk [slots, HV, V, K]   bf16, fragment order
   size_t chunk_decay = 0;  // e^{G_C}                   [slots, HV, K]      fp32
+  // Of a cut, one tile for each (segment slot, value head):
+  size_t segment_map = 0;    // M of each segment     [segment slots, HV, K, K]  fp32, transposed, in tiles of operands
+  size_t segment_state = 0;  // B of each segment, then the state at its end  [segment slots, HV, V, K]  fp32, fragments
   size_t total_bytes = 0;
 };
 
@@ -49,6 +59,12 @@ struct ChunkFwdPlan {
   const char* reason = "";  // one clause: why this path
   int64_t chunk_slots = 0;  // grid extent over chunks; see chunk_slot()
   int value_tile = 0;       // V columns of one CTA of the state recurrence
+
+  // The cut of sequences into segments, whose affine maps S -> M S + B are computed side by side before the recurrence proper.
+  int64_t segment_chunks = 0;    // chunks of one segment; 0: sequences are not cut
+  int64_t segment_slots = 0;     // grid extent over segments; see segment_slots(). The number of sequences if they are not cut
+  int segment_tile = 0;          // rows of one CTA that computes M and B; 0 if sequences are not cut
+
   ChunkFwdWorkspace workspace;
 };
 
@@ -57,7 +73,11 @@ struct ChunkFwdPlan {
 // host code needs to read them. T / C + N slots always suffice; some stay unused.
 [[nodiscard]] int64_t chunk_slots(const ChunkFwdProblem& problem);
 
-[[nodiscard]] ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& problem);
+// Slots that hold the segments of all sequences, as chunk_slots() does for chunks: a slot for every segment_chunks * C tokens, and one more
+// for each sequence. Without a cut (0) a slot for each sequence.
+[[nodiscard]] int64_t segment_slots(const ChunkFwdProblem& problem, int64_t segment_chunks);
+
+[[nodiscard]] ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& problem, const ChunkFwdPlanOptions& options = {});
 
 // The plan as one JSON object, for the command line and for logs.
 [[nodiscard]] std::string to_json(const ChunkFwdProblem& problem, const ChunkFwdPlan& plan);

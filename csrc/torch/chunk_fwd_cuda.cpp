@@ -4,8 +4,10 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include <array>
+#include <optional>
+#include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "checks.h"
 #include "coverage.h"
@@ -65,14 +67,8 @@ ChunkFwdParams make_params(const ChunkFwdArguments& args, const ChunkFwdProblem&
   return p;
 }
 
-Outputs chunk_fwd_cuda(ChunkFwdArguments args) {
-  check_chunk_fwd(args);
+Outputs run_plan(ChunkFwdArguments args, const ChunkFwdProblem& problem, const ChunkFwdPlan& plan) {
   const int32_t device = args.q.get_device_index();
-  if (layout_reason(args)) return call_composite(args);
-  const ChunkFwdProblem problem = problem_of(args, cuda_device(device));
-  const ChunkFwdPlan plan = plan_chunk_fwd(problem);
-  if (plan.path == ChunkFwdPath::kComposite) return call_composite(args);
-
   const DeviceScope scope(device);
   make_packed(args.A_log);
   make_packed(args.dt_bias);
@@ -92,6 +88,50 @@ Outputs chunk_fwd_cuda(ChunkFwdArguments args) {
   return outputs;
 }
 
+Outputs chunk_fwd_cuda(ChunkFwdArguments args) {
+  check_chunk_fwd(args);
+  if (layout_reason(args)) return call_composite(args);
+  const ChunkFwdProblem problem = problem_of(args, cuda_device(args.q.get_device_index()));
+  const ChunkFwdPlan plan = plan_chunk_fwd(problem);
+  if (plan.path == ChunkFwdPath::kComposite) return call_composite(args);
+  return run_plan(std::move(args), problem, plan);
+}
+
+ChunkFwdPlanOptions plan_options(const std::string& path, std::optional<int64_t> segment_chunks) {
+  ChunkFwdPlanOptions options;
+  if (path == "staged") {
+    options.path = ChunkFwdPath::kStaged;
+  } else if (path == "fused") {
+    options.path = ChunkFwdPath::kFused;
+  } else if (!path.empty()) {
+    throw std::runtime_error("kda::chunk_fwd_planned: argument `path`: expected staged, fused or nothing, got " + path);
+  }
+  if (segment_chunks && *segment_chunks < 0) {
+    throw std::runtime_error("kda::chunk_fwd_planned: argument `segment_chunks`: expected at least 0, got " +
+                             std::to_string(*segment_chunks));
+  }
+  options.segment_chunks = segment_chunks;
+  return options;
+}
+
+Outputs chunk_fwd_planned_cuda(ChunkFwdArguments args, const ChunkFwdPlanOptions& options) {
+  check_chunk_fwd(args);
+  if (const char* reason = composite_reason(args); *reason != '\0') {
+    throw std::runtime_error(std::string("kda::chunk_fwd_planned: no kernel covers this call: ") + reason);
+  }
+  const ChunkFwdProblem problem = problem_of(args, cuda_device(args.q.get_device_index()));
+  return run_plan(std::move(args), problem, plan_chunk_fwd(problem, options));
+}
+
+void boxed_chunk_fwd_planned_cuda(StableIValue* stack, uint64_t, uint64_t) {
+  // Every entry is read before anything can throw, as each owns what it refers to.
+  using torch::stable::detail::to;
+  ChunkFwdArguments args = read_arguments(stack);
+  const auto path = to<std::string>(stack[kChunkFwdArguments]);
+  const auto segment_chunks = to<std::optional<int64_t>>(stack[kChunkFwdArguments + 1]);
+  return_outputs(chunk_fwd_planned_cuda(std::move(args), plan_options(path, segment_chunks)), stack);
+}
+
 void boxed_chunk_fwd_cuda(StableIValue* stack, uint64_t, uint64_t) {
   return_outputs(chunk_fwd_cuda(read_arguments(stack)), stack);
 }
@@ -103,4 +143,5 @@ void boxed_chunk_fwd_cuda(StableIValue* stack, uint64_t, uint64_t) {
 STABLE_TORCH_LIBRARY_IMPL(kda, CUDA, m) {
   m.impl("chunk_fwd", &kda::binding::boxed_chunk_fwd_cuda);
   m.impl("inference_chunk_fwd", &kda::binding::boxed_chunk_fwd_cuda);
+  m.impl("chunk_fwd_planned", &kda::binding::boxed_chunk_fwd_planned_cuda);
 }

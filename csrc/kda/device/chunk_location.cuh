@@ -1,5 +1,5 @@
-// From a chunk slot to its sequence and tokens (see chunk_slots in plan.h), on the device, so that the host never reads
-// cu_seqlens.
+// From a chunk slot to its sequence and tokens, and from a segment slot to its sequence and chunks (see chunk_slots and
+// segment_slots in plan.h), on the device, so that the host never reads cu_seqlens.
 #pragma once
 
 #include "../kda.h"
@@ -38,13 +38,14 @@ __device__ __forceinline__ int64_t first_chunk_slot(const ChunkFwdParams& p, int
   return range.begin / kChunkTokens + sequence;
 }
 
-// The last sequence whose first slot is <= slot, found by the whole warp: 32 probes a round.
-__device__ __forceinline__ int64_t find_sequence(const ChunkFwdParams& p, int64_t slot, int lane) {
+// The last sequence whose first slot is <= slot, found by the whole warp: 32 probes a round. A slot holds slot_tokens tokens.
+__device__ __forceinline__ int64_t find_sequence(const ChunkFwdParams& p, int64_t slot, int64_t slot_tokens,
+                                                 int lane) {
   int64_t low = 0, high = p.problem.sequences;
   while (high - low > 1) {
     const int64_t step = (high - low + 31) / 32;
     const int64_t probe = low + lane * step;
-    const bool at_or_before = probe < high && cu_seqlens_at(p, probe) / kChunkTokens + probe <= slot;
+    const bool at_or_before = probe < high && cu_seqlens_at(p, probe) / slot_tokens + probe <= slot;
     const unsigned hits = __ballot_sync(0xffffffffu, at_or_before);
     low += (hits == 0 ? 0 : 31 - __clz(hits)) * step;
     high = min(high, low + step);
@@ -59,12 +60,58 @@ __device__ __forceinline__ ChunkLocation locate_chunk(const ChunkFwdParams& p, i
   if (p.cu_seqlens == nullptr) {
     sequence = slot / ((p.problem.tokens + kChunkTokens - 1) / kChunkTokens);
   } else {
-    sequence = find_sequence(p, slot, lane);
+    sequence = find_sequence(p, slot, kChunkTokens, lane);
   }
   const SequenceRange range = sequence_range(p, sequence);
   const int64_t first_token = range.begin + (slot - first_chunk_slot(p, sequence, range)) * kChunkTokens;
   const int64_t tokens = min(range.end - first_token, int64_t{kChunkTokens});
   return {range.batch, first_token, static_cast<int>(max(tokens, int64_t{0}))};
+}
+
+// The segments of one sequence: slots first_slot .. first_slot + segments - 1. Every sequence has one, also if it is empty.
+struct SegmentRange {
+  int64_t first_slot;
+  int64_t segments;
+};
+
+// Segments have segment_chunks chunks, the last one of a sequence the rest; 0: a sequence is one segment, and a slot a sequence.
+__device__ __forceinline__ SegmentRange segment_range(const ChunkFwdParams& p, int64_t sequence,
+                                                      int64_t segment_chunks) {
+  if (segment_chunks == 0) return {sequence, 1};
+  const SequenceRange range = sequence_range(p, sequence);
+  const int64_t slot_tokens = segment_chunks * kChunkTokens;
+  const int64_t segments = max((range.end - range.begin + slot_tokens - 1) / slot_tokens, int64_t{1});
+  return {p.cu_seqlens == nullptr ? sequence * segments : range.begin / slot_tokens + sequence, segments};
+}
+
+// A run of chunks of one sequence that the state recurrence takes in one go.
+struct SegmentLocation {
+  int64_t sequence;
+  int64_t first_chunk_slot;
+  int64_t chunks;  // 0 only in a sequence without tokens
+  bool is_used;    // whether the slot holds a segment
+  bool is_first;   // of its sequence
+  bool is_last;
+};
+
+// Called by whole warps; every warp gets the same answer.
+__device__ __forceinline__ SegmentLocation locate_segment(const ChunkFwdParams& p, int64_t slot, int64_t segment_chunks,
+                                                          int lane) {
+  int64_t sequence = slot;
+  if (segment_chunks != 0) {
+    sequence = p.cu_seqlens == nullptr ? slot / segment_range(p, 0, segment_chunks).segments
+                                       : find_sequence(p, slot, segment_chunks * kChunkTokens, lane);
+  }
+  const SegmentRange segments = segment_range(p, sequence, segment_chunks);
+  const int64_t index = slot - segments.first_slot;
+  const SequenceRange range = sequence_range(p, sequence);
+  const int64_t chunks = (range.end - range.begin + kChunkTokens - 1) / kChunkTokens - index * segment_chunks;
+  return {sequence,
+          first_chunk_slot(p, sequence, range) + index * segment_chunks,
+          segment_chunks == 0 ? chunks : min(chunks, segment_chunks),
+          index >= 0 && index < segments.segments,
+          index == 0,
+          index == segments.segments - 1};
 }
 
 }  // namespace kda

@@ -1,4 +1,4 @@
-// kda::chunk_fwd: from the checked call and its plan to the launches of the three stages.
+// kda::chunk_fwd: from the checked call and its plan to the launches of the stages.
 
 #include "../device/nvtx_range.h"
 #include "kernel_params.h"
@@ -29,12 +29,25 @@ ChunkFwdKernelParams kernel_params(const ChunkFwdParams& call, const ChunkFwdPla
   params.U = reinterpret_cast<uint4*>(base + workspace.U);
   params.state = reinterpret_cast<uint4*>(base + workspace.state);
   params.chunk_decay = reinterpret_cast<float*>(base + workspace.chunk_decay);
+  if (plan.segment_chunks > 0) {
+    params.segment_map = reinterpret_cast<float*>(base + workspace.segment_map);
+    params.segment_state = reinterpret_cast<float4*>(base + workspace.segment_state);
+  }
   params.chunk_slots = plan.chunk_slots;
+  params.segment_chunks = plan.segment_chunks;
+  params.segment_slots = plan.segment_slots;
   const DataType activation_type = call.problem.activation_type;
   params.vectorized =
       is_vectorized(call.q, call.q_stride, activation_type) && is_vectorized(call.k, call.k_stride, activation_type) &&
       is_vectorized(call.v, call.v_stride, activation_type) && is_vectorized(call.g, call.g_stride, call.gate_type);
   return params;
+}
+
+// Launches one kernel under an NVTX range.
+template <typename Launch>
+cudaError_t run_stage(const char* name, Launch launch) {
+  NvtxRange range(name);
+  return launch();
 }
 
 }  // namespace
@@ -43,21 +56,20 @@ cudaError_t chunk_fwd(const ChunkFwdParams& call, const ChunkFwdPlan& plan, cuda
   if (plan.path == ChunkFwdPath::kComposite) return cudaErrorNotSupported;
   const ChunkFwdKernelParams params = kernel_params(call, plan);
   if (plan.path == ChunkFwdPath::kFused) {
-    NvtxRange range("kda.fused_scan");
-    return launch_fused_scan(params, plan.value_tile, stream);
+    return run_stage("kda.fused_scan", [&] { return launch_fused_scan(params, plan.value_tile, stream); });
   }
-  {
-    NvtxRange range("kda.intra_chunk_solve");
-    const cudaError_t status = launch_intra_chunk_solve(params, stream);
-    if (status != cudaSuccess) return status;
+  cudaError_t status = run_stage("kda.intra_chunk_solve", [&] { return launch_intra_chunk_solve(params, stream); });
+  if (status == cudaSuccess && plan.segment_chunks > 0) {
+    status = run_stage("kda.segment_summary", [&] { return launch_segment_summary(params, plan.segment_tile, stream); });
+    if (status == cudaSuccess) {
+      status = run_stage("kda.segment_compose", [&] { return launch_segment_compose(params, stream); });
+    }
   }
-  {
-    NvtxRange range("kda.state_recurrence");
-    const cudaError_t status = launch_state_recurrence(params, plan.value_tile, stream);
-    if (status != cudaSuccess) return status;
+  if (status == cudaSuccess) {
+    status = run_stage("kda.state_recurrence", [&] { return launch_state_recurrence(params, plan.value_tile, stream); });
   }
-  NvtxRange range("kda.output_gemm");
-  return launch_output_gemm(params, stream);
+  if (status != cudaSuccess) return status;
+  return run_stage("kda.output_gemm", [&] { return launch_output_gemm(params, stream); });
 }
 
 }  // namespace kda

@@ -1,4 +1,4 @@
-// What the three forward kernels receive: the checked call and the addresses that the plan gave to its intermediates.
+// What the forward kernels receive: the checked call and the addresses that the plan gave to its intermediates.
 #pragma once
 
 #include <cstdint>
@@ -20,13 +20,21 @@ struct ChunkFwdKernelParams {
   uint4* state;  // [slots, HV, V / 16, K / 16, 32 lanes] operand fragments
   float* chunk_decay;  // [slots, HV, K]
 
+  // Workspace regions of a cut, one tile for each (segment slot, value head); see segment_compose.cuh.
+  float* segment_map;     // [segment slots, HV, K / 16, K / 8] tiles of M^T [16, 8], column by column
+  float4* segment_state;  // [segment slots, HV, V / 16, K / 8, 32 lanes] accumulator fragments of S^T at the end of a segment
+
   int64_t chunk_slots;
+  int64_t segment_chunks;  // chunks of one segment; 0: sequences are not cut
+  int64_t segment_slots;   // of a cut; else the number of sequences
 
   bool vectorized;  // every 8-element group of q, k, v, g and dt_bias starts at a multiple of 16 bytes
 };
 
 // Launches of the stages, for the K, V and types of the call. Each returns the error of its launch.
 cudaError_t launch_intra_chunk_solve(const ChunkFwdKernelParams& params, cudaStream_t stream);
+cudaError_t launch_segment_summary(const ChunkFwdKernelParams& params, int row_tile, cudaStream_t stream);
+cudaError_t launch_segment_compose(const ChunkFwdKernelParams& params, cudaStream_t stream);
 cudaError_t launch_state_recurrence(const ChunkFwdKernelParams& params, int value_tile, cudaStream_t stream);
 cudaError_t launch_fused_scan(const ChunkFwdKernelParams& params, int value_tile, cudaStream_t stream);
 cudaError_t launch_output_gemm(const ChunkFwdKernelParams& params, cudaStream_t stream);

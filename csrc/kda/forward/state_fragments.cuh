@@ -33,6 +33,31 @@ struct StateFragments {
     });
   }
 
+  // The accumulators as they lie in registers: K / 8 fragments of 32 float4.
+  __device__ __forceinline__ void load_fragments(const float4* source, int lane) {
+#pragma unroll
+    for (int n = 0; n < K / 8; ++n) {
+      const float4 fragment = source[n * 32 + lane];
+      acc[n][0] = fragment.x, acc[n][1] = fragment.y, acc[n][2] = fragment.z, acc[n][3] = fragment.w;
+    }
+  }
+
+  __device__ __forceinline__ void store_fragments(float4* destination, int lane) const {
+#pragma unroll
+    for (int n = 0; n < K / 8; ++n) destination[n * 32 + lane] = {acc[n][0], acc[n][1], acc[n][2], acc[n][3]};
+  }
+
+  // Whether every element of this warp's rows is smaller than `limit` in magnitude. NaN is not.
+  __device__ __forceinline__ bool is_below(float limit) const {
+    bool below = true;
+#pragma unroll
+    for (int n = 0; n < K / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) below = below && fabsf(acc[n][i]) < limit;
+    }
+    return __all_sync(0xffffffffu, below);
+  }
+
   // The A operands of mma.m16n8k16 and wgmma: element k-step kt, as bf16.
   __device__ __forceinline__ void to_operands(uint32_t (&a)[K / 16][4]) const {
 #pragma unroll

@@ -1,0 +1,24 @@
+#include "segment_compose.cuh"
+
+#include "launch.cuh"
+
+namespace kda {
+namespace {
+
+template <int K>
+cudaError_t launch_for_key_dim(const ChunkFwdKernelParams& params, cudaStream_t stream) {
+  using Config = SegmentComposeConfig<K>;
+  const ChunkFwdProblem& problem = params.call.problem;
+  const int64_t ctas = problem.sequences * problem.value_heads * (problem.value_dim / Config::kRows);
+  return launch(segment_compose_kernel<Config>, ctas, Config::kThreads, Config::kSharedBytes, stream, params);
+}
+
+}  // namespace
+
+cudaError_t launch_segment_compose(const ChunkFwdKernelParams& params, cudaStream_t stream) {
+  if (params.call.problem.key_dim == 128) return launch_for_key_dim<128>(params, stream);
+  if (params.call.problem.key_dim == 64) return launch_for_key_dim<64>(params, stream);
+  return cudaErrorNotSupported;
+}
+
+}  // namespace kda

@@ -1,0 +1,227 @@
+"""The cut of sequences into segments, forced onto calls that the planner would not cut: the contract of any call, whatever
+the length of a segment, and what the cut itself promises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import CHUNK_TOKENS, FAMILIES, make_inputs
+from gpu_support import (
+    DEVICE,
+    assert_all_same_bits,
+    assert_contract,
+    assert_same_bits,
+    call,
+    composite_fp32,
+    gpu_tests,
+    kernels_only,
+    needs_cuda,
+    odd_strides,
+    plan,
+    reference,
+)
+from torch import Tensor
+
+pytestmark = [*gpu_tests, needs_cuda]
+
+HEAD_SIZES = [(64, 64), (64, 128), (128, 64), (128, 128)]
+SEGMENT_CHUNKS = [1, 2, 5]
+
+all_families = pytest.mark.parametrize("family", FAMILIES)
+all_head_sizes = pytest.mark.parametrize(("K", "V"), HEAD_SIZES, ids=[f"K{K}-V{V}" for K, V in HEAD_SIZES])
+all_segments = pytest.mark.parametrize("segment_chunks", SEGMENT_CHUNKS)
+
+
+def cut(inputs: dict[str, Any], segment_chunks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(o, final_state, chunk_states) by the staged kernels with segments of so many chunks; 0: not cut."""
+    with kernels_only():
+        return torch.ops.kda.chunk_fwd_planned(**inputs, path="staged", segment_chunks=segment_chunks)
+
+
+def check(inputs: dict[str, Any], segment_chunks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs the cut and checks it against the recurrence; returns its outputs."""
+    outputs = cut(inputs, segment_chunks)
+    assert_contract(inputs, outputs, reference(inputs))
+    return outputs
+
+
+@all_families
+@all_head_sizes
+@all_segments
+def test_every_instantiation(family: str, K: int, V: int, segment_chunks: int) -> None:
+    """Ten chunks and a partial one, grouped heads, from a state, in both layouts."""
+    for v_first in (False, True):
+        inputs = make_inputs(
+            family, T=650, H=2, HV=4, K=K, V=V, with_state=True, state_v_first=v_first, device=DEVICE
+        )
+        check(inputs, segment_chunks)
+
+
+@all_families
+@all_segments
+def test_packed_sequences(family: str, segment_chunks: int) -> None:
+    """One long sequence among short and empty ones, of each remainder of a segment; final state of an empty one = initial."""
+    lengths = [0, 1, 64 * segment_chunks, 0, 700, 64 * segment_chunks + 1, 63, 129, 0]
+    for index_dtype in (torch.int32, torch.int64):
+        inputs = make_inputs(
+            family, lengths=lengths, HV=4, K=64, V=128, with_state=True, index_dtype=index_dtype, device=DEVICE
+        )
+        _, final_state, _ = check(inputs, segment_chunks)
+        for n in (n for n, length in enumerate(lengths) if length == 0):
+            assert_same_bits(final_state[n], inputs["initial_state"][n])
+
+
+@pytest.mark.parametrize("segment_chunks", [1, 3])
+def test_many_sequences(segment_chunks: int) -> None:
+    """Hundreds of sequences, more than one round of the search for a slot's sequence."""
+    lengths = [(37 * n) % 190 if n % 3 else 0 for n in range(300)] + [900]
+    inputs = make_inputs("long", lengths=lengths, H=1, with_state=True, device=DEVICE)
+    check(inputs, segment_chunks)
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        dict(use_qk_l2norm=True, use_beta_sigmoid=True, allow_neg_eigval=True),
+        dict(with_state=False),
+        dict(with_state=True, state_dtype=torch.bfloat16),
+        dict(output_final_state=False, output_chunk_states=False),
+        dict(dtype=torch.float16, gate_dtype=torch.float32),
+        dict(B=3),
+    ],
+    ids=["negative_eigenvalues", "no_state", "bf16_state", "only_o", "fp16", "batch"],
+)
+@all_families
+def test_features(family: str, features: dict[str, Any]) -> None:
+    check(make_inputs(family, **{"T": 450, "K": 128, "V": 64, "device": DEVICE, **features}), 2)
+
+
+def test_inputs_that_are_not_aligned() -> None:
+    inputs = make_inputs("long", T=450, K=128, V=128, with_state=True, device=DEVICE)
+    check(inputs | {name: odd_strides(inputs[name]) for name in ("q", "k", "v", "g", "beta")}, 2)
+
+
+@pytest.mark.parametrize("rate", [1e-3, 0.05, 0.5, 2.0, 20.0])
+def test_memory_that_ends_inside_a_segment(rate: float) -> None:
+    """A map may be given up where it has faded: rates that let it fade after many chunks, after one, and never."""
+    inputs = make_inputs("unbounded_log", T=1500, H=2, K=64, V=64, with_state=True, device=DEVICE)
+    inputs["g"] = torch.full_like(inputs["g"], -rate)
+    for use_beta_sigmoid in (True, False):
+        beta = inputs["beta"] if use_beta_sigmoid else inputs["beta"].sigmoid()
+        check({**inputs, "beta": beta, "use_beta_sigmoid": use_beta_sigmoid}, 5)
+
+
+def test_keys_that_repeat() -> None:
+    """No forgetting and beta near 2: the map of a segment is a product of reflections, whose sums cancel."""
+    inputs = make_inputs("unbounded_log", T=640, H=2, K=64, V=64, with_state=True, allow_neg_eigval=True, device=DEVICE)
+    inputs["g"] = torch.zeros_like(inputs["g"])
+    inputs["k"] = inputs["k"][:, :1].expand_as(inputs["k"]).contiguous()
+    inputs["beta"] = torch.full_like(inputs["beta"], 7.6)
+    check(inputs, 2)
+
+
+@all_families
+@pytest.mark.parametrize("segment_chunks", [8, 32])
+def test_thousands_of_tokens(family: str, segment_chunks: int) -> None:
+    """No drift over 17 segments."""
+    inputs = make_inputs(family, T=8300, H=2, HV=4, K=128, V=128, with_state=True, device=DEVICE)
+    assert_contract(inputs, cut(inputs, segment_chunks), composite_fp32(inputs))
+
+
+@all_families
+def test_one_segment_is_no_cut(family: str) -> None:
+    """With segments as long as the sequence the arithmetic is that of the uncut recurrence, and so are all bits."""
+    inputs = make_inputs(family, lengths=[300, 0, 130], with_state=True, device=DEVICE)
+    expected = call(inputs)
+    assert_all_same_bits(cut(inputs, 0), expected)
+    assert_all_same_bits(cut(inputs, 5), expected)
+
+
+def test_chunk_states_resume_the_run() -> None:
+    """The states at the borders of segments are those that the recurrence goes on from: the same bits."""
+    segment_chunks = 2
+    inputs = make_inputs("long", T=500, H=2, K=64, V=128, with_state=True, device=DEVICE)
+    o, final_state, chunk_states = cut(inputs, segment_chunks)
+    begin = 3 * segment_chunks * CHUNK_TOKENS  # of the last segment
+    rest = inputs | {name: inputs[name][:, begin:] for name in ("q", "k", "v", "g", "beta")}
+    o_rest, final_rest, _ = cut({**rest, "initial_state": chunk_states[:, 3 * segment_chunks]}, 0)
+    assert_same_bits(o_rest, o[:, begin:])
+    assert_same_bits(final_rest, final_state)
+
+
+@pytest.mark.parametrize("segment_chunks", [1, 4])
+def test_same_bits_every_time(segment_chunks: int) -> None:
+    inputs = make_inputs(
+        "long", lengths=[2000, 1, 0, 64, 333, 1500], H=8, HV=16, K=128, V=128, with_state=True, device=DEVICE
+    )
+    expected, held = cut(inputs, segment_chunks), []
+    for n in range(10):
+        held.append(torch.full((1 + n << 18,), torch.nan, device=DEVICE))
+        assert_all_same_bits(cut(inputs, segment_chunks), expected)
+
+
+def test_graph_replays_with_other_sequences() -> None:
+    """One graph; at each replay every sequence has the bits that it has alone. NaN lie behind the last one."""
+    segment_chunks, tokens = 2, 900
+    inputs = make_inputs("long", lengths=[300] * 3, K=64, V=64, with_state=True, device=DEVICE)
+    cut(inputs, segment_chunks)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = cut(inputs, segment_chunks)
+    for lengths in ([900, 0, 0], [0, 899, 1], [64, 128, 129], [0, 0, 0], [700, 100, 100]):
+        offsets = torch.tensor([0, *lengths]).cumsum(0)
+        inputs["cu_seqlens"].copy_(offsets)
+        for name in ("q", "k", "v", "g", "beta"):
+            inputs[name].normal_()
+            inputs[name][:, sum(lengths) :] = torch.nan
+        for output in outputs:
+            output.fill_(torch.nan)
+        graph.replay()
+        o, final_state, _ = outputs
+        assert not o[:, sum(lengths) :].any() and o.shape[1] == tokens
+        for n, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False)):
+            alone = {name: x for name, x in inputs.items() if name != "cu_seqlens"}
+            alone |= {name: inputs[name][:, begin:end] for name in ("q", "k", "v", "g", "beta")}
+            alone["initial_state"] = inputs["initial_state"][n : n + 1]
+            o_alone, final_alone, _ = cut(alone, segment_chunks)
+            assert_same_bits(o[:, begin:end], o_alone, f"{lengths}: sequence {n}")
+            assert_same_bits(final_state[n : n + 1], final_alone, f"{lengths}: sequence {n}")
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+def test_a_cut_call_is_five_kernels(packed: bool) -> None:
+    shape: dict[str, Any] = {"lengths": [70, 0, 330]} if packed else {"B": 2, "T": 300}
+    inputs = make_inputs("long", with_state=True, device=DEVICE, output_chunk_states=False, **shape)
+    cut(inputs, 1)
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        cut(inputs, 1)
+        torch.cuda.synchronize()
+    on_device = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = {"intra_chunk_solve_kernel": 1, "state_recurrence_kernel": 2, "segment_compose_kernel": 1}
+    for kernel, count in {**kernels, "output_gemm_kernel": 1}.items():
+        assert sum(kernel in name for name in on_device) == count, on_device
+    assert len(on_device) == 5, on_device
+
+
+@all_families
+def test_a_long_sequence_is_cut_unasked(family: str) -> None:
+    """Few heads and a long sequence: the plan has segments, and the call keeps the contract."""
+    inputs = make_inputs(family, T=16384 + 100, H=2, K=128, V=128, with_state=True, device=DEVICE)
+    assert plan(inputs)["segment_chunks"] > 0
+    assert_contract(inputs, call(inputs), composite_fp32(inputs))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [(dict(path="other"), "argument `path`: expected staged"), (dict(segment_chunks=-1), "`segment_chunks`: expected")],
+    ids=["path", "segment_chunks"],
+)
+def test_wrong_plans_are_refused(wrong: dict[str, Any], message: str) -> None:
+    inputs = make_inputs("long", T=70, device=DEVICE)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.kda.chunk_fwd_planned(**inputs, **wrong)
