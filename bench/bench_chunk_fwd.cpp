@@ -53,6 +53,7 @@ kda::ChunkFwdProblem make_problem(const Shape& shape, const Device& device) {
   problem.key_dim = shape.options.key_dim;
   problem.value_dim = shape.options.value_dim;
   problem.activation_type = shape.options.fp16 ? kda::DataType::kFloat16 : kda::DataType::kBFloat16;
+  problem.bounded_gate = !shape.options.log_gate && shape.options.gate != GateFamily::kUnbounded;
   problem.compute_capability = device.compute_capability;
   problem.sm_count = device.properties.multiProcessorCount;
   return problem;

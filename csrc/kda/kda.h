@@ -13,13 +13,6 @@
 
 namespace kda {
 
-// Element strides of a [B, T, heads, dim] tensor whose last dimension is contiguous. For beta [B, T, HV] likewise.
-struct TokenStrides {
-  int64_t batch = 0;
-  int64_t token = 0;
-  int64_t head = 0;
-};
-
 // All pointers are device pointers.
 struct ChunkFwdParams {
   ChunkFwdProblem problem;

@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 
 namespace kda {
@@ -47,8 +48,57 @@ int choose_tile(const ChunkFwdProblem& p, int64_t items, int rows) {
   return tile;
 }
 
-int64_t choose_segment_chunks(const ChunkFwdProblem& p) {
-  return getenv("KDA_L") ? atoi(getenv("KDA_L")) : 0;
+int64_t choose_segment_chunks(const ChunkFwdProblem& p) { return getenv("KDA_L") ? atoi(getenv("KDA_L")) : 0; }
+
+// Tokens of the longest sequence. The lengths in cu_seqlens are not known on the host: taken as equal.
+double longest_sequence(const ChunkFwdProblem& p) {
+  if (!p.varlen || p.sequences == 0) return static_cast<double>(p.tokens);
+  return static_cast<double>(p.tokens) / static_cast<double>(p.sequences);
+}
+
+struct FusedEstimate {
+  int value_tile;
+  double us;
+};
+
+// Time of the fused kernel: its CTAs, one a multiprocessor, take turns, and each walks through its steps. The time of a step of 32 tokens
+// was measured on an H200 (K = V = 128; smaller heads are no slower).
+FusedEstimate estimate_fused(const ChunkFwdProblem& p, std::optional<int> value_tile) {
+  constexpr int kStepTokens = 32;
+  constexpr double kStepUs64 = 2.7, kStepUs128 = 3.3;  // with 64 and with 128 rows of V a CTA
+  const auto estimate = [&](int tile) {
+    const double ctas = static_cast<double>(p.sequences) * p.value_heads * (p.value_dim / tile);
+    const double turns = std::ceil(ctas / std::max(p.sm_count, 1)),
+                 steps = std::ceil(longest_sequence(p) / kStepTokens);
+    return FusedEstimate{tile, turns * steps * (tile == 64 ? kStepUs64 : kStepUs128)};
+  };
+  if (value_tile) return estimate(*value_tile);
+  const FusedEstimate narrow = estimate(64);
+  if (p.value_dim == 64) return narrow;
+  const FusedEstimate wide = estimate(128);
+  return wide.us <= narrow.us ? wide : narrow;
+}
+
+// Time of the three stages without a cut: work for every token and value head, and a chain of chunks if that takes longer than its share of
+// the work. Measured on an H200, K = V = 128.
+double estimate_staged_us(const ChunkFwdProblem& p) {
+  constexpr double kParallelUs = 1.6e-3, kRecurrenceUs = 0.64e-3;  // for each token and value head
+  constexpr double kChunkUs = 1.3;                                 // of the chain
+  const double work = static_cast<double>(p.batch) * p.tokens * p.value_heads;
+  return kParallelUs * work + std::max(kRecurrenceUs * work, longest_sequence(p) / kChunkTokens * kChunkUs);
+}
+
+// Why a call that kernels cover does not take the fused one; null if it does.
+const char* reason_for_staged(const ChunkFwdProblem& p, std::optional<ChunkFwdPath> forced,
+                              const FusedEstimate& fused) {
+  constexpr int64_t kMaxCoordinate = (int64_t{1} << 31) - 2 * kChunkTokens;  // of the copy engine
+  if (!p.aligned_inputs)
+    return "rows of q, k, v or g are not multiples of 16 bytes apart, as the fused kernel needs them";
+  if (p.tokens > kMaxCoordinate || p.batch > kMaxCoordinate) return "more tokens than the fused kernel can address";
+  if (forced) return *forced == ChunkFwdPath::kStaged ? "asked for" : nullptr;
+  if (!p.bounded_gate) return "the gate has no bound, which costs the fused kernel more than the stages";
+  if (estimate_staged_us(p) < fused.us) return "too few chains of steps to fill the device with the fused kernel";
+  return nullptr;
 }
 
 const char* name_of(ChunkFwdPath path) {
@@ -83,6 +133,9 @@ class JsonObject {
 // Thread blocks (CTAs) of each stage.
 JsonObject stage_ctas(const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
   JsonObject ctas;
+  if (plan.path == ChunkFwdPath::kFused) {
+    ctas.add("fused_scan", p.sequences * p.value_heads * (p.value_dim / plan.value_tile));
+  }
   if (plan.path != ChunkFwdPath::kStaged) return ctas;
   const int64_t tiles = plan.chunk_slots * p.value_heads;
   ctas.add("intra_chunk_solve", tiles);
@@ -107,12 +160,16 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p, const ChunkFwdPlanOptions&
     plan.reason = reason;
     return plan;
   }
-  plan.path = options.path.value_or(ChunkFwdPath::kStaged);
-  plan.reason = "K, V and the types are covered by the kernels";
-  if (plan.path == ChunkFwdPath::kFused) {
-    plan.value_tile = p.value_dim;
+  const FusedEstimate fused = estimate_fused(p, options.value_tile);
+  if (const char* reason = reason_for_staged(p, options.path, fused)) {
+    plan.reason = reason;
+  } else {
+    plan.path = ChunkFwdPath::kFused;
+    plan.reason = "enough chains of steps to fill the device";
+    plan.value_tile = fused.value_tile;
     return plan;
   }
+  plan.path = ChunkFwdPath::kStaged;
   plan.segment_chunks = options.segment_chunks ? *options.segment_chunks : choose_segment_chunks(p);
   plan.segment_slots = segment_slots(p, plan.segment_chunks);
   const int64_t segments = plan.segment_slots * p.value_heads;
@@ -130,7 +187,8 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p, const ChunkFwdPlanOptions&
   w.state = reserve(w, tiles * V * K * kBf16);
   w.chunk_decay = reserve(w, tiles * K * kFp32);
   if (plan.segment_chunks > 0) {
-    plan.segment_tile = getenv("KDA_ST") ? atoi(getenv("KDA_ST")) : choose_tile(p, 2 * segments, std::min(p.key_dim, p.value_dim));
+    plan.segment_tile =
+        getenv("KDA_ST") ? atoi(getenv("KDA_ST")) : choose_tile(p, 2 * segments, std::min(p.key_dim, p.value_dim));
     w.segment_map = reserve(w, segments * K * K * kFp32);
     w.segment_state = reserve(w, segments * V * K * kFp32);
   }

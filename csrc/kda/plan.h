@@ -12,6 +12,9 @@
 
 namespace kda {
 
+// The least lower_bound of a bounded gate.
+inline constexpr float kMinLowerBound = -5.0f;
+
 // What the plan of a forward call depends on. Never the contents of a tensor.
 struct ChunkFwdProblem {
   int64_t batch = 1;                               // B
@@ -23,6 +26,8 @@ struct ChunkFwdProblem {
   int key_dim = 128;                               // K
   int value_dim = 128;                             // V
   DataType activation_type = DataType::kBFloat16;  // of q, k, v and o
+  bool bounded_gate = false;                       // no log-gate is below kMinLowerBound
+  bool aligned_inputs = true;                      // is_aligned() of q, k, v and g
   int compute_capability = 0;                      // major * 10 + minor of the device; 0: no CUDA device
   int sm_count = 0;                                // multiprocessors of the device
 };
@@ -35,7 +40,8 @@ enum class ChunkFwdPath : int32_t {
 
 // What a caller may fix that the planner otherwise chooses; for tests and measurements.
 struct ChunkFwdPlanOptions {
-  std::optional<ChunkFwdPath> path;       // kStaged or kFused
+  std::optional<ChunkFwdPath> path;  // kStaged, or kFused, which falls back to kStaged where it does not cover the call
+  std::optional<int> value_tile;     // of kFused: 64 or 128, at most V
   std::optional<int64_t> segment_chunks;  // of kStaged; 0: sequences are not cut
 };
 
@@ -58,12 +64,13 @@ struct ChunkFwdPlan {
   ChunkFwdPath path = ChunkFwdPath::kComposite;
   const char* reason = "";  // one clause: why this path
   int64_t chunk_slots = 0;  // grid extent over chunks; see chunk_slot()
-  int value_tile = 0;       // V columns of one CTA of the state recurrence
+  int value_tile = 0;       // V columns of one CTA of the state recurrence, or of the fused kernel
 
   // The cut of sequences into segments, whose affine maps S -> M S + B are computed side by side before the recurrence proper.
-  int64_t segment_chunks = 0;    // chunks of one segment; 0: sequences are not cut
-  int64_t segment_slots = 0;     // grid extent over segments; see segment_slots(). The number of sequences if they are not cut
-  int segment_tile = 0;          // rows of one CTA that computes M and B; 0 if sequences are not cut
+  int64_t segment_chunks = 0;  // chunks of one segment; 0: sequences are not cut
+  int64_t segment_slots =
+      0;                 // grid extent over segments; see segment_slots(). The number of sequences if they are not cut
+  int segment_tile = 0;  // rows of one CTA that computes M and B; 0 if sequences are not cut
 
   ChunkFwdWorkspace workspace;
 };

@@ -13,6 +13,21 @@ inline constexpr float kL2NormEpsilon = 1e-6f;
 
 enum class DataType : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
+// Element strides of a [B, T, heads, dim] tensor whose last dimension is contiguous. For beta [B, T, HV] likewise.
+struct TokenStrides {
+  int64_t batch = 0;
+  int64_t token = 0;
+  int64_t head = 0;
+};
+
+// Whether every group of 8 elements whose index in the last dimension is a multiple of 8 starts at a multiple of 16 bytes.
+[[nodiscard]] inline bool is_aligned(const void* base, const TokenStrides& stride, DataType type) {
+  constexpr int64_t kVectorBytes = 16;
+  const int64_t bytes = type == DataType::kFloat32 ? 4 : 2;
+  return reinterpret_cast<uintptr_t>(base) % kVectorBytes == 0 && stride.batch * bytes % kVectorBytes == 0 &&
+         stride.token * bytes % kVectorBytes == 0 && stride.head * bytes % kVectorBytes == 0;
+}
+
 // How the log-gate is obtained from the tensor `g`.
 enum class GateKind : int32_t {
   kLog = 0,       // g is the log-gate, in (-inf, 0]

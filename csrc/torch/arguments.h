@@ -39,6 +39,12 @@ inline ScalarType type_of(const Tensor& tensor) {
   return tensor.scalar_type();
 }
 
+// Of a [B, T, heads, dim] or [B, T, heads] tensor.
+inline TokenStrides token_strides(const Tensor& tensor) {
+  const auto strides = tensor.strides();
+  return {strides[0], strides[1], strides[2]};
+}
+
 // Field by field in the order of the schema (schema.h).
 struct ChunkFwdArguments {
   Tensor q;                             // [B, T, H, K]

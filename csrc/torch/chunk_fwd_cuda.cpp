@@ -19,11 +19,6 @@ namespace kda::binding {
 
 namespace {
 
-TokenStrides token_strides(const Tensor& tensor) {
-  const auto strides = tensor.strides();
-  return {strides[0], strides[1], strides[2]};
-}
-
 ChunkFwdParams make_params(const ChunkFwdArguments& args, const ChunkFwdProblem& problem, const Outputs& outputs) {
   ChunkFwdParams p;
   p.problem = problem;
@@ -120,7 +115,11 @@ Outputs chunk_fwd_planned_cuda(ChunkFwdArguments args, const ChunkFwdPlanOptions
     throw std::runtime_error(std::string("kda::chunk_fwd_planned: no kernel covers this call: ") + reason);
   }
   const ChunkFwdProblem problem = problem_of(args, cuda_device(args.q.get_device_index()));
-  return run_plan(std::move(args), problem, plan_chunk_fwd(problem, options));
+  const ChunkFwdPlan plan = plan_chunk_fwd(problem, options);
+  if (options.path && plan.path != *options.path) {
+    throw std::runtime_error(std::string("kda::chunk_fwd_planned: argument `path`: ") + plan.reason);
+  }
+  return run_plan(std::move(args), problem, plan);
 }
 
 void boxed_chunk_fwd_planned_cuda(StableIValue* stack, uint64_t, uint64_t) {

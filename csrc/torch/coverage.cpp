@@ -17,6 +17,14 @@ bool last_matrix_is_contiguous(const Tensor& tensor) {
   return rows_packed && last_dimension_is_contiguous(tensor);
 }
 
+// Whether the copy engine and 16-byte loads can take the rows. It takes no stride of zero, which an expanded tensor has.
+bool rows_are_aligned(const Tensor& tensor) {
+  for (int64_t dim = 0; dim + 1 < tensor.dim(); ++dim) {
+    if (tensor.stride(dim) == 0 && tensor.size(dim) > 1) return false;
+  }
+  return is_aligned(tensor.data_ptr(), token_strides(tensor), data_type(type_of(tensor)));
+}
+
 }  // namespace
 
 ChunkFwdProblem problem_of(const ChunkFwdArguments& args, const Device& device) {
@@ -31,6 +39,9 @@ ChunkFwdProblem problem_of(const ChunkFwdArguments& args, const Device& device) 
   problem.key_dim = static_cast<int>(n.key_dim);
   problem.value_dim = static_cast<int>(n.value_dim);
   problem.activation_type = data_type(type_of(args.q));  // float64: layout_reason names it before
+  problem.bounded_gate = args.use_gate && args.lower_bound && *args.lower_bound >= kMinLowerBound;
+  problem.aligned_inputs =
+      rows_are_aligned(args.q) && rows_are_aligned(args.k) && rows_are_aligned(args.v) && rows_are_aligned(args.g);
   problem.compute_capability = device.compute_capability;
   problem.sm_count = device.sm_count;
   return problem;

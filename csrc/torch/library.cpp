@@ -46,7 +46,7 @@ DataType parse_activation_dtype(const std::string& name) {
 
 std::string plan_chunk_fwd_json(std::vector<int64_t> lengths, int64_t batch, int64_t heads, int64_t value_heads,
                                 int64_t key_dim, int64_t value_dim, std::string activation_dtype, bool varlen,
-                                int64_t compute_capability, int64_t sm_count) {
+                                int64_t compute_capability, int64_t sm_count, bool bounded_gate) {
   if (varlen && batch != 1) fail_plan("batch", "1 with varlen", batch);
   if (!varlen && lengths.size() != 1) fail_plan("lengths", "one length without varlen", lengths.size());
   ChunkFwdProblem problem;
@@ -64,6 +64,7 @@ std::string plan_chunk_fwd_json(std::vector<int64_t> lengths, int64_t batch, int
   problem.key_dim = at_least(1, key_dim, "key_dim");
   problem.value_dim = at_least(1, value_dim, "value_dim");
   problem.activation_type = parse_activation_dtype(activation_dtype);
+  problem.bounded_gate = bounded_gate;
   problem.compute_capability = at_least(0, compute_capability, "compute_capability");
   problem.sm_count = at_least(0, sm_count, "sm_count");
   return to_json(problem, plan_chunk_fwd(problem));

@@ -50,11 +50,11 @@ inline constexpr const char* kSchemas[] = {
     "(Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dA_log, Tensor ddt_bias, "
     "Tensor dinitial_state)",
 
-    // The path and the cut that the planner chooses, as JSON. With varlen `lengths` are those of the sequences, else it
-    // is
-    // the one length of all `batch` sequences. compute_capability is major * 10 + minor, 0 without a CUDA device.
+    // The path and the cut that the planner chooses, as JSON, for inputs that are aligned. With varlen `lengths` are those
+    // of the sequences, else it is the one length of all `batch` sequences. compute_capability is major * 10 + minor, 0
+    // without a CUDA device. bounded_gate: with use_gate and lower_bound.
     "plan_chunk_fwd(int[] lengths, int batch, int heads, int value_heads, int key_dim, int value_dim, "
-    "str activation_dtype, bool varlen, int compute_capability, int sm_count) -> str",
+    "str activation_dtype, bool varlen, int compute_capability, int sm_count, bool bounded_gate=True) -> str",
 
     // How the library was built, as JSON.
     "build_info() -> str",

@@ -6,17 +6,6 @@
 namespace kda {
 namespace {
 
-int element_bytes(DataType type) { return type == DataType::kFloat32 ? 4 : 2; }
-
-// Whether every group of 8 elements whose index in the last dimension is a multiple of 8 starts at a multiple of 16
-// bytes.
-bool is_vectorized(const void* base, const TokenStrides& stride, DataType type) {
-  constexpr int64_t kVectorBytes = 16;
-  const int64_t bytes = element_bytes(type);
-  return reinterpret_cast<uintptr_t>(base) % kVectorBytes == 0 && stride.batch * bytes % kVectorBytes == 0 &&
-         stride.token * bytes % kVectorBytes == 0 && stride.head * bytes % kVectorBytes == 0;
-}
-
 ChunkFwdKernelParams kernel_params(const ChunkFwdParams& call, const ChunkFwdPlan& plan) {
   uint8_t* const base = static_cast<uint8_t*>(call.workspace);
   const ChunkFwdWorkspace& workspace = plan.workspace;
@@ -36,10 +25,7 @@ ChunkFwdKernelParams kernel_params(const ChunkFwdParams& call, const ChunkFwdPla
   params.chunk_slots = plan.chunk_slots;
   params.segment_chunks = plan.segment_chunks;
   params.segment_slots = plan.segment_slots;
-  const DataType activation_type = call.problem.activation_type;
-  params.vectorized =
-      is_vectorized(call.q, call.q_stride, activation_type) && is_vectorized(call.k, call.k_stride, activation_type) &&
-      is_vectorized(call.v, call.v_stride, activation_type) && is_vectorized(call.g, call.g_stride, call.gate_type);
+  params.vectorized = call.problem.aligned_inputs;
   return params;
 }
 
@@ -60,13 +46,15 @@ cudaError_t chunk_fwd(const ChunkFwdParams& call, const ChunkFwdPlan& plan, cuda
   }
   cudaError_t status = run_stage("kda.intra_chunk_solve", [&] { return launch_intra_chunk_solve(params, stream); });
   if (status == cudaSuccess && plan.segment_chunks > 0) {
-    status = run_stage("kda.segment_summary", [&] { return launch_segment_summary(params, plan.segment_tile, stream); });
+    status =
+        run_stage("kda.segment_summary", [&] { return launch_segment_summary(params, plan.segment_tile, stream); });
     if (status == cudaSuccess) {
       status = run_stage("kda.segment_compose", [&] { return launch_segment_compose(params, stream); });
     }
   }
   if (status == cudaSuccess) {
-    status = run_stage("kda.state_recurrence", [&] { return launch_state_recurrence(params, plan.value_tile, stream); });
+    status =
+        run_stage("kda.state_recurrence", [&] { return launch_state_recurrence(params, plan.value_tile, stream); });
   }
   if (status != cudaSuccess) return status;
   return run_stage("kda.output_gemm", [&] { return launch_output_gemm(params, stream); });
