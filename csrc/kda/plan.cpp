@@ -173,7 +173,7 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p, const ChunkFwdPlanOptions&
   plan.segment_chunks = options.segment_chunks ? *options.segment_chunks : choose_segment_chunks(p);
   plan.segment_slots = segment_slots(p, plan.segment_chunks);
   const int64_t segments = plan.segment_slots * p.value_heads;
-  plan.value_tile = getenv("KDA_VT") ? atoi(getenv("KDA_VT")) : choose_tile(p, segments, p.value_dim);
+  plan.value_tile = options.value_tile ? *options.value_tile : choose_tile(p, segments, p.value_dim);
 
   constexpr size_t kBf16 = 2, kFp32 = 4, C = kChunkTokens;
   const size_t tiles = static_cast<size_t>(plan.chunk_slots) * p.value_heads;

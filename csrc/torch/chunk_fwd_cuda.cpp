@@ -92,7 +92,8 @@ Outputs chunk_fwd_cuda(ChunkFwdArguments args) {
   return run_plan(std::move(args), problem, plan);
 }
 
-ChunkFwdPlanOptions plan_options(const std::string& path, std::optional<int64_t> segment_chunks) {
+ChunkFwdPlanOptions plan_options(const std::string& path, std::optional<int64_t> segment_chunks,
+                                 std::optional<int64_t> value_tile, int64_t value_dim) {
   ChunkFwdPlanOptions options;
   if (path == "staged") {
     options.path = ChunkFwdPath::kStaged;
@@ -106,11 +107,19 @@ ChunkFwdPlanOptions plan_options(const std::string& path, std::optional<int64_t>
                              std::to_string(*segment_chunks));
   }
   options.segment_chunks = segment_chunks;
+  if (value_tile) {
+    const bool known = *value_tile == 128 || *value_tile == 64 || (*value_tile == 32 && path == "staged");
+    if (!known || *value_tile > value_dim) {
+      throw std::runtime_error(
+          "kda::chunk_fwd_planned: argument `value_tile`: expected 64 or 128, or 32 with path staged, at most V = " +
+          std::to_string(value_dim) + ", got " + std::to_string(*value_tile));
+    }
+    options.value_tile = static_cast<int>(*value_tile);
+  }
   return options;
 }
 
 Outputs chunk_fwd_planned_cuda(ChunkFwdArguments args, const ChunkFwdPlanOptions& options) {
-  check_chunk_fwd(args);
   if (const char* reason = composite_reason(args); *reason != '\0') {
     throw std::runtime_error(std::string("kda::chunk_fwd_planned: no kernel covers this call: ") + reason);
   }
@@ -128,7 +137,10 @@ void boxed_chunk_fwd_planned_cuda(StableIValue* stack, uint64_t, uint64_t) {
   ChunkFwdArguments args = read_arguments(stack);
   const auto path = to<std::string>(stack[kChunkFwdArguments]);
   const auto segment_chunks = to<std::optional<int64_t>>(stack[kChunkFwdArguments + 1]);
-  return_outputs(chunk_fwd_planned_cuda(std::move(args), plan_options(path, segment_chunks)), stack);
+  const auto value_tile = to<std::optional<int64_t>>(stack[kChunkFwdArguments + 2]);
+  check_chunk_fwd(args);
+  const ChunkFwdPlanOptions options = plan_options(path, segment_chunks, value_tile, args.v.size(3));
+  return_outputs(chunk_fwd_planned_cuda(std::move(args), options), stack);
 }
 
 void boxed_chunk_fwd_cuda(StableIValue* stack, uint64_t, uint64_t) {

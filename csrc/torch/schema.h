@@ -21,7 +21,7 @@ inline constexpr const char* kSchemas[] = {
     // The forward by CUDA kernels and nothing else, as planned with what is fixed here; for tests and measurements. path: staged
     // or fused; empty: as chunk_fwd. segment_chunks: chunks of a segment of the staged path; 0: no cut.
     "chunk_fwd_planned(" KDA_CHUNK_FWD_ARGUMENTS
-    ", str path=\"\", int? segment_chunks=None) -> "
+    ", str path=\"\", int? segment_chunks=None, int? value_tile=None) -> "
     "(Tensor o, Tensor final_state, Tensor chunk_states)",
 
     // The composite implementation of the forward: on the CPU that of chunk_fwd, elsewhere PyTorch operators.
