@@ -94,10 +94,15 @@ def call(inputs: dict[str, Any], value_tile: int | None = None) -> tuple[Tensor,
         value_tile: V columns of a CTA, in a test of all paths.
     """
     with kernels_only():
-        if not ON_CUDA or _forced_path is None:
-            return run(inputs)
-        path = _forced_path if is_aligned(inputs) else "staged"
-        return torch.ops.kda.chunk_fwd_planned(**inputs, path=path, value_tile=value_tile)
+        return launch(inputs, value_tile)
+
+
+def launch(inputs: dict[str, Any], value_tile: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`call` without its guard, which is not for several threads at once."""
+    if not ON_CUDA or _forced_path is None:
+        return run(inputs)
+    path = _forced_path if is_aligned(inputs) else "staged"
+    return torch.ops.kda.chunk_fwd_planned(**inputs, path=path, value_tile=value_tile)
 
 
 def reference(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:

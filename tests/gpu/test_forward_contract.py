@@ -21,6 +21,7 @@ from gpu_support import (
     call,
     gpu_tests,
     kernels_only,
+    launch,
     needs_cuda,
     odd_strides,
     only_sequence,
@@ -56,7 +57,7 @@ def tensors_of(inputs: dict[str, Any]) -> dict[str, Tensor]:
 @needs_cuda
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
 def test_kernels_of_a_call(packed: bool, all_paths: str) -> None:  # noqa: F811
-    """One launch of each stage, or one in all; a memset more with cu_seqlens and chunk_states; no other kernel, no copy."""
+    """One launch of each stage, or one in all; a memset more with cu_seqlens and chunk_states; nothing else."""
     shape: dict[str, Any] = {"lengths": [70, 0, 130]} if packed else {"B": 2, "T": 100}
     inputs = make_inputs("long", with_state=True, device=DEVICE, **shape)
     call(inputs)
@@ -148,7 +149,7 @@ def test_threads_with_streams_of_their_own() -> None:
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             for _ in range(25):
-                assert_all_same_bits(run(calls[i]), expected[i], f"thread {i}")
+                assert_all_same_bits(launch(calls[i]), expected[i], f"thread {i}")
         stream.synchronize()
 
     with kernels_only(), ThreadPoolExecutor(count) as pool:
@@ -468,7 +469,7 @@ def test_everything_on_the_cpu_but_one() -> None:
 def test_drop_in_runs_on_the_kernels() -> None:
     """chunk_kda is the operator; under autocast fp32 activations become bf16, and so are covered."""
     inputs = make_inputs("random", lengths=[70, 0, 130], HV=4, with_state=True, device=DEVICE)
-    o, final_state, chunk_states = call(inputs)
+    o, final_state, chunk_states = run(inputs)
     arguments = {name: inputs[name] for name in ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")}
     arguments |= dict(
         cu_seqlens=inputs["cu_seqlens"],
