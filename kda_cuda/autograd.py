@@ -49,3 +49,4 @@ def _no_double_backward(ctx: Any, *gradients: Tensor | None) -> None:
 torch.library.register_autograd("kda::chunk_fwd", _backward, setup_context=_save_inputs)
 torch.library.register_autograd("kda::chunk_fwd_composite", _backward, setup_context=_save_inputs)
 torch.library.register_autograd("kda::chunk_bwd", _no_double_backward)
+torch.library.register_autograd("kda::chunk_bwd_composite", _no_double_backward)

@@ -93,5 +93,6 @@ def _check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
 torch.library.register_fake("kda::chunk_fwd", _chunk_fwd)
 torch.library.register_fake("kda::chunk_fwd_composite", _chunk_fwd)
 torch.library.register_fake("kda::chunk_bwd", _chunk_bwd)
+torch.library.register_fake("kda::chunk_bwd_composite", _chunk_bwd)
 torch.library.register_fake("kda::check_chunk_fwd", _check_devices)
 torch.library.register_fake("kda::check_cu_seqlens", _check_cu_seqlens)

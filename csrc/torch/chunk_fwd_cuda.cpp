@@ -3,16 +3,15 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <array>
-#include <cmath>
 #include <initializer_list>
 #include <string>
 
 #include "checks.h"
 #include "coverage.h"
 #include "kda/kda.h"
+#include "params_cuda.h"
 #include "runtime_cuda.h"
 
 namespace kda::binding {
@@ -27,33 +26,6 @@ constexpr uint64_t kOutputs = 3;  // o, final_state, chunk_states
 struct Outputs {
   Tensor o, final_state, chunk_states;
 };
-
-DataType data_type(ScalarType type) {
-  switch (type) {
-    case ScalarType::BFloat16:
-      return DataType::kBFloat16;
-    case ScalarType::Half:
-      return DataType::kFloat16;
-    default:
-      return DataType::kFloat32;  // the checks admit no other type on this path
-  }
-}
-
-// A contiguous tensor on the device. The C function is called as it is: it costs a third of a call through the
-// dispatcher.
-template <size_t kRank>
-Tensor empty_cuda(const std::array<int64_t, kRank>& sizes, int32_t dtype, int32_t device_index) {
-  std::array<int64_t, kRank> strides;
-  int64_t stride = 1;
-  for (size_t i = kRank; i-- > 0;) {
-    strides[i] = stride;
-    stride *= sizes[i] > 0 ? sizes[i] : 1;
-  }
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(kRank, sizes.data(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cuda(), device_index, &handle));
-  return Tensor(handle);
-}
 
 // [.., K, V], or [.., V, K] with state_v_first.
 std::array<int64_t, 2> state_matrix(const ChunkFwdSizes& n, bool state_v_first) {
@@ -80,55 +52,8 @@ Outputs make_outputs(const ChunkFwdArguments& args, const ChunkFwdProblem& probl
           empty_cuda(std::array{n.batch, slots, n.value_heads, rows, columns}, float32, device)};
 }
 
-TokenStrides token_strides(const Tensor& tensor) {
-  const auto strides = tensor.strides();
-  return {strides[0], strides[1], strides[2]};
-}
-
-const void* data_or_null(const std::optional<Tensor>& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
-
-// A small tensor as the kernels read it: packed. Copies it only if it is not.
-void make_packed(std::optional<Tensor>& tensor) {
-  if (tensor && !tensor->is_contiguous()) tensor = torch::stable::contiguous(*tensor);
-}
-
 ChunkFwdParams make_params(const ChunkFwdArguments& args, const ChunkFwdProblem& problem, const Outputs& outputs) {
-  ChunkFwdParams p;
-  p.problem = problem;
-  p.q = args.q.data_ptr();
-  p.k = args.k.data_ptr();
-  p.v = args.v.data_ptr();
-  p.g = args.g.data_ptr();
-  p.beta = args.beta.data_ptr();
-  p.q_stride = token_strides(args.q);
-  p.k_stride = token_strides(args.k);
-  p.v_stride = token_strides(args.v);
-  p.g_stride = token_strides(args.g);
-  p.beta_stride = token_strides(args.beta);
-  p.gate_type = data_type(args.g.scalar_type());
-  p.beta_type = data_type(args.beta.scalar_type());
-
-  p.A_log = static_cast<const float*>(data_or_null(args.A_log));
-  p.dt_bias = static_cast<const float*>(data_or_null(args.dt_bias));
-  if (args.initial_state) {
-    p.initial_state = args.initial_state->data_ptr();
-    p.initial_state_stride_sequence = args.initial_state->stride(0);
-    p.initial_state_stride_head = args.initial_state->stride(1);
-    p.state_type = data_type(args.initial_state->scalar_type());
-  }
-  p.state_v_first = args.state_v_first;
-  if (args.cu_seqlens) {
-    p.cu_seqlens = args.cu_seqlens->data_ptr();
-    p.cu_seqlens_int64 = args.cu_seqlens->scalar_type() == ScalarType::Long;
-  }
-
-  p.scale = static_cast<float>(args.scale ? *args.scale : 1.0 / std::sqrt(static_cast<double>(problem.key_dim)));
-  p.gate = !args.use_gate ? GateKind::kLog : args.lower_bound ? GateKind::kSigmoid : GateKind::kSoftplus;
-  p.lower_bound = static_cast<float>(args.lower_bound.value_or(0.0));
-  p.qk_l2norm = args.use_qk_l2norm;
-  p.beta_sigmoid = args.use_beta_sigmoid;
-  p.beta_scale = args.allow_neg_eigval ? 2.0f : 1.0f;
-
+  ChunkFwdParams p = input_params(args, problem);
   p.o = outputs.o.data_ptr();
   if (args.output_final_state) p.final_state = static_cast<float*>(outputs.final_state.data_ptr());
   if (args.output_chunk_states) p.chunk_states = static_cast<float*>(outputs.chunk_states.data_ptr());
@@ -170,9 +95,7 @@ Outputs chunk_fwd_cuda(ChunkFwdArguments args) {
   if (plan.path == ChunkFwdPath::kComposite) return call_composite(args);
 
   const DeviceScope scope(device);
-  make_packed(args.A_log);
-  make_packed(args.dt_bias);
-  make_packed(args.cu_seqlens);
+  make_parameters_packed(args);
   Outputs outputs = make_outputs(args, problem, device);
   if (problem.batch == 0) return outputs;
 

@@ -31,6 +31,15 @@ struct TileOperands {
         a, tile + Layout::unit_offset(row + (lane & 7) + (matrix >> 1) * 8, (column >> 3) + (matrix & 1)));
   }
 
+  // The inverse of load_a_trans.
+  static __device__ __forceinline__ void store_a_trans(const uint32_t (&a)[4], uint32_t tile, int row, int column,
+                                                       int lane) {
+    const int matrix = lane >> 3;
+    const uint32_t address =
+        tile + Layout::unit_offset(row + (lane & 7) + (matrix >> 1) * 8, (column >> 3) + (matrix & 1));
+    ptx::stmatrix_x4_trans(address, a[0], a[1], a[2], a[3]);
+  }
+
   // Two B operands (16 x 8) whose n index runs along tile rows: n = row..row+7 in b[0], b[1], n = row+8..row+15 in
   // b[2], b[3]; the contraction runs along columns column..column+15.
   static __device__ __forceinline__ void load_b(uint32_t (&b)[4], uint32_t tile, int row, int column, int lane) {

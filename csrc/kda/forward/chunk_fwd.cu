@@ -2,20 +2,10 @@
 
 #include "../device/nvtx_range.h"
 #include "kernel_params.h"
+#include "vectorized.h"
 
 namespace kda {
 namespace {
-
-int element_bytes(DataType type) { return type == DataType::kFloat32 ? 4 : 2; }
-
-// Whether every group of 8 elements whose index in the last dimension is a multiple of 8 starts at a multiple of 16
-// bytes.
-bool is_vectorized(const void* base, const TokenStrides& stride, DataType type) {
-  constexpr int64_t kVectorBytes = 16;
-  const int64_t bytes = element_bytes(type);
-  return reinterpret_cast<uintptr_t>(base) % kVectorBytes == 0 && stride.batch * bytes % kVectorBytes == 0 &&
-         stride.token * bytes % kVectorBytes == 0 && stride.head * bytes % kVectorBytes == 0;
-}
 
 ChunkFwdKernelParams kernel_params(const ChunkFwdParams& call, const ChunkFwdPlan& plan) {
   uint8_t* const base = static_cast<uint8_t*>(call.workspace);
@@ -30,10 +20,7 @@ ChunkFwdKernelParams kernel_params(const ChunkFwdParams& call, const ChunkFwdPla
   params.state = reinterpret_cast<uint4*>(base + workspace.state);
   params.chunk_decay = reinterpret_cast<float*>(base + workspace.chunk_decay);
   params.chunk_slots = plan.chunk_slots;
-  const DataType activation_type = call.problem.activation_type;
-  params.vectorized =
-      is_vectorized(call.q, call.q_stride, activation_type) && is_vectorized(call.k, call.k_stride, activation_type) &&
-      is_vectorized(call.v, call.v_stride, activation_type) && is_vectorized(call.g, call.g_stride, call.gate_type);
+  params.vectorized = is_vectorized(call);
   return params;
 }
 

@@ -19,6 +19,8 @@ struct ChunkFwdKernelParams {
                  // replaced by U as operand fragments (bf16), a high and a low one for each 16 tokens
   uint4* state;  // [slots, HV, V / 16, K / 16, 32 lanes] operand fragments
   float* chunk_decay;  // [slots, HV, K]
+  uint8_t* inverse;    // [slots, HV] tiles [C, C], bf16, swizzled: (I + Akk)^-1 on and below the diagonal; null in the
+                       // forward, written for the backward
 
   int64_t chunk_slots;
 

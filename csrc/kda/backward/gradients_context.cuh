@@ -1,0 +1,175 @@
+// What the phases of the intra-chunk gradients share: the configuration with its shared-memory map, and where a lane's
+// tokens, channels and operands are. See intra_chunk_gradients.cuh for the kernel.
+#pragma once
+
+#include <type_traits>
+
+#include "../device/chunk_location.cuh"
+#include "../device/tile.cuh"
+#include "channel_tile.cuh"
+#include "gate_gradient.cuh"
+#include "kernel_params.h"
+
+namespace kda {
+
+template <int K_, int V_, typename Element_>
+struct IntraChunkGradientsConfig {
+  static constexpr int K = K_, V = V_, C = kChunkTokens;
+  using Element = Element_;
+  static constexpr int kTiles = C / 16;  // of tokens
+  static constexpr int kWarps = K / 16, kThreads = 32 * kWarps;
+
+  using KeyTile = SwizzledTile<K>;    // [C][K]
+  using ValueTile = SwizzledTile<V>;  // [C][V]
+  using PairTile = SwizzledTile<C>;   // [C][C]
+  static constexpr int kKeyTileBytes = C * K * 2, kValueTileBytes = C * V * 2, kPairTileBytes = C * C * 2;
+
+  // Operands of pairs of different tiles, private to a warp: k F for the levels 16 and 32 of each tile, and q F of the tiles that
+  // are the later one at a level.
+  static constexpr int kOperandBytes = 32 * 16;
+  static constexpr int kOperands = 12;
+  // Private to a lane: four 16-byte units for each tile.
+  static constexpr int kLaneUnits = 4;
+
+  static constexpr int kOutputGradient = 0;                      // dO
+  static constexpr int kY = kOutputGradient + kValueTileBytes;   // Y
+  static constexpr int kU = kY + kValueTileBytes;                // U
+  static constexpr int kQuery = kU + kValueTileBytes;            // q, then dq
+  static constexpr int kKey = kQuery + kKeyTileBytes;            // k, then dk
+  static constexpr int kDqk = kKey + kKeyTileBytes;              // gradient of scale Aqk, below its diagonal
+  static constexpr int kDkk = kDqk + kPairTileBytes;             // gradient of Akk / beta
+  static constexpr int kOperandRegion = kDkk + kPairTileBytes;   // first the inverse and dV, then operands of pairs
+  static constexpr int kInverse = kOperandRegion;
+  static constexpr int kValueGradient = kInverse + kPairTileBytes;  // dV
+  static constexpr int kLaneRegion = kOperandRegion + kWarps * kOperands * kOperandBytes;
+  static constexpr int kTokens = kLaneRegion + kWarps * kTiles * kLaneUnits * 32 * 16;  // fp32 arrays over tokens, below
+  static_assert(kPairTileBytes + kValueTileBytes <= kLaneRegion - kOperandRegion, "the inverse and dV fit");
+
+  // Arrays [C] of fp32.
+  enum TokenArray {
+    kBeta,        // after its activation
+    kBetaBound,   // the same, but at least kSmallestBeta in magnitude
+    kQueryNorm,   // 1 / |q|, or 1
+    kKeyNorm,     // 1 / |k|, or 1
+    kDiagonal,    // gradient of the diagonal of scale Aqk, times scale
+    kQueryDot,    // q . dq
+    kKeyDot,      // k . dk
+    kPrediction,  // see beta_gradient()
+    kTokenArrays,
+  };
+  static constexpr int kDotParts = 3;                                       // of the last three, one for each warp
+  static constexpr int kTokenParts = kTokens + kTokenArrays * C * 4;        // [kWarps][kDotParts][C]
+  static constexpr int kBetaParts = kTokenParts + kWarps * kDotParts * C * 4;  // [V / 16][C]
+  static constexpr int kTotals = kBetaParts + V / 16 * C * 4;               // [kTiles][K]: decay over each tile
+  static constexpr int kSharedBytes = kTotals + kTiles * K * 4;
+  static_assert(kSharedBytes <= 227 * 1024);
+};
+
+// Below it a token's gradient of beta is taken without dividing by beta.
+inline constexpr float kSmallestBeta = 1e-12f;
+
+template <typename Config_>
+struct IntraChunkGradientsContext {
+  using Config = Config_;
+  using Element = typename Config::Element;
+  static constexpr int K = Config::K, V = Config::V, C = Config::C;
+
+  const ChunkBwdKernelParams& params;
+  uint8_t* const shared;
+  const int warp, lane, group, member;  // group = lane / 4: channel; member = lane % 4: tokens
+  const ChunkLocation location;
+  const int value_head;
+  const int64_t tile;  // slot * HV + value_head
+
+  __device__ __forceinline__ const ChunkFwdParams& call() const { return params.forward.call; }
+  __device__ __forceinline__ int key_head() const {
+    return value_head / (call().problem.value_heads / call().problem.heads);
+  }
+
+  __device__ __forceinline__ int channel(int row) const { return 16 * warp + group + 8 * row; }
+  __device__ __forceinline__ int token(int tt, int block, int parity) const {
+    return 16 * tt + 8 * block + 2 * member + parity;
+  }
+
+  // Rows of a contiguous tensor over tokens and value heads, or over tokens and key heads.
+  __device__ __forceinline__ int64_t value_row(int token) const {
+    return (location.batch * call().problem.tokens + location.first_token + token) * call().problem.value_heads +
+           value_head;
+  }
+  __device__ __forceinline__ int64_t key_row(int token) const {
+    return (location.batch * call().problem.tokens + location.first_token + token) * call().problem.heads + key_head();
+  }
+
+  __device__ __forceinline__ float* tokens(typename Config::TokenArray array) const {
+    return reinterpret_cast<float*>(shared + Config::kTokens) + array * C;
+  }
+  __device__ __forceinline__ float* totals(int tt) const {
+    return reinterpret_cast<float*>(shared + Config::kTotals) + tt * K;
+  }
+  __device__ __forceinline__ uint32_t address(int offset) const { return ptx::shared_address(shared + offset); }
+
+  // The 16 channels of the warp and the tokens of a tile, of q or k.
+  __device__ __forceinline__ ChannelOperand load_channels(int offset, int tt) const {
+    ChannelOperand operand;
+    Config::KeyTile::load_a_trans(operand.pair, address(offset), 16 * tt, 16 * warp, lane);
+    return operand;
+  }
+
+  // Two tiles of values that only this lane sees; which: 0 or 1.
+  __device__ __forceinline__ float4* lane_units(int tt, int which) const {
+    return reinterpret_cast<float4*>(shared + Config::kLaneRegion) +
+           ((warp * Config::kTiles + tt) * Config::kLaneUnits + 2 * which) * 32 + lane;
+  }
+  __device__ __forceinline__ void keep(int tt, int which, const ChannelTile& values) const {
+#pragma unroll
+    for (int block = 0; block < 2; ++block) {
+      const float(&v)[4] = values.value[block];
+      lane_units(tt, which)[32 * block] = {v[0], v[1], v[2], v[3]};
+    }
+  }
+  __device__ __forceinline__ ChannelTile kept(int tt, int which) const {
+    ChannelTile values;
+#pragma unroll
+    for (int block = 0; block < 2; ++block) {
+      const float4 v = lane_units(tt, which)[32 * block];
+      values.value[block][0] = v.x, values.value[block][1] = v.y;
+      values.value[block][2] = v.z, values.value[block][3] = v.w;
+    }
+    return values;
+  }
+
+  // Operands of pairs of different tiles. level: 0 for blocks of 16 tokens, 1 for blocks of 32.
+  __device__ __forceinline__ uint4* operand_units(int index) const {
+    return reinterpret_cast<uint4*>(shared + Config::kOperandRegion) + (warp * Config::kOperands + index) * 32 + lane;
+  }
+  static __device__ __forceinline__ int key_operand(int level, int tt) { return 4 * level + tt; }
+  static __device__ __forceinline__ int query_operand(int level, int tt) {
+    return level == 0 ? 8 + (tt >> 1) : 10 + (tt & 1);
+  }
+  __device__ __forceinline__ void keep(int index, const ChannelOperand& operand) const {
+    const uint32_t(&p)[4] = operand.pair;
+    *operand_units(index) = {p[0], p[1], p[2], p[3]};
+  }
+  __device__ __forceinline__ ChannelOperand kept_operand(int index) const {
+    const uint4 p = *operand_units(index);
+    return {{p.x, p.y, p.z, p.w}};
+  }
+  static __device__ __forceinline__ bool is_upper_tile(int level, int tt) { return level == 0 ? tt & 1 : tt >= 2; }
+
+  // The gate of an element. Rows past the end are those of the last token.
+  __device__ __forceinline__ float gate_input(int token, int channel) const {
+    const ChunkFwdParams& c = call();
+    const int64_t row = location.first_token + min(token, location.tokens - 1);
+    return load_1(c.g,
+                  location.batch * c.g_stride.batch + row * c.g_stride.token + value_head * c.g_stride.head + channel,
+                  c.gate_type);
+  }
+};
+
+// An operand fragment of X^T [16 x 16] from that of X.
+__device__ __forceinline__ ChannelOperand transposed(const uint4& fragment) {
+  return {{ptx::movmatrix_trans(fragment.x), ptx::movmatrix_trans(fragment.z), ptx::movmatrix_trans(fragment.y),
+           ptx::movmatrix_trans(fragment.w)}};
+}
+
+}  // namespace kda

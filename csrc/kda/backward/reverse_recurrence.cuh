@@ -1,0 +1,269 @@
+// Stage 3 of the backward: the recurrence of the state's gradient, from the last chunk of a sequence to its first,
+//   dU = Aqk^T dO + K_decayed dS',      dS = Diag(e^{G_C}) dS' + Q_gated^T dO - W^T dU,
+// writing, for stage 4, dS' of each chunk (the gradient of the state at its exit) as bf16 MMA operands, and dU as sums of two;
+// at the end the gradient of the initial state.
+//
+// Grid and roles as in stage 2 of the forward: one CTA for each (sequence, value head, value tile), value_tile / 16 warps. The
+// gradient is kept transposed, dS^T [V, K], in fp32 accumulator fragments; each warp owns 16 rows of V and all of K:
+//   dU^T = dO^T Aqk + dS'^T K_decayed^T                         A = dO^T; dS'^T as a sum of two bf16 operands
+//   dS^T = dS'^T Diag(e^{G_C}) + dO^T Q_gated - dU^T W          A = dO^T; dU^T as a sum of two
+// Both sums are needed for the gradient of beta of the last tokens, where one gradient of the final state meets few tokens and
+// no average hides the rounding of an operand.
+// Warp 0 keeps a ring of stages filled by bulk copies; rows of dO come one by one from the tensor itself.
+//
+// Shared memory of one stage (bytes, K = 128): W, K_decayed, Q_gated 16384 each, Aqk 8192, chunk_decay 512, and for dO 64 rows of
+// two bytes for each value row and 16 more, which keep ldmatrix free of bank conflicts.
+// Registers: 64 of the gradient, 32 of dU, then 32 of its operands. Bound by the chain of 340 products a chunk and warp.
+#pragma once
+
+#include <type_traits>
+
+#include "../forward/state_recurrence.cuh"
+#include "kernel_params.h"
+
+namespace kda {
+
+template <int K_, typename Element_>
+struct ReverseRecurrenceConfig {
+  static constexpr int K = K_, C = kChunkTokens;
+  using Element = Element_;
+  using KeyTile = SwizzledTile<K>;
+  using PairTile = SwizzledTile<C>;
+  static constexpr int kRowsPerWarp = 16;
+  static constexpr int kMaxWarps = 8;
+  static constexpr int kMaxThreads = 32 * kMaxWarps;
+  static constexpr int kMinStages = 2, kMaxStages = 3;
+
+  static constexpr int kKeyTileBytes = C * K * 2, kPairTileBytes = C * C * 2, kDecayBytes = K * 4;
+  static constexpr int kRowPadding = 16;  // bytes behind each row of dO
+
+  // Offsets inside one stage.
+  static constexpr int kW = 0;
+  static constexpr int kKeyDecayed = kW + kKeyTileBytes;
+  static constexpr int kQGated = kKeyDecayed + kKeyTileBytes;
+  static constexpr int kAqk = kQGated + kKeyTileBytes;
+  static constexpr int kDecay = kAqk + kPairTileBytes;
+  static constexpr int kOutputGradient = kDecay + kDecayBytes;
+  static constexpr __host__ __device__ int row_bytes(int warps) { return warps * kRowsPerWarp * 2; }
+  static constexpr __host__ __device__ int stage_bytes(int warps) {
+    return kOutputGradient + C * (row_bytes(warps) + kRowPadding);
+  }
+
+  static constexpr int kBarrierBytes = 2 * kMaxStages * 8;
+  static constexpr __host__ __device__ int shared_bytes(int warps, int stages) {
+    return stages * stage_bytes(warps) + kBarrierBytes;
+  }
+};
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kMaxThreads, 1)
+    reverse_recurrence_kernel(const __grid_constant__ ChunkBwdKernelParams params, int warps, int stages) {
+  constexpr int K = Config::K, C = Config::C;
+  using Element = typename Config::Element;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const ChunkFwdParams& call = params.forward.call;
+  const int V = call.problem.value_dim, value_heads = call.problem.value_heads;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int stage_bytes = Config::stage_bytes(warps);
+  const int row_bytes = Config::row_bytes(warps), row_pitch = row_bytes + Config::kRowPadding;
+
+  const int value_tiles = V / (warps * Config::kRowsPerWarp);
+  const int first_row_tile = static_cast<int>(blockIdx.x % value_tiles) * warps;  // in units of 16 rows of V
+  const int value_head = static_cast<int>(blockIdx.x / value_tiles % value_heads);
+  const int64_t sequence = blockIdx.x / value_tiles / value_heads;
+  const SequenceRange range = sequence_range(call, sequence);
+  const int64_t first_slot = first_chunk_slot(call, sequence, range);
+  const int64_t chunks = (range.end - range.begin + C - 1) / C;
+
+  const uint32_t shared_base = ptx::shared_address(shared);
+  const uint32_t barriers = shared_base + stages * stage_bytes;
+  const auto full = [&](int stage) { return barriers + 16 * stage; };
+  const auto empty = [&](int stage) { return barriers + 16 * stage + 8; };
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < stages; ++stage) {
+      ptx::mbarrier_init(full(stage), 32);
+      ptx::mbarrier_init(empty(stage), 32 * warps);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+
+  // Everything chunk `chunk` needs, into a stage that is free. One warp; each lane brings two rows of dO. Only the last
+  // chunk of a sequence can lack rows, and it is the first into its stage: nobody reads what the zeros replace.
+  const auto fill = [&](int64_t chunk, int ring_stage) {
+    const int64_t tile = (first_slot + chunk) * value_heads + value_head;
+    const int64_t first_token = range.begin + chunk * C;
+    const uint32_t stage = shared_base + ring_stage * stage_bytes, barrier = full(ring_stage);
+    const int rows = (first_token + lane < range.end) + (first_token + lane + 32 < range.end);
+    constexpr uint32_t kTileBytes = Config::kOutputGradient;
+    ptx::mbarrier_arrive_expect_tx(barrier, rows * row_bytes + (lane == 0 ? kTileBytes : 0));
+    if (lane == 0) {
+      ptx::cp_async_bulk_load(stage + Config::kAqk, params.forward.Aqk + tile * Config::kPairTileBytes,
+                              Config::kPairTileBytes, barrier);
+      ptx::cp_async_bulk_load(stage + Config::kKeyDecayed, params.forward.K_decayed + tile * Config::kKeyTileBytes,
+                              Config::kKeyTileBytes, barrier);
+      ptx::cp_async_bulk_load(stage + Config::kDecay, params.forward.chunk_decay + tile * K, Config::kDecayBytes,
+                              barrier);
+      ptx::cp_async_bulk_load(stage + Config::kQGated, params.forward.Q_gated + tile * Config::kKeyTileBytes,
+                              Config::kKeyTileBytes, barrier);
+      ptx::cp_async_bulk_load(stage + Config::kW, params.forward.W + tile * Config::kKeyTileBytes,
+                              Config::kKeyTileBytes, barrier);
+    }
+    for (int i = 0; i < rows; ++i) {
+      const int row = lane + 32 * i;
+      const Element* source =
+          static_cast<const Element*>(params.dO) +
+          ((range.batch * call.problem.tokens + first_token + row) * value_heads + value_head) * V +
+          first_row_tile * Config::kRowsPerWarp;
+      ptx::cp_async_bulk_load(stage + Config::kOutputGradient + row * row_pitch, source, row_bytes, barrier);
+    }
+  };
+  const auto clear_missing_rows = [&](int64_t chunk, int ring_stage) {
+    const int tokens = static_cast<int>(min(range.end - range.begin - chunk * C, int64_t{C}));
+    uint8_t* rows = shared + ring_stage * stage_bytes + Config::kOutputGradient;
+    for (int i = threadIdx.x; i < (C - tokens) * (row_bytes / 16); i += blockDim.x) {
+      *reinterpret_cast<uint4*>(rows + (tokens + i / (row_bytes / 16)) * row_pitch + i % (row_bytes / 16) * 16) = {};
+    }
+  };
+  if (chunks > 0) clear_missing_rows(chunks - 1, 0);
+  __syncthreads();
+  const bool is_producer = warp == 0;
+  if (is_producer) {
+    for (int i = 0; i < stages && i < chunks; ++i) fill(chunks - 1 - i, i);
+  }
+
+  // Rows 16 * row_tile .. + 15 of V.
+  const int row_tile = first_row_tile + warp;
+  const int64_t row_stride = call.state_v_first ? K : 1, channel_stride = call.state_v_first ? 1 : V;
+  const int64_t state_offset = (sequence * value_heads + value_head) * K * V +
+                               static_cast<int64_t>(row_tile) * Config::kRowsPerWarp * row_stride;
+  StateFragments<K> dstate;
+  if (params.dfinal_state != nullptr) {
+    dstate.load(params.dfinal_state + state_offset, DataType::kFloat32, row_stride, channel_stride, lane);
+  } else {
+    dstate.for_each(lane, [](float& value, int, int) { value = 0.0f; });
+  }
+
+  // Where a lane's rows of an operand A = dO^T lie inside a stage, for the first 16 tokens.
+  const int matrix = lane >> 3;
+  const uint32_t output_gradient = Config::kOutputGradient + ((lane & 7) + (matrix >> 1) * 8) * row_pitch +
+                                   (2 * warp + (matrix & 1)) * 16;
+
+  RingPosition ring, previous;
+  for (int64_t step = 0; step < chunks; ++step) {
+    if (is_producer && step > 0 && step - 1 + stages < chunks) {  // refill the stage of the step before
+      ptx::mbarrier_wait_parity(empty(previous.stage), previous.parity);
+      fill(chunks - 1 - (step - 1 + stages), previous.stage);
+    }
+    const int64_t operand_tile =
+        ((first_slot + chunks - 1 - step) * value_heads + value_head) * (V / 16) + row_tile;
+    uint4* const dstate_operands = params.dstate + operand_tile * (K / 16) * 32 + lane;
+    uint4* const dU_operands = params.dU + operand_tile * (C / 8) * 32 + lane;
+
+    ptx::mbarrier_wait_parity(full(ring.stage), ring.parity);
+    const uint32_t stage = shared_base + ring.stage * stage_bytes;
+
+    // dO^T of 16 tokens, twice in each step rather than kept in registers.
+    const auto load_output_gradient = [&](uint32_t(&dO)[4], int kt) {
+      ptx::ldmatrix_x4_trans(dO, stage + output_gradient + 16 * kt * row_pitch);
+      if constexpr (!std::is_same_v<Element, BFloat16>) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 values = Packed2<Element>::to_float2(dO[i]);
+          dO[i] = pack_bf16(values.x, values.y);
+        }
+      }
+    };
+
+    float du[C / 8][4] = {};
+#pragma unroll
+    for (int kt = 0; kt < C / 16; ++kt) {
+      uint32_t dO[4];
+      load_output_gradient(dO, kt);
+#pragma unroll
+      for (int n = 0; n <= kt; ++n) {
+        uint32_t b[4];
+        Config::PairTile::load_b_trans(b, stage + Config::kAqk, 16 * kt, 16 * n, lane);
+        ptx::mma_m16n8k16_bf16(du[2 * n], dO[0], dO[1], dO[2], dO[3], b[0], b[1]);
+        ptx::mma_m16n8k16_bf16(du[2 * n + 1], dO[0], dO[1], dO[2], dO[3], b[2], b[3]);
+      }
+    }
+#pragma unroll
+    for (int kt = 0; kt < K / 16; ++kt) {
+      const float(&lower)[4] = dstate.acc[2 * kt], (&upper)[4] = dstate.acc[2 * kt + 1];
+      const SplitBf16 s0(lower[0], lower[1]), s1(lower[2], lower[3]), s2(upper[0], upper[1]), s3(upper[2], upper[3]);
+      dstate_operands[kt * 32] = {s0.high, s1.high, s2.high, s3.high};
+#pragma unroll
+      for (int n = 0; n < C / 16; ++n) {
+        uint32_t b[4];
+        Config::KeyTile::load_b(b, stage + Config::kKeyDecayed, 16 * n, 16 * kt, lane);
+        ptx::mma_m16n8k16_bf16(du[2 * n], s0.high, s1.high, s2.high, s3.high, b[0], b[1]);
+        ptx::mma_m16n8k16_bf16(du[2 * n + 1], s0.high, s1.high, s2.high, s3.high, b[2], b[3]);
+        ptx::mma_m16n8k16_bf16(du[2 * n], s0.low, s1.low, s2.low, s3.low, b[0], b[1]);
+        ptx::mma_m16n8k16_bf16(du[2 * n + 1], s0.low, s1.low, s2.low, s3.low, b[2], b[3]);
+      }
+    }
+
+    // -dU^T as A operands.
+    uint32_t high[C / 16][4], low[C / 16][4];
+#pragma unroll
+    for (int kt = 0; kt < C / 16; ++kt) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float(&values)[4] = du[2 * kt + half];
+        const SplitBf16 upper(values[0], values[1]), lower(values[2], values[3]);
+        high[kt][2 * half] = upper.high, high[kt][2 * half + 1] = lower.high;
+        low[kt][2 * half] = upper.low, low[kt][2 * half + 1] = lower.low;
+      }
+      dU_operands[2 * kt * 32] = {high[kt][0], high[kt][1], high[kt][2], high[kt][3]};
+      dU_operands[(2 * kt + 1) * 32] = {low[kt][0], low[kt][1], low[kt][2], low[kt][3]};
+      constexpr uint32_t kSigns = 0x80008000u;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) high[kt][i] ^= kSigns, low[kt][i] ^= kSigns;
+    }
+
+    const float* const decay =
+        reinterpret_cast<const float*>(shared + ring.stage * stage_bytes + Config::kDecay) + 2 * (lane & 3);
+#pragma unroll
+    for (int n = 0; n < K / 8; ++n) {
+      const float2 factor = *reinterpret_cast<const float2*>(decay + 8 * n);
+      dstate.acc[n][0] *= factor.x;
+      dstate.acc[n][1] *= factor.y;
+      dstate.acc[n][2] *= factor.x;
+      dstate.acc[n][3] *= factor.y;
+    }
+#pragma unroll
+    for (int kt = 0; kt < C / 16; ++kt) {
+      uint32_t dO[4];
+      load_output_gradient(dO, kt);
+#pragma unroll
+      for (int n = 0; n < K / 16; ++n) {
+        const auto multiply = [&](const uint32_t(&a)[4], const uint32_t(&b)[4]) {
+          ptx::mma_m16n8k16_bf16(dstate.acc[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
+          ptx::mma_m16n8k16_bf16(dstate.acc[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+        };
+        uint32_t q[4], w[4];
+        Config::KeyTile::load_b_trans(q, stage + Config::kQGated, 16 * kt, 16 * n, lane);
+        multiply(dO, q);
+        Config::KeyTile::load_b_trans(w, stage + Config::kW, 16 * kt, 16 * n, lane);
+        multiply(high[kt], w);
+        multiply(low[kt], w);
+      }
+    }
+    ptx::mbarrier_arrive(empty(ring.stage));  // by every thread, as in the forward
+    previous = ring;
+    ring.advance(stages);
+  }
+
+  if (params.dinitial_state == nullptr) return;
+  if (call.state_type == DataType::kFloat32) {
+    dstate.store(static_cast<float*>(params.dinitial_state) + state_offset, row_stride, channel_stride, lane);
+  } else {
+    BFloat16* const destination = static_cast<BFloat16*>(params.dinitial_state) + state_offset;
+    dstate.for_each(lane, [&](float& value, int row, int channel) {
+      destination[row * row_stride + channel * channel_stride] = __float2bfloat16_rn(value);
+    });
+  }
+}
+
+}  // namespace kda

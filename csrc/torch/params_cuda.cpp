@@ -1,0 +1,81 @@
+#include "params_cuda.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+
+namespace kda::binding {
+
+namespace {
+
+DataType data_type(ScalarType type) {
+  switch (type) {
+    case ScalarType::BFloat16:
+      return DataType::kBFloat16;
+    case ScalarType::Half:
+      return DataType::kFloat16;
+    default:
+      return DataType::kFloat32;  // the checks admit no other type on this path
+  }
+}
+
+TokenStrides token_strides(const Tensor& tensor) {
+  const auto strides = tensor.strides();
+  return {strides[0], strides[1], strides[2]};
+}
+
+const void* data_or_null(const std::optional<Tensor>& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
+
+// A small tensor as the kernels read it: packed. Copies it only if it is not.
+void make_packed(std::optional<Tensor>& tensor) {
+  if (tensor && !tensor->is_contiguous()) tensor = torch::stable::contiguous(*tensor);
+}
+
+}  // namespace
+
+void make_parameters_packed(ChunkFwdArguments& args) {
+  make_packed(args.A_log);
+  make_packed(args.dt_bias);
+  make_packed(args.cu_seqlens);
+}
+
+ChunkFwdParams input_params(const ChunkFwdArguments& args, const ChunkFwdProblem& problem) {
+  ChunkFwdParams p;
+  p.problem = problem;
+  p.q = args.q.data_ptr();
+  p.k = args.k.data_ptr();
+  p.v = args.v.data_ptr();
+  p.g = args.g.data_ptr();
+  p.beta = args.beta.data_ptr();
+  p.q_stride = token_strides(args.q);
+  p.k_stride = token_strides(args.k);
+  p.v_stride = token_strides(args.v);
+  p.g_stride = token_strides(args.g);
+  p.beta_stride = token_strides(args.beta);
+  p.gate_type = data_type(args.g.scalar_type());
+  p.beta_type = data_type(args.beta.scalar_type());
+
+  p.A_log = static_cast<const float*>(data_or_null(args.A_log));
+  p.dt_bias = static_cast<const float*>(data_or_null(args.dt_bias));
+  if (args.initial_state) {
+    p.initial_state = args.initial_state->data_ptr();
+    p.initial_state_stride_sequence = args.initial_state->stride(0);
+    p.initial_state_stride_head = args.initial_state->stride(1);
+    p.state_type = data_type(args.initial_state->scalar_type());
+  }
+  p.state_v_first = args.state_v_first;
+  if (args.cu_seqlens) {
+    p.cu_seqlens = args.cu_seqlens->data_ptr();
+    p.cu_seqlens_int64 = args.cu_seqlens->scalar_type() == ScalarType::Long;
+  }
+
+  p.scale = static_cast<float>(args.scale ? *args.scale : 1.0 / std::sqrt(static_cast<double>(problem.key_dim)));
+  p.gate = !args.use_gate ? GateKind::kLog : args.lower_bound ? GateKind::kSigmoid : GateKind::kSoftplus;
+  p.lower_bound = static_cast<float>(args.lower_bound.value_or(0.0));
+  p.qk_l2norm = args.use_qk_l2norm;
+  p.beta_sigmoid = args.use_beta_sigmoid;
+  p.beta_scale = args.allow_neg_eigval ? 2.0f : 1.0f;
+  return p;
+}
+
+}  // namespace kda::binding
