@@ -55,6 +55,18 @@ struct ReverseRecurrenceConfig {
   }
 };
 
+// acc[2 n], acc[2 n + 1] += a b[n] for all n. Products that add to the same accumulators are as far apart as they can be: they wait for
+// each other.
+template <int kPairs>
+__device__ __forceinline__ void multiply_all(float (&acc)[2 * kPairs][4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[kPairs][4]) {
+#pragma unroll
+  for (int n = 0; n < kPairs; ++n) {
+    ptx::mma_m16n8k16_bf16(acc[2 * n], a[0], a[1], a[2], a[3], b[n][0], b[n][1]);
+    ptx::mma_m16n8k16_bf16(acc[2 * n + 1], a[0], a[1], a[2], a[3], b[n][2], b[n][3]);
+  }
+}
+
 template <typename Config>
 __global__ void __launch_bounds__(Config::kMaxThreads, 1)
     reverse_recurrence_kernel(const __grid_constant__ ChunkBwdKernelParams params, int warps, int stages) {
@@ -135,11 +147,12 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
   // Rows 16 * row_tile .. + 15 of V.
   const int row_tile = first_row_tile + warp;
   const int64_t row_stride = call.state_v_first ? K : 1, channel_stride = call.state_v_first ? 1 : V;
-  const int64_t state_offset = (sequence * value_heads + value_head) * K * V +
-                               static_cast<int64_t>(row_tile) * Config::kRowsPerWarp * row_stride;
+  const auto state_offset = [&](int tile) {  // tile: index of the sequence, value head and value tile
+    return static_cast<int64_t>(tile / value_tiles) * K * V + row_tile * Config::kRowsPerWarp * row_stride;
+  };
   StateFragments<K> dstate;
   if (params.dfinal_state != nullptr) {
-    dstate.load(params.dfinal_state + state_offset, DataType::kFloat32, row_stride, channel_stride, lane);
+    dstate.load(params.dfinal_state + state_offset(blockIdx.x), DataType::kFloat32, row_stride, channel_stride, lane);
   } else {
     dstate.for_each(lane, [](float& value, int, int) { value = 0.0f; });
   }
@@ -193,15 +206,13 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
       const float(&lower)[4] = dstate.acc[2 * kt], (&upper)[4] = dstate.acc[2 * kt + 1];
       const SplitBf16 s0(lower[0], lower[1]), s1(lower[2], lower[3]), s2(upper[0], upper[1]), s3(upper[2], upper[3]);
       dstate_operands[kt * 32] = {s0.high, s1.high, s2.high, s3.high};
+      uint32_t b[C / 16][4];
 #pragma unroll
       for (int n = 0; n < C / 16; ++n) {
-        uint32_t b[4];
-        Config::KeyTile::load_b(b, stage + Config::kKeyDecayed, 16 * n, 16 * kt, lane);
-        ptx::mma_m16n8k16_bf16(du[2 * n], s0.high, s1.high, s2.high, s3.high, b[0], b[1]);
-        ptx::mma_m16n8k16_bf16(du[2 * n + 1], s0.high, s1.high, s2.high, s3.high, b[2], b[3]);
-        ptx::mma_m16n8k16_bf16(du[2 * n], s0.low, s1.low, s2.low, s3.low, b[0], b[1]);
-        ptx::mma_m16n8k16_bf16(du[2 * n + 1], s0.low, s1.low, s2.low, s3.low, b[2], b[3]);
+        Config::KeyTile::load_b(b[n], stage + Config::kKeyDecayed, 16 * n, 16 * kt, lane);
       }
+      multiply_all(du, {s0.high, s1.high, s2.high, s3.high}, b);
+      multiply_all(du, {s0.low, s1.low, s2.low, s3.low}, b);
     }
 
     // -dU^T as A operands.
@@ -236,18 +247,20 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
     for (int kt = 0; kt < C / 16; ++kt) {
       uint32_t dO[4];
       load_output_gradient(dO, kt);
+      constexpr int kGroup = 4;
+      const int lane_here = ptx::opaque(lane);  // the addresses of all operands together do not fit the registers
 #pragma unroll
-      for (int n = 0; n < K / 16; ++n) {
-        const auto multiply = [&](const uint32_t(&a)[4], const uint32_t(&b)[4]) {
-          ptx::mma_m16n8k16_bf16(dstate.acc[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
-          ptx::mma_m16n8k16_bf16(dstate.acc[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
-        };
-        uint32_t q[4], w[4];
-        Config::KeyTile::load_b_trans(q, stage + Config::kQGated, 16 * kt, 16 * n, lane);
-        multiply(dO, q);
-        Config::KeyTile::load_b_trans(w, stage + Config::kW, 16 * kt, 16 * n, lane);
-        multiply(high[kt], w);
-        multiply(low[kt], w);
+      for (int first = 0; first < K / 16; first += kGroup) {
+        uint32_t q[kGroup][4], w[kGroup][4];
+#pragma unroll
+        for (int n = 0; n < kGroup; ++n) {
+          Config::KeyTile::load_b_trans(q[n], stage + Config::kQGated, 16 * kt, 16 * (first + n), lane_here);
+          Config::KeyTile::load_b_trans(w[n], stage + Config::kW, 16 * kt, 16 * (first + n), lane_here);
+        }
+        float(&acc)[2 * kGroup][4] = reinterpret_cast<float(&)[2 * kGroup][4]>(dstate.acc[2 * first]);
+        multiply_all(acc, dO, q);
+        multiply_all(acc, high[kt], w);
+        multiply_all(acc, low[kt], w);
       }
     }
     ptx::mbarrier_arrive(empty(ring.stage));  // by every thread, as in the forward
@@ -256,10 +269,11 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
   }
 
   if (params.dinitial_state == nullptr) return;
+  const int64_t offset = state_offset(ptx::opaque(blockIdx.x));  // not kept over the loop
   if (call.state_type == DataType::kFloat32) {
-    dstate.store(static_cast<float*>(params.dinitial_state) + state_offset, row_stride, channel_stride, lane);
+    dstate.store(static_cast<float*>(params.dinitial_state) + offset, row_stride, channel_stride, lane);
   } else {
-    BFloat16* const destination = static_cast<BFloat16*>(params.dinitial_state) + state_offset;
+    BFloat16* const destination = static_cast<BFloat16*>(params.dinitial_state) + offset;
     dstate.for_each(lane, [&](float& value, int row, int channel) {
       destination[row * row_stride + channel * channel_stride] = __float2bfloat16_rn(value);
     });

@@ -9,6 +9,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The same value, of which the compiler knows nothing: what depends on it is computed where it is used, rather than kept in registers
+// over a loop.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // ---- Special functions ----
 
 // 2^x. Callers guarantee x <= 0, or a bound on x. ex2(-inf) = 0.
