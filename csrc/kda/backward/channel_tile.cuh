@@ -60,6 +60,11 @@ struct ChannelOperand {
     return operand;
   }
 
+  // The same with the signs of the tokens that `flipped` names, for each block.
+  __device__ __forceinline__ ChannelOperand with_signs(const uint32_t (&flipped)[2]) const {
+    return {{pair[0] ^ flipped[0], pair[1] ^ flipped[0], pair[2] ^ flipped[1], pair[3] ^ flipped[1]}};
+  }
+
   template <typename Element>
   __device__ __forceinline__ ChannelTile unpack() const {
     ChannelTile tile;
@@ -140,6 +145,15 @@ struct ChannelDecayTree {
   // Product over the present block of a row's tokens.
   __device__ __forceinline__ float total(int block, int row) const {
     return prefix.at(block, row, 1) * suffix.at(block, row, 1);
+  }
+
+  // Sign bits, in an operand, of the tokens in the lower half of their pair of blocks of kBlock tokens.
+  template <int kBlock>
+  static __device__ __forceinline__ void lower_signs(uint32_t (&signs)[2], int lane) {
+#pragma unroll
+    for (int block = 0; block < 2; ++block) {
+      signs[block] = (is_upper<kBlock>(block, 0, lane) ? 0 : 0x8000u) | (is_upper<kBlock>(block, 1, lane) ? 0 : 0x80000000u);
+    }
   }
 
   // Whether a token is in the upper half of its pair of blocks of kBlock tokens: it is the i of its pairs, not the j.

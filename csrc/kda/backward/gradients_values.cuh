@@ -12,8 +12,8 @@ template <typename Config>
 struct GradientsOfValues : IntraChunkGradientsContext<Config> {
   using Context = IntraChunkGradientsContext<Config>;
   using Element = typename Config::Element;
-  using Context::address, Context::call, Context::group, Context::lane, Context::location, Context::member,
-      Context::params, Context::shared, Context::tile, Context::tokens, Context::value_head, Context::value_row,
+  using Context::address, Context::call, Context::lane, Context::location, Context::member,
+      Context::params, Context::row, Context::shared, Context::tile, Context::tokens, Context::value_head, Context::value_row,
       Context::warp;
   static constexpr int K = Config::K, V = Config::V, C = Config::C;
 
@@ -88,6 +88,9 @@ struct GradientsOfValues : IntraChunkGradientsContext<Config> {
       const uint32_t offset = Config::PairTile::unit_offset(row, unit);
       if (unit / 2 <= row / 16) ptx::cp_async_16(address(Config::kInverse + offset), inverse + offset, 16);
     }
+  }
+
+  __device__ __forceinline__ void wait_for_loads() {
     ptx::cp_async_wait_all();
     if constexpr (!std::is_same_v<Element, BFloat16>) convert_output_gradient();
     load_beta();  // ends with a barrier
@@ -123,79 +126,78 @@ struct GradientsOfValues : IntraChunkGradientsContext<Config> {
                   c.problem.activation_type);
   }
 
-  // Y^T = dU^T A^{-1} for 16 rows of V and all tokens, from the fragments of the recurrences. The gradient of beta_i is Y_i . (V - K e^G
-  // S - Akk / beta U)_i, and that is Y_i . U_i / beta_i; where beta is too small, here Y_i . V_i, and the rest in beta_gradient().
-  __device__ __forceinline__ void solve_rows(int row_tile) const {
+  // Y^T = dU^T A^{-1} for 16 rows of V and 16 tokens, from the fragments of the recurrences. The gradient of beta_i is
+  // Y_i . (V - K e^G S - Akk / beta U)_i, and that is Y_i . U_i / beta_i; where beta is too small, here Y_i . V_i, and the rest in
+  // beta_gradient().
+  __device__ __forceinline__ void solve_tile(int row_tile, int tt) const {
     const int64_t first = ((tile * (V / 16) + row_tile) * (C / 8)) * 32 + lane;
     const uint4* const du = params.dU + first;
-    const uint4* const u = params.forward.U + first;
-    float y[C / 8][4] = {};
+    const uint4* const u = params.forward.U + first + 2 * tt * 32;
+    const uint4 high = u[0], low = u[32];
+    ChannelTile y = ChannelTile::make([](int, int, int) { return 0.0f; });  // rows of V for channels
 #pragma unroll
     for (int kt = 0; kt < C / 16; ++kt) {
-      const uint4 high = du[2 * kt * 32], low = du[(2 * kt + 1) * 32];
-#pragma unroll
-      for (int n = 0; n <= kt; ++n) {
+      if (kt >= tt) {
+        const uint4 du_high = du[2 * kt * 32], du_low = du[(2 * kt + 1) * 32];
         uint32_t b[4];
-        Config::PairTile::load_b_trans(b, address(Config::kInverse), 16 * kt, 16 * n, lane);
-        ptx::mma_m16n8k16_bf16(y[2 * n], high.x, high.y, high.z, high.w, b[0], b[1]);
-        ptx::mma_m16n8k16_bf16(y[2 * n + 1], high.x, high.y, high.z, high.w, b[2], b[3]);
-        ptx::mma_m16n8k16_bf16(y[2 * n], low.x, low.y, low.z, low.w, b[0], b[1]);
-        ptx::mma_m16n8k16_bf16(y[2 * n + 1], low.x, low.y, low.z, low.w, b[2], b[3]);
+        Config::PairTile::load_b_trans(b, address(Config::kInverse), 16 * kt, 16 * tt, lane);
+        const auto multiply = [&](const uint4& a) {
+          const ChannelOperand operand{{a.x, a.y, a.z, a.w}};
+          operand.multiply(y.value[0], b[0], b[1]);
+          operand.multiply(y.value[1], b[2], b[3]);
+        };
+        multiply(du_high);
+        multiply(du_low);
       }
     }
 
+    const ChannelOperand u_high{{high.x, high.y, high.z, high.w}}, u_low{{low.x, low.y, low.z, low.w}};
+    const ChannelTile upper = u_high.template unpack<BFloat16>(), lower = u_low.template unpack<BFloat16>();
+    float beta[4], bound[4];
+    this->load_tokens(beta, Config::kBeta, tt);
+    this->load_tokens(bound, Config::kBetaBound, tt);
     float* const parts = reinterpret_cast<float*>(shared + Config::kBetaParts) + row_tile * C;
 #pragma unroll
-    for (int kt = 0; kt < C / 16; ++kt) {
-      const ChannelTile values = ChannelTile::make(
-          [&](int block, int row, int parity) { return y[2 * kt + block][2 * row + parity]; });  // rows of V
-      const uint4 high = u[2 * kt * 32], low = u[(2 * kt + 1) * 32];
-      const ChannelOperand u_high{{high.x, high.y, high.z, high.w}}, u_low{{low.x, low.y, low.z, low.w}};
-      const ChannelTile upper = u_high.template unpack<BFloat16>(), lower = u_low.template unpack<BFloat16>();
-
-      float beta[4];
+    for (int i = 0; i < 4; ++i) {
+      const int block = i >> 1, parity = i & 1, token = this->token(tt, block, parity);
+      float dot = 0.0f;
 #pragma unroll
-      for (int block = 0; block < 2; ++block) {
-#pragma unroll
-        for (int parity = 0; parity < 2; ++parity) {
-          const int token = this->token(kt, block, parity);
-          beta[token_index(block, parity)] = tokens(Config::kBeta)[token];
-          float dot = 0.0f;
-          if (tiny_beta && fabsf(tokens(Config::kBeta)[token]) < kSmallestBeta) {
-#pragma unroll
-            for (int row = 0; row < 2; ++row) {
-              dot += values.at(block, row, parity) * value_element(token, 16 * row_tile + group + 8 * row);
-            }
-          } else {
-#pragma unroll
-            for (int row = 0; row < 2; ++row) {
-              dot += values.at(block, row, parity) * (upper.at(block, row, parity) + lower.at(block, row, parity));
-            }
-            dot /= tokens(Config::kBetaBound)[token];
-          }
-          dot = sum_channels(dot);
-          if (group == 0) parts[token] = dot;
-        }
+      for (int hi = 0; hi < 2; ++hi) {
+        dot += y.at(block, hi, parity) * (upper.at(block, hi, parity) + lower.at(block, hi, parity));
       }
-
-      uint32_t y_pairs[4], dv_pairs[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int block = i >> 1, row = i & 1;
-        const float even = values.at(block, row, 0), odd = values.at(block, row, 1);
-        y_pairs[i] = pack_bf16(even, odd);
-        dv_pairs[i] = Packed2<Element>::from_floats(even * beta[token_index(block, 0)], odd * beta[token_index(block, 1)]);
+      dot = __fdividef(dot, bound[i]);
+      if (tiny_beta && fabsf(beta[i]) < kSmallestBeta) {
+        dot = y.at(block, 0, parity) * value_element(token, 16 * row_tile + row) +
+              y.at(block, 1, parity) * value_element(token, 16 * row_tile + row + 8);
       }
-      Config::ValueTile::store_a_trans(y_pairs, address(Config::kY), 16 * kt, 16 * row_tile, lane);
-      Config::ValueTile::store_a_trans(dv_pairs, address(Config::kValueGradient), 16 * kt, 16 * row_tile, lane);
-      Config::ValueTile::store_a_trans(u_high.pair, address(Config::kU), 16 * kt, 16 * row_tile, lane);
+      dot = sum_channels(dot);
+      if (row == 0) parts[token] = dot;
     }
+
+    uint32_t y_pairs[4], dv_pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int block = i >> 1, hi = i & 1;
+      const float even = y.at(block, hi, 0), odd = y.at(block, hi, 1);
+      y_pairs[i] = pack_bf16(even, odd);
+      dv_pairs[i] =
+          Packed2<Element>::from_floats(even * beta[token_index(block, 0)], odd * beta[token_index(block, 1)]);
+    }
+    Config::ValueTile::store_a_trans(y_pairs, address(Config::kY), 16 * tt, 16 * row_tile, lane);
+    Config::ValueTile::store_a_trans(dv_pairs, address(Config::kValueGradient), 16 * tt, 16 * row_tile, lane);
+    Config::ValueTile::store_a_trans(u_high.pair, address(Config::kU), 16 * tt, 16 * row_tile, lane);
   }
 
   __device__ __forceinline__ void solve() const {
+    // Tile 0 has the most products, tile 3 the fewest: a warp that takes two takes 0 and 3, or 1 and 2.
+    constexpr int kJobs = V / 16 * Config::kTiles;
+#pragma unroll 1
+    for (int job = warp; job < kJobs; job += Config::kWarps) {
+      const int index = job / (V / 16);
+      solve_tile(job % (V / 16), index < 2 ? index : 5 - index);
+    }
     store_norms(Config::kQuery, tokens(Config::kQueryNorm));
     store_norms(Config::kKey, tokens(Config::kKeyNorm));
-    for (int row_tile = warp; row_tile < V / 16; row_tile += Config::kWarps) solve_rows(row_tile);
   }
 
   // Rows of a [C, Columns] tile to a contiguous tensor. row_of(token): index of the token's row in it.
@@ -209,46 +211,38 @@ struct GradientsOfValues : IntraChunkGradientsContext<Config> {
     }
   }
 
-  // Rows 16 r .. of left U^T, the columns of the tiles up to r.
-  __device__ __forceinline__ void multiply_pair_rows(int left, int r, float (&acc)[C / 8][4]) const {
-#pragma unroll 2
-    for (int kt = 0; kt < V / 16; ++kt) {
-      uint32_t a[4];
-      Config::ValueTile::load_a(a, address(left), 16 * r, 16 * kt, lane);
+  // Two matrices, each cut into rows of 16, and the longer ones into halves of two blocks of 16 columns.
+  static constexpr int kPairJobs = 12;
+
+  __device__ __forceinline__ void multiply_pairs() const {
+    for (int job = warp; job < kPairJobs; job += Config::kWarps) {
+      const bool is_query = job & 1;
+      const int index = job >> 1;  // rows 3, 3, 2, 2, 1, 0
+      const int r = index < 4 ? 3 - (index >> 1) : 5 - index, first = index < 4 ? 2 * (index & 1) : 0;
+      float acc[4][4] = {};
+#pragma unroll 4
+      for (int kt = 0; kt < V / 16; ++kt) {
+        uint32_t a[4];
+        Config::ValueTile::load_a(a, address(is_query ? Config::kOutputGradient : Config::kY), 16 * r, 16 * kt, lane);
 #pragma unroll
-      for (int c = 0; c < C / 16; ++c) {
-        if (c <= r) {
-          uint32_t b[4];
-          Config::ValueTile::load_b(b, address(Config::kU), 16 * c, 16 * kt, lane);
+        for (int c = 0; c < 2; ++c) {
+          uint32_t b[4];  // of no use, but there, right of the diagonal
+          Config::ValueTile::load_b(b, address(Config::kU), 16 * (first + c), 16 * kt, lane);
           ptx::mma_m16n8k16_bf16(acc[2 * c], a[0], a[1], a[2], a[3], b[0], b[1]);
           ptx::mma_m16n8k16_bf16(acc[2 * c + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
         }
       }
-    }
-  }
-
-  __device__ __forceinline__ void multiply_pairs() const {
-    constexpr int kJobs = 2 * Config::kTiles;
-    for (int job = warp; job < kJobs; job += Config::kWarps) {
-      const int r = job >> 1;
-      const bool is_query = job & 1;
-      float acc[C / 8][4] = {};
-      multiply_pair_rows(is_query ? Config::kOutputGradient : Config::kY, r, acc);
+      uint8_t* const destination = shared + (is_query ? Config::kDqk : Config::kDkk);
 #pragma unroll
       for (int hi = 0; hi < 2; ++hi) {
-        const int row = 16 * r + group + 8 * hi;
-        const float factor = is_query ? call().scale : -tokens(Config::kBetaBound)[row];
+        const int i = 16 * r + row + 8 * hi;
+        const float factor = is_query ? call().scale : -tokens(Config::kBetaBound)[i];
 #pragma unroll
-        for (int n = 0; n < C / 8; ++n) {
-          const int column = 8 * n + 2 * member;
-          if (n < 2 * (r + 1)) {
-            const float even = factor * acc[n][2 * hi], odd = factor * acc[n][2 * hi + 1];
-            *reinterpret_cast<uint32_t*>(shared + (is_query ? Config::kDqk : Config::kDkk) +
-                                         Config::PairTile::pair_offset(row, column)) = pack_bf16(even, odd);
-            if (is_query && (row == column || row == column + 1)) {
-              tokens(Config::kDiagonal)[row] = row == column ? even : odd;
-            }
-          }
+        for (int n = 0; n < 4; ++n) {
+          const int j = 16 * first + 8 * n + 2 * member;
+          const float even = factor * acc[n][2 * hi], odd = factor * acc[n][2 * hi + 1];
+          *reinterpret_cast<uint32_t*>(destination + Config::PairTile::pair_offset(i, j)) = pack_bf16(even, odd);
+          if (is_query && (i == j || i == j + 1)) tokens(Config::kDiagonal)[i] = i == j ? even : odd;
         }
       }
     }

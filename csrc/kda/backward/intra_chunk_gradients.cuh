@@ -8,9 +8,9 @@
 //   dg_t = the sum of what crosses token t: q dq + k dk of the later tokens less k dk of the earlier ones, the terms of the state included
 // and then the derivatives of the transforms.
 //
-// Grid: one CTA for each (chunk slot, value head), and with cu_seqlens one more slot; K / 16 warps. First a warp owns rows of V or of
-// pairs (gradients_values.cuh), then 16 channels and all tokens, transposed (channel_tile.cuh), 16 tokens at a time: decay factors,
-// operands and results have one layout, and a tile needs few registers.
+// Grid: one CTA for each (chunk slot, value head), and with cu_seqlens one more slot; K / 8 warps. First a warp owns rows of V or of
+// pairs (gradients_values.cuh), then 16 channels and half of the tokens, transposed (channel_tile.cuh), 16 tokens at a time: decay
+// factors, operands and results have one layout, and a tile needs few registers.
 //
 // Numerics: gate factors are products of alpha <= 1. Operands are single bf16 (the emulation in docs/lab-notebook.md). The terms of dg that
 // belong to pairs cancel between their two tokens outside of what they cross; each side takes the same rounded operands, so that they
@@ -18,7 +18,7 @@
 //
 // Shared memory (bytes, K = V = 128): dO, Y, U 16384 each; q, k 16384 each, then dq, dk; two matrices of pairs 8192 each; operands of pairs
 // of different tiles 49152, first the inverse and dV; per lane alpha and parts of dk, then dq and dk in fp32, 65536; 10 KiB over tokens.
-// Registers: 255 allowed (one CTA a multiprocessor). Bound by latency, at 8 warps a multiprocessor.
+// Registers: 128 allowed (16 warps, one CTA a multiprocessor). Bound by latency.
 #pragma once
 
 #include "gradients_values.cuh"
@@ -29,157 +29,173 @@ template <typename Config>
 struct IntraChunkGradients : GradientsOfValues<Config> {
   using Values = GradientsOfValues<Config>;
   using Element = typename Config::Element;
-  using Values::address, Values::call, Values::channel, Values::group, Values::keep, Values::kept, Values::kept_operand,
-      Values::key_operand, Values::lane, Values::load_channels, Values::location, Values::member, Values::params,
-      Values::query_operand, Values::shared, Values::tile, Values::token, Values::tokens, Values::totals,
-      Values::value_head, Values::value_row, Values::warp;
+  using Values::address, Values::call, Values::channel, Values::first_tile, Values::group, Values::keep, Values::kept,
+      Values::kept_operand, Values::key_operand, Values::lane, Values::lane_units, Values::load_tokens, Values::location,
+      Values::member, Values::params, Values::part, Values::query_operand, Values::row, Values::shared, Values::tile,
+      Values::token, Values::tokens, Values::totals, Values::value_head, Values::value_row;
   static constexpr int K = Config::K, V = Config::V, C = Config::C, kTiles = Config::kTiles;
 
-  // What the 16 tokens of a tile collect. `cumulative` is the gradient of G_i, `prediction` that of what is said at beta_gradient().
+  // What the 16 tokens of a tile collect. `cumulative` is the gradient of G_i, `prediction` what beta_gradient() needs.
   struct Sums {
     ChannelTile dq, dk, cumulative;
-    float prediction[4] = {};
+    float prediction[4];
   };
 
-  __device__ __forceinline__ float decay_rate() const {
-    return call().A_log != nullptr ? expf(call().A_log[value_head]) : 1.0f;
+  static __device__ __forceinline__ ChannelTile zeros() {
+    return ChannelTile::make([](int, int, int) { return 0.0f; });
   }
-  __device__ __forceinline__ float gate_bias(int row) const {
-    return call().dt_bias != nullptr ? call().dt_bias[int64_t{value_head} * K + channel(row)] : 0.0f;
+
+  __device__ __forceinline__ GateOfTile gate() const {
+    const ChunkFwdParams& c = call();
+    const float rate = c.A_log != nullptr ? expf(c.A_log[value_head]) : 1.0f;
+    const float* const bias = c.dt_bias != nullptr ? c.dt_bias + int64_t{value_head} * K + channel(0) : nullptr;
+    return {c.gate, rate, c.lower_bound, {bias ? bias[0] : 0.0f, bias ? bias[8] : 0.0f}};
   }
 
   // q or k of the tile, normalised.
   __device__ __forceinline__ ChannelTile normalized(int offset, typename Config::TokenArray norm, int tt) const {
-    ChannelTile values = load_channels(offset, tt).template unpack<Element>();
-    values.for_each([&](float& x, int block, int, int parity) { x *= tokens(norm)[token(tt, block, parity)]; });
+    ChannelTile values = this->load_channels(offset, tt).template unpack<Element>();
+    float norms[4];
+    load_tokens(norms, norm, tt);
+    values.for_each([&](float& x, int block, int, int parity) { x *= norms[token_index(block, parity)]; });
     return values;
   }
 
-  // alpha of all tiles, and its product over each tile.
+  // alpha of the half's tiles, and its product over each of them.
   __device__ __forceinline__ void activate() const {
-    const float rate = decay_rate(), bias[2] = {gate_bias(0), gate_bias(1)};
+    const GateOfTile activation = gate();
 #pragma unroll 1
-    for (int tt = 0; tt < kTiles; ++tt) {
-      const ChannelTile alpha = ChannelTile::make([&](int block, int row, int parity) {
-        const int t = token(tt, block, parity);
-        const GateElement gate(call().gate, rate, call().lower_bound, this->gate_input(t, channel(row)) + bias[row]);
-        return t < location.tokens ? ptx::ex2(gate.log_alpha * kLog2E) : 1.0f;
+    for (int tt = first_tile(); tt < first_tile() + Config::kPartTiles; ++tt) {
+      ChannelTile alpha = activation.alpha(this->load_gate(tt));
+      alpha.for_each([&](float& x, int block, int, int parity) {
+        if (token(tt, block, parity) >= location.tokens) x = 1.0f;
       });
-      keep(tt, 0, alpha);
+      keep(lane_units(tt, 0), alpha);
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const float total = multiply_tokens((alpha.at(0, row, 0) * alpha.at(0, row, 1)) *
-                                            (alpha.at(1, row, 0) * alpha.at(1, row, 1)));
-        if (member == 0) totals(tt)[channel(row)] = total;
+      for (int hi = 0; hi < 2; ++hi) {
+        const float total =
+            multiply_tokens((alpha.at(0, hi, 0) * alpha.at(0, hi, 1)) * (alpha.at(1, hi, 0) * alpha.at(1, hi, 1)));
+        if (member == 0) totals(tt)[channel(hi)] = total;
       }
     }
-    __syncwarp();
   }
 
-  // The fragments [16 channels, V] of S or dS', as A operands.
-  __device__ __forceinline__ void load_state(ChannelOperand (&operands)[V / 16], const uint4* fragments) const {
-    const uint4* source = fragments + (tile * (V / 16) * (K / 16) + warp) * 32 + lane;
+  // Product of the decays over the tiles from `first` to before `last`, times `factor`.
+  __device__ __forceinline__ void decay_over(float (&decay)[2], float factor, int first, int last) const {
 #pragma unroll
-    for (int kt = 0; kt < V / 16; ++kt) operands[kt] = transposed(source[kt * (K / 16) * 32]);
-  }
-
-  // acc (16 channels, 16 tokens) = operands (16 channels, V) * rows^T of a [C, V] tile.
-  __device__ __forceinline__ ChannelTile multiply_state(const ChannelOperand (&operands)[V / 16], int offset,
-                                                        int tt) const {
-    ChannelTile acc = ChannelTile::make([](int, int, int) { return 0.0f; });
+    for (int hi = 0; hi < 2; ++hi) decay[hi] = factor;
 #pragma unroll
-    for (int kt = 0; kt < V / 16; ++kt) {
-      uint32_t b[4];
-      Config::ValueTile::load_b(b, address(offset), 16 * tt, 16 * kt, lane);
-      operands[kt].multiply(acc.value[0], b[0], b[1]);
-      operands[kt].multiply(acc.value[1], b[2], b[3]);
+    for (int tt = 0; tt < kTiles; ++tt) {
+      if (tt >= first && tt < last) {
+#pragma unroll
+        for (int hi = 0; hi < 2; ++hi) decay[hi] *= totals(tt)[channel(hi)];
+      }
     }
-    return acc;
   }
 
-  // Phase 1: e^{G_C - G} (U dS'^T), kept for phase 2, and operands for pairs of different tiles. Returns, for the two channels, what
-  // every token of the chunk has in its gradient of g: the terms of dS' that cross the whole chunk.
-  __device__ __forceinline__ void scale_operands(const ChannelOperand (&state)[V / 16], float (&crossing)[2]) const {
-    ChannelOperand dstate[V / 16];
-    load_state(dstate, params.dstate);
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      float dot = 0.0f;
+  // Fragments [16 channels, 16 of V] of S or dS', as A operands: the first of V / 16.
+  __device__ __forceinline__ const uint4* state_fragments(const uint4* fragments) const {
+    return fragments + (tile * (V / 16) * (K / 16) + group()) * 32 + lane;
+  }
+  static constexpr int kFragmentStride = K / 16 * 32;
+
+  // acc (16 channels, 16 tokens) += operand (16 channels, V) * rows^T of a [C, V] tile, for 16 of V.
+  __device__ __forceinline__ void multiply_state(ChannelTile& acc, const ChannelOperand& operand, int offset, int tt,
+                                                 int kt) const {
+    uint32_t b[4];
+    Config::ValueTile::load_b(b, address(offset), 16 * tt, 16 * kt, lane);
+    operand.multiply(acc.value[0], b[0], b[1]);
+    operand.multiply(acc.value[1], b[2], b[3]);
+  }
+
+  // Phase 1: e^{G_C - G} (U dS'^T), kept for phase 2, and operands for pairs of different tiles. Every token of the chunk has in its
+  // gradient of g what crosses the whole chunk, e^{G_C} (S . dS') over V, and all that the tokens write, whose own part phase 2 takes
+  // off. Each half adds its tokens and its half of V.
+  __device__ __forceinline__ void scale_operands() const {
+    const uint4* const dstate = state_fragments(params.dstate);
+    float written[2] = {};
+#pragma unroll 1
+    for (int i = 0; i < Config::kPartTiles; ++i) {
+      const int tt = first_tile() + i;
+      ChannelTile dk = zeros();
 #pragma unroll
       for (int kt = 0; kt < V / 16; ++kt) {
-#pragma unroll
-        for (int block = 0; block < 2; ++block) {
-          const float2 s = unpack_bf16(state[kt].pair[2 * block + row]),
-                       d = unpack_bf16(dstate[kt].pair[2 * block + row]);
-          dot += s.x * d.x + s.y * d.y;
-        }
+        multiply_state(dk, transposed(dstate[kt * kFragmentStride]), Config::kU, tt, kt);
       }
-      crossing[row] = params.forward.chunk_decay[tile * K + channel(row)] * sum_tokens(dot);
-    }
 
-    float after[2] = {1.0f, 1.0f}, written[2] = {};
-#pragma unroll 1
-    for (int tt = kTiles - 1; tt >= 0; --tt) {
-      ChannelDecayTree tree(kept(tt, 0));
+      ChannelDecayTree tree(kept(lane_units(tt, 0)));
       tree.complete(lane);
       const ChannelTile k = normalized(Config::kKey, Config::kKeyNorm, tt);
-
-      // Blocks of 16 tokens, then of 32.
-      const bool is_odd = tt & 1;
-      const ChannelTile of_16 = tree.select(is_odd);
-      keep(key_operand(0, tt), ChannelOperand::scaled(k, of_16));
-      float sibling[2];
-#pragma unroll
-      for (int row = 0; row < 2; ++row) sibling[row] = totals(tt ^ 1)[channel(row)];
-      const ChannelTile of_32 = block_32_factor(tree, sibling, tt);
-      keep(key_operand(1, tt), ChannelOperand::scaled(k, of_32));
-      if (is_odd || tt >= 2) {
+      const bool is_odd = tt & 1, is_later = tt >= kTiles / 2;
+      const ChannelTile of_16 = tree.select(is_odd), of_32 = block_32_factor(tree, tt);
+      keep_operand(key_operand(0, tt), ChannelOperand::scaled(k, of_16));
+      keep_operand(key_operand(1, tt), ChannelOperand::scaled(k, of_32));
+      if (is_odd || is_later) {
         const ChannelTile q = normalized(Config::kQuery, Config::kQueryNorm, tt);
-        if (is_odd) keep(query_operand(0, tt), ChannelOperand::scaled(q, of_16));
-        if (tt >= 2) keep(query_operand(1, tt), ChannelOperand::scaled(q, of_32));
+        if (is_odd) keep_operand(query_operand(0, tt), ChannelOperand::scaled(q, of_16));
+        if (is_later) keep_operand(query_operand(1, tt), ChannelOperand::scaled(q, of_32));
       }
 
-      ChannelTile dk = multiply_state(dstate, Config::kU, tt);
-      dk.for_each([&](float& x, int block, int row, int parity) {
-        x *= tree.suffix.at(block, row, parity) * after[row];
-        written[row] += k.at(block, row, parity) * x;
+      float after[2];
+      decay_over(after, 1.0f, tt + 1, kTiles);
+      dk.for_each([&](float& x, int block, int hi, int parity) {
+        x *= tree.suffix.at(block, hi, parity) * after[hi];
+        written[hi] += k.at(block, hi, parity) * x;
       });
-      keep(tt, 1, dk);
+      keep(lane_units(tt, 1), dk);
+    }
+
+    float dot[2] = {};
+    const uint4* const state = state_fragments(params.forward.state);
 #pragma unroll
-      for (int row = 0; row < 2; ++row) after[row] *= totals(tt)[channel(row)];
+    for (int i = 0; i < V / 32; ++i) {
+      const int kt = part() * (V / 32) + i;
+      const ChannelTile entry = transposed(state[kt * kFragmentStride]).template unpack<BFloat16>();
+      ChannelTile exit = transposed(dstate[kt * kFragmentStride]).template unpack<BFloat16>();
+      exit.for_each([&](float& x, int block, int hi, int parity) { dot[hi] += x * entry.at(block, hi, parity); });
     }
 #pragma unroll
-    for (int row = 0; row < 2; ++row) crossing[row] += sum_tokens(written[row]);
-    __syncwarp();
+    for (int hi = 0; hi < 2; ++hi) {
+      const float decay = params.forward.chunk_decay[tile * K + channel(hi)];
+      const float sum = sum_tokens(decay * dot[hi] + written[hi]);
+      if (member == 0) this->crossing(part())[channel(hi)] = sum;
+    }
   }
 
-  // F of blocks of 32 tokens: P in the second half of the chunk, R in the first. sibling: decay over the tile's other half of 32.
-  static __device__ __forceinline__ ChannelTile block_32_factor(const ChannelDecayTree& tree, const float (&sibling)[2],
-                                                                int tt) {
-    const bool is_upper = tt >= 2;
-    const bool has_sibling = is_upper == bool(tt & 1);  // between the tile and the middle of the chunk lies another
-    ChannelTile factor = tree.select(is_upper);
-    factor.for_each([&](float& x, int, int row, int) { x = has_sibling ? x * sibling[row] : x; });
+  __device__ __forceinline__ void keep_operand(int index, const ChannelOperand& operand) const {
+    Values::keep(index, operand);
+  }
+
+  // F of blocks of 32 tokens: P in the second half of the chunk, R in the first.
+  __device__ __forceinline__ ChannelTile block_32_factor(const ChannelDecayTree& tree, int tt) const {
+    const bool is_later = tt >= kTiles / 2;
+    const bool has_sibling = is_later == bool(tt & 1);  // between the tile and the middle of the chunk lies another
+    const float sibling[2] = {totals(tt ^ 1)[channel(0)], totals(tt ^ 1)[channel(1)]};
+    ChannelTile factor = tree.select(is_later);
+    factor.for_each([&](float& x, int, int hi, int) { x = has_sibling ? x * sibling[hi] : x; });
     return factor;
   }
 
   // Adds a level: `queries` are sums over the earlier tokens of dAqk F k, for the later ones; `keys` the sums for dk. The products with
-  // `cumulative` take the operands as they were rounded, see Numerics.
-  template <typename IsUpper>
+  // `cumulative` take the operands as they were rounded, see Numerics. lower: sign bits of the tokens that are the earlier of their pairs.
   __device__ __forceinline__ void add_level(Sums& sums, const ChannelTile& factor, const ChannelOperand& q_operand,
                                             const ChannelOperand& k_operand, const ChannelTile& queries,
-                                            const ChannelTile& keys, IsUpper is_upper) const {
-    const ChannelTile q = q_operand.template unpack<BFloat16>(), k = k_operand.template unpack<BFloat16>();
-    sums.dq.for_each([&](float& dq, int block, int row, int parity) {
-      const float f = factor.at(block, row, parity);
-      const float for_query = queries.at(block, row, parity), for_key = keys.at(block, row, parity);
-      const float product = k.at(block, row, parity) * for_key;
-      const bool upper = is_upper(block, parity);
-      dq += f * for_query;
-      sums.dk.value[block][2 * row + parity] += f * for_key;
-      sums.cumulative.value[block][2 * row + parity] +=
-          q.at(block, row, parity) * for_query + (upper ? product : -product);
-      sums.prediction[token_index(block, parity)] += upper ? product : 0.0f;
+                                            const ChannelTile& keys, const uint32_t (&lower)[2]) const {
+    const ChannelTile q = q_operand.template unpack<BFloat16>();
+    const ChannelTile k = k_operand.with_signs(lower).template unpack<BFloat16>();
+    sums.dq.for_each([&](float& dq, int block, int hi, int parity) {
+      const int i = 2 * hi + parity;
+      const float f = factor.at(block, hi, parity);
+      dq += f * queries.value[block][i];
+      sums.dk.value[block][i] += f * keys.value[block][i];
+      sums.cumulative.value[block][i] += q.at(block, hi, parity) * queries.value[block][i];
+      sums.cumulative.value[block][i] += k.at(block, hi, parity) * keys.value[block][i];
+    });
+    if (!this->tiny_beta) return;
+    sums.dq.for_each([&](float&, int block, int hi, int parity) {
+      const bool is_later = (lower[block] >> (parity ? 31 : 15) & 1) == 0;
+      const float product = k.at(block, hi, parity) * keys.at(block, hi, parity);
+      sums.prediction[token_index(block, parity)] += is_later ? product : 0.0f;
     });
   }
 
@@ -192,7 +208,7 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
     const LevelMasks masks(kBlock, lane);
     const ChannelTile factor = tree.template factor<kBlock>(lane);
     const ChannelOperand q_operand = ChannelOperand::scaled(q, factor), k_operand = ChannelOperand::scaled(k, factor);
-    ChannelTile queries = ChannelTile::make([](int, int, int) { return 0.0f; }), keys = queries;
+    ChannelTile queries = zeros(), keys = zeros();
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
       const int i = 3 * block;  // the 8 x 8 block on the diagonal
@@ -200,9 +216,9 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
       k_operand.multiply_block(keys.value[block], block, (dkk[i] & masks.later_n) | (dkk_t[i] & masks.earlier_n));
       q_operand.multiply_block(keys.value[block], block, dqk_t[i] & masks.earlier_n);
     }
-    add_level(sums, factor, q_operand, k_operand, queries, keys, [&](int block, int parity) {
-      return ChannelDecayTree::is_upper<kBlock>(block, parity, lane);
-    });
+    uint32_t lower[2];
+    ChannelDecayTree::lower_signs<kBlock>(lower, lane);
+    add_level(sums, factor, q_operand, k_operand, queries, keys, lower);
   }
 
   // Pairs inside the tile. Completes the tree.
@@ -224,12 +240,14 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
     // The upper block of 8 tokens against the lower.
     const ChannelTile factor = tree.template factor<8>(lane);
     const ChannelOperand q_operand = ChannelOperand::scaled(q, factor), k_operand = ChannelOperand::scaled(k, factor);
-    ChannelTile queries = ChannelTile::make([](int, int, int) { return 0.0f; }), keys = queries;
+    ChannelTile queries = zeros(), keys = zeros();
     k_operand.multiply_block(queries.value[1], 0, dqk[2]);
     k_operand.multiply_block(keys.value[1], 0, dkk[2]);
     k_operand.multiply_block(keys.value[0], 1, dkk_t[1]);
     q_operand.multiply_block(keys.value[0], 1, dqk_t[1]);
-    add_level(sums, factor, q_operand, k_operand, queries, keys, [](int block, int) { return block == 1; });
+    uint32_t lower[2];
+    ChannelDecayTree::lower_signs<8>(lower, lane);
+    add_level(sums, factor, q_operand, k_operand, queries, keys, lower);
     tree.template double_blocks<8>(lane);
   }
 
@@ -258,93 +276,78 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
 
   // Pairs of different tiles: blocks of 16 tokens (level 0), then of 32 (level 1).
   __device__ __forceinline__ void add_pairs_of_tiles(Sums& sums, const ChannelDecayTree& tree, int tt) const {
-#pragma unroll
+#pragma unroll 1
     for (int level = 0; level < 2; ++level) {
-      ChannelTile queries = ChannelTile::make([](int, int, int) { return 0.0f; }), keys = queries;
+      ChannelTile queries = zeros(), keys = zeros();
       const int tiles = 1 << level, first = ((tt >> level) ^ 1) << level;
+#pragma unroll 1
       for (int other = first; other < first + tiles; ++other) {
         multiply_other_tile(queries, keys, level, tt, other);
       }
-      const bool is_upper = Values::is_upper_tile(level, tt);
-      float sibling[2];
-#pragma unroll
-      for (int row = 0; row < 2; ++row) sibling[row] = totals(tt ^ 1)[channel(row)];
-      const ChannelTile factor = level == 1 ? block_32_factor(tree, sibling, tt) : tree.select(is_upper);
+      const bool is_later = tt >> level & 1;
+      const ChannelTile factor = level == 1 ? block_32_factor(tree, tt) : tree.select(is_later);
       // Where the tile is the earlier one no query has a product here, and its operand is any finite one.
       const ChannelOperand k_operand = kept_operand(key_operand(level, tt));
-      const ChannelOperand q_operand = is_upper ? kept_operand(query_operand(level, tt)) : k_operand;
-      add_level(sums, factor, q_operand, k_operand, queries, keys, [&](int, int) { return is_upper; });
+      const ChannelOperand q_operand = kept_operand(is_later ? query_operand(level, tt) : key_operand(level, tt));
+      const uint32_t sign = is_later ? 0 : 0x80008000u, lower[2] = {sign, sign};
+      add_level(sums, factor, q_operand, k_operand, queries, keys, lower);
     }
   }
 
   // Terms of the states, and the diagonal of Aqk.
   __device__ __forceinline__ void add_states(Sums& sums, const ChannelDecayTree& tree, const ChannelTile& q,
-                                             const ChannelTile& k, const ChannelOperand (&state)[V / 16],
-                                             int tt) const {
-    float before[2] = {call().scale, call().scale}, predicted[4] = {};
-    for (int earlier = 0; earlier < tt; ++earlier) {
+                                             const ChannelTile& k, int tt) const {
+    ChannelTile of_outputs = zeros(), of_values = zeros();
+    const uint4* const fragments = state_fragments(params.forward.state);
 #pragma unroll
-      for (int row = 0; row < 2; ++row) before[row] *= totals(earlier)[channel(row)];
+    for (int kt = 0; kt < V / 16; ++kt) {
+      const ChannelOperand state = transposed(fragments[kt * kFragmentStride]);
+      multiply_state(of_outputs, state, Config::kOutputGradient, tt, kt);
+      multiply_state(of_values, state, Config::kY, tt, kt);
     }
-    const ChannelTile of_outputs = multiply_state(state, Config::kOutputGradient, tt);
-    sums.dq.for_each([&](float& dq, int block, int row, int parity) {
-      const float gradient = of_outputs.at(block, row, parity) * (tree.prefix.at(block, row, parity) * before[row]);
-      dq += gradient;
-      sums.cumulative.value[block][2 * row + parity] += q.at(block, row, parity) * gradient;
+    const ChannelTile of_state = kept(lane_units(tt, 1));
+    float before[2], beta[4], diagonal[4], predicted[4] = {};
+    decay_over(before, 1.0f, 0, tt);
+    load_tokens(beta, Config::kBeta, tt);
+    load_tokens(diagonal, Config::kDiagonal, tt);
+    sums.dq.for_each([&](float& dq, int block, int hi, int parity) {
+      const int i = 2 * hi + parity, t = token_index(block, parity);
+      const float query = q.value[block][i], key = k.value[block][i];
+      const float decay = tree.prefix.value[block][i] * before[hi];
+      const float asks = call().scale * decay * of_outputs.value[block][i];
+      const float predicts = decay * of_values.value[block][i];
+      const float moves = -beta[t] * predicts, writes = of_state.value[block][i];
+      dq += asks + diagonal[t] * key;
+      sums.dk.value[block][i] += moves + writes + diagonal[t] * query;
+      sums.cumulative.value[block][i] += query * asks + key * (moves - writes);
+      predicted[t] += key * predicts;
     });
-
-    float decay[2] = {1.0f, 1.0f};
-    for (int earlier = 0; earlier < tt; ++earlier) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row) decay[row] *= totals(earlier)[channel(row)];
-    }
-    const ChannelTile of_values = multiply_state(state, Config::kY, tt), of_state = kept(tt, 1);
-    sums.dk.for_each([&](float& dk, int block, int row, int parity) {
-      const int t = token(tt, block, parity);
-      const float predicts = of_values.at(block, row, parity) * (tree.prefix.at(block, row, parity) * decay[row]);
-      const float key = k.at(block, row, parity);
-      const float reads = -tokens(Config::kBeta)[t] * predicts, writes = of_state.at(block, row, parity);
-      predicted[token_index(block, parity)] += key * predicts;
-      sums.cumulative.value[block][2 * row + parity] += key * (reads - writes);
-      const float diagonal = tokens(Config::kDiagonal)[t];
-      dk += reads + writes + diagonal * q.at(block, row, parity);
-      sums.dq.value[block][2 * row + parity] += diagonal * key;
-    });
+    if (!this->tiny_beta) return;
     // beta_gradient() needs k . (what the state and the pairs predict) without beta.
+    float bound[4];
+    load_tokens(bound, Config::kBetaBound, tt);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int t = token(tt, i >> 1, i & 1);
-      sums.prediction[i] = predicted[i] - sums.prediction[i] / tokens(Config::kBetaBound)[t];
-    }
+    for (int i = 0; i < 4; ++i) sums.prediction[i] = predicted[i] - sums.prediction[i] / bound[i];
   }
 
   __device__ __forceinline__ void store_dots(const Sums& sums, const ChannelTile& q, const ChannelTile& k,
                                              int tt) const {
-    float* const parts = reinterpret_cast<float*>(shared + Config::kTokenParts) + warp * Config::kDotParts * C;
+    float* const parts = reinterpret_cast<float*>(shared + Config::kTokenParts) + group() * Config::kDotParts * C;
 #pragma unroll
-    for (int block = 0; block < 2; ++block) {
-#pragma unroll
-      for (int parity = 0; parity < 2; ++parity) {
-        float of_query = 0.0f, of_key = 0.0f;
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-          of_query += q.at(block, row, parity) * sums.dq.at(block, row, parity);
-          of_key += k.at(block, row, parity) * sums.dk.at(block, row, parity);
-        }
-        of_query = sum_channels(of_query);
-        of_key = sum_channels(of_key);
-        const float prediction = sum_channels(sums.prediction[token_index(block, parity)]);
-        if (group == 0) {
-          const int t = token(tt, block, parity);
-          parts[t] = of_query;
-          parts[C + t] = of_key;
-          parts[2 * C + t] = prediction;
-        }
-      }
+    for (int i = 0; i < 4; ++i) {
+      const int block = i >> 1, parity = i & 1, t = token(tt, block, parity);
+      const float of_query = sum_channels(q.at(block, 0, parity) * sums.dq.at(block, 0, parity) +
+                                          q.at(block, 1, parity) * sums.dq.at(block, 1, parity));
+      const float of_key = sum_channels(k.at(block, 0, parity) * sums.dk.at(block, 0, parity) +
+                                        k.at(block, 1, parity) * sums.dk.at(block, 1, parity));
+      if (row == 0) parts[t] = of_query, parts[C + t] = of_key;
+      if (!this->tiny_beta) continue;
+      const float prediction = sum_channels(sums.prediction[i]);
+      if (row == 0) parts[2 * C + t] = prediction;
     }
   }
 
-  __device__ __forceinline__ void store_1(void* base, int64_t offset, DataType type, float value) const {
+  static __device__ __forceinline__ void store_1(void* base, int64_t offset, DataType type, float value) {
     if (type == DataType::kFloat32) {
       static_cast<float*>(base)[offset] = value;
     } else if (type == DataType::kBFloat16) {
@@ -354,66 +357,106 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
     }
   }
 
-  // From the gradient of the log-gates to that of g; adds to the sums for the gate's parameters.
-  __device__ __forceinline__ void store_gate_gradient(const ChannelTile& gradient, float rate, const float (&bias)[2],
-                                                      float (&dA_log)[2], float (&ddt_bias)[2], int tt) const {
-    ChannelTile values = gradient;
-    values.for_each([&](float& x, int block, int row, int parity) {
-      const int t = token(tt, block, parity);
-      if (t >= location.tokens) return;
-      const GateElement gate(call().gate, rate, call().lower_bound, this->gate_input(t, channel(row)) + bias[row]);
-      const bool is_reset = ptx::ex2(gate.log_alpha * kLog2E) == 0.0f;
-      const float dx = is_reset ? 0.0f : x * gate.by_x;
-      dA_log[row] += is_reset ? 0.0f : x * gate.by_A_log;
-      ddt_bias[row] += dx;
-      store_1(params.dg, value_row(t) * K + channel(row), call().gate_type, dx);
+  // dg of a tile from the gradients of its log-gates; adds to the sums for the gate's parameters.
+  __device__ __forceinline__ void store_gate_gradient(ChannelTile& gradients, const GateOfTile& gate, float (&dA_log)[2],
+                                                      float (&ddt_bias)[2], int tt) const {
+    gradients.for_each([&](float& x, int block, int, int parity) {
+      if (token(tt, block, parity) >= location.tokens) x = 0.0f;
     });
+    gate.differentiate(gradients, this->load_gate(tt), dA_log, ddt_bias);
+    const auto store = [&](auto element) {
+      using Gate = decltype(element);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int block = i >> 1, parity = i & 1, t = token(tt, block, parity);
+        Gate* const destination = static_cast<Gate*>(params.dg) + value_row(t) * K + channel(0);
+        if (t < location.tokens) {
+          destination[0] = Gate(gradients.at(block, 0, parity));
+          destination[8] = Gate(gradients.at(block, 1, parity));
+        }
+      }
+    };
+    if (call().gate_type == DataType::kFloat32) {
+      store(0.0f);
+    } else if (call().gate_type == DataType::kBFloat16) {
+      store(BFloat16());
+    } else {
+      store(Float16());
+    }
   }
 
-  // Phase 2: the tiles from the last to the first.
+  // Phase 2: the half's tiles from the last to the first. The second half goes on to dg at once; the first must wait for what the
+  // second has collected, and keeps its gradients of G.
   __device__ __forceinline__ void collect() const {
-    ChannelOperand state[V / 16];
-    load_state(state, params.forward.state);
-    float after[2];
-    scale_operands(state, after);
-
-    const float rate = decay_rate(), bias[2] = {gate_bias(0), gate_bias(1)};
-    float dA_log[2] = {}, ddt_bias[2] = {};
+    const bool is_later = part() == 1;
+    const GateOfTile activation = gate();
+    float after[2] = {}, dA_log[2] = {}, ddt_bias[2] = {};
+    if (is_later) {
+#pragma unroll
+      for (int hi = 0; hi < 2; ++hi) after[hi] = this->crossing(0)[channel(hi)] + this->crossing(1)[channel(hi)];
+    }
 #pragma unroll 1
-    for (int tt = kTiles - 1; tt >= 0; --tt) {
+    for (int tt = first_tile() + Config::kPartTiles - 1; tt >= first_tile(); --tt) {
       const ChannelTile q = normalized(Config::kQuery, Config::kQueryNorm, tt);
       const ChannelTile k = normalized(Config::kKey, Config::kKeyNorm, tt);
-      Sums sums;
-      sums.dq = sums.dk = sums.cumulative = ChannelTile::make([](int, int, int) { return 0.0f; });
-      ChannelDecayTree tree(kept(tt, 0));
+      Sums sums{zeros(), zeros(), zeros(), {}};
+      ChannelDecayTree tree(kept(lane_units(tt, 0)));
       add_own_pairs(sums, tree, q, k, tt);
       add_pairs_of_tiles(sums, tree, tt);
-      add_states(sums, tree, q, k, state, tt);
+      add_states(sums, tree, q, k, tt);
       store_dots(sums, q, k, tt);
-      keep(tt, 0, sums.dq);
-      keep(tt, 1, sums.dk);
+      keep(lane_units(tt, 0), sums.dq);
+      keep(lane_units(tt, 1), sums.dk);
       suffix_sums(sums.cumulative, after, lane);
-      store_gate_gradient(sums.cumulative, rate, bias, dA_log, ddt_bias, tt);
+      if (is_later) {
+        store_gate_gradient(sums.cumulative, activation, dA_log, ddt_bias, tt);
+      } else {
+        keep(this->cumulative_units(tt), sums.cumulative);
+      }
+    }
+
+    __syncthreads();  // crossing() has been read
+    if (is_later) {
+#pragma unroll
+      for (int hi = 0; hi < 2; ++hi) {
+        const float of_rate = sum_tokens(dA_log[hi]), of_bias = sum_tokens(ddt_bias[hi]);
+        if (member != 0) continue;
+        this->crossing(0)[channel(hi)] = after[hi];
+        if (params.dA_log_parts == nullptr) continue;
+        params.dA_log_parts[tile * K + channel(hi)] = of_rate;
+        params.ddt_bias_parts[tile * K + channel(hi)] = of_bias;
+      }
+    }
+    __syncthreads();
+    if (is_later) return;
+#pragma unroll
+    for (int hi = 0; hi < 2; ++hi) after[hi] = this->crossing(0)[channel(hi)];
+#pragma unroll 1
+    for (int tt = 0; tt < Config::kPartTiles; ++tt) {
+      ChannelTile cumulative = kept(this->cumulative_units(tt));
+      cumulative.for_each([&](float& x, int, int hi, int) { x += after[hi]; });
+      store_gate_gradient(cumulative, activation, dA_log, ddt_bias, tt);
     }
     if (params.dA_log_parts == nullptr) return;
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const float of_rate = sum_tokens(dA_log[row]), of_bias = sum_tokens(ddt_bias[row]);
-      if (member == 0) {
-        params.dA_log_parts[tile * K + channel(row)] = of_rate;
-        params.ddt_bias_parts[tile * K + channel(row)] = of_bias;
+    for (int hi = 0; hi < 2; ++hi) {
+      const float of_rate = sum_tokens(dA_log[hi]), of_bias = sum_tokens(ddt_bias[hi]);
+      if (member == 0) {  // on those of the second half
+        params.dA_log_parts[tile * K + channel(hi)] += of_rate;
+        params.ddt_bias_parts[tile * K + channel(hi)] += of_bias;
       }
     }
   }
 
-  // Sums the parts of the warps, in their order.
+  // Sums the parts of the groups, in their order.
   __device__ __forceinline__ void sum_dots() const {
     const float* const parts = reinterpret_cast<const float*>(shared + Config::kTokenParts);
-    for (int i = threadIdx.x; i < Config::kDotParts * C; i += Config::kThreads) {
+    const int count = (this->tiny_beta ? Config::kDotParts : Config::kDotParts - 1) * C;
+    for (int i = threadIdx.x; i < count; i += Config::kThreads) {
       float sum = 0.0f;
 #pragma unroll
-      for (int w = 0; w < Config::kWarps; ++w) sum += parts[w * Config::kDotParts * C + i];
-      tokens(Config::kQueryDot)[i] = sum;  // the three arrays are adjacent
+      for (int g = 0; g < Config::kGroups; ++g) sum += parts[g * Config::kDotParts * C + i];
+      tokens(Config::kQueryDot)[i] = sum;  // the arrays are adjacent
     }
   }
 
@@ -431,40 +474,57 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
     store_1(params.dbeta, value_row(t), call().beta_type, gradient);
   }
 
-  // dq or dk through the normalisation: as parts of the value head, or to the warp's channels of the tile at `offset`, from which q
+  // dq or dk through the normalisation: as parts of the value head, or to the group's channels of the tile at `offset`, from which q
   // or k has been read.
   __device__ __forceinline__ void finish(int offset, typename Config::TokenArray norm, typename Config::TokenArray dot,
                                          int which, float* parts) const {
 #pragma unroll 1
-    for (int tt = 0; tt < kTiles; ++tt) {
-      const ChannelTile x = normalized(offset, norm, tt);
-      ChannelTile gradient = kept(tt, which);
-      gradient.for_each([&](float& value, int block, int row, int parity) {
-        const int t = token(tt, block, parity);
-        if (call().qk_l2norm) value = tokens(norm)[t] * (value - x.at(block, row, parity) * tokens(dot)[t]);
-        if (parts != nullptr && t < location.tokens) parts[value_row(t) * K + channel(row)] = value;
-      });
-      if (parts != nullptr) continue;
+    for (int tt = first_tile(); tt < first_tile() + Config::kPartTiles; ++tt) {
+      ChannelTile gradient = kept(lane_units(tt, which));
+      if (call().qk_l2norm) {
+        const ChannelTile x = normalized(offset, norm, tt);
+        float norms[4], dots[4];
+        load_tokens(norms, norm, tt);
+        load_tokens(dots, dot, tt);
+        gradient.for_each([&](float& value, int block, int hi, int parity) {
+          const int t = token_index(block, parity);
+          value = norms[t] * (value - x.at(block, hi, parity) * dots[t]);
+        });
+      }
+      if (parts != nullptr) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int block = i >> 1, parity = i & 1, t = token(tt, block, parity);
+          float* const destination = parts + value_row(t) * K + channel(0);
+          if (t < location.tokens) {
+            destination[0] = gradient.at(block, 0, parity);
+            destination[8] = gradient.at(block, 1, parity);
+          }
+        }
+        continue;
+      }
       uint32_t pairs[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         pairs[i] = Packed2<Element>::from_floats(gradient.at(i >> 1, i & 1, 0), gradient.at(i >> 1, i & 1, 1));
       }
       __syncwarp();
-      Config::KeyTile::store_a_trans(pairs, address(offset), 16 * tt, 16 * warp, lane);
+      Config::KeyTile::store_a_trans(pairs, address(offset), 16 * tt, 16 * group(), lane);
     }
   }
 
   __device__ __forceinline__ void run() {
     this->load();
+    activate();
+    this->wait_for_loads();
     this->solve();
     __syncthreads();
     this->template store_rows<V>(params.dv, Config::kValueGradient, [&](int t) { return value_row(t); });
     this->multiply_pairs();
+    __syncthreads();  // the operands of pairs take the place of dV
+    scale_operands();
     __syncthreads();
-    activate();
     collect();
-    __syncthreads();
     sum_dots();
     __syncthreads();
     beta_gradient();
@@ -528,8 +588,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     clear_unused_slot<Config>(params, slot, value_head);
     return;
   }
-  IntraChunkGradientsContext<Config> context{params,    shared,   warp,       lane, lane >> 2,
-                                             lane & 3,  location, value_head, tile};
+  IntraChunkGradientsContext<Config> context{params,   shared,   warp,       lane, lane >> 2,
+                                             lane & 3, location, value_head, tile};
   IntraChunkGradients<Config>{{{context}, false}}.run();
 }
 
