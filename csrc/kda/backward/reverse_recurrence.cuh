@@ -9,7 +9,8 @@
 //   dS^T = dS'^T Diag(e^{G_C}) + dO^T Q_gated - dU^T W          A = dO^T; dU^T as a sum of two
 // Both sums are needed for the gradient of beta of the last tokens, where one gradient of the final state meets few tokens and
 // no average hides the rounding of an operand.
-// Warp 0 keeps a ring of stages filled by bulk copies; rows of dO come one by one from the tensor itself.
+// A ring of stages: bulk copies of what lies in the workspace, and units of 16 bytes of dO, which each thread copies. (Bulk copies of
+// its rows took half of the time: the copies of a warp are issued one by one.)
 //
 // Shared memory of one stage (bytes, K = 128): W, K_decayed, Q_gated 16384 each, Aqk 8192, chunk_decay 512, and for dO 64 rows of
 // two bytes for each value row and 16 more, which keep ldmatrix free of bank conflicts.
@@ -93,23 +94,21 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
   const auto empty = [&](int stage) { return barriers + 16 * stage + 8; };
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < stages; ++stage) {
-      ptx::mbarrier_init(full(stage), 32);
+      ptx::mbarrier_init(full(stage), 1 + 32 * warps);
       ptx::mbarrier_init(empty(stage), 32 * warps);
     }
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
 
-  // Everything chunk `chunk` needs, into a stage that is free. One warp; each lane brings two rows of dO. Only the last
-  // chunk of a sequence can lack rows, and it is the first into its stage: nobody reads what the zeros replace.
+  // Everything chunk `chunk` needs, into a stage that is free. By all threads: thread 0 asks for the bulk copies, and each copies
+  // 16-byte units of dO; rows past the end are zero.
   const auto fill = [&](int64_t chunk, int ring_stage) {
     const int64_t tile = (first_slot + chunk) * value_heads + value_head;
     const int64_t first_token = range.begin + chunk * C;
     const uint32_t stage = shared_base + ring_stage * stage_bytes, barrier = full(ring_stage);
-    const int rows = (first_token + lane < range.end) + (first_token + lane + 32 < range.end);
-    constexpr uint32_t kTileBytes = Config::kOutputGradient;
-    ptx::mbarrier_arrive_expect_tx(barrier, rows * row_bytes + (lane == 0 ? kTileBytes : 0));
-    if (lane == 0) {
+    if (threadIdx.x == 0) {
+      ptx::mbarrier_arrive_expect_tx(barrier, Config::kOutputGradient);
       ptx::cp_async_bulk_load(stage + Config::kAqk, params.forward.Aqk + tile * Config::kPairTileBytes,
                               Config::kPairTileBytes, barrier);
       ptx::cp_async_bulk_load(stage + Config::kKeyDecayed, params.forward.K_decayed + tile * Config::kKeyTileBytes,
@@ -121,28 +120,19 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
       ptx::cp_async_bulk_load(stage + Config::kW, params.forward.W + tile * Config::kKeyTileBytes,
                               Config::kKeyTileBytes, barrier);
     }
-    for (int i = 0; i < rows; ++i) {
-      const int row = lane + 32 * i;
-      const Element* source =
-          static_cast<const Element*>(params.dO) +
-          ((range.batch * call.problem.tokens + first_token + row) * value_heads + value_head) * V +
-          first_row_tile * Config::kRowsPerWarp;
-      ptx::cp_async_bulk_load(stage + Config::kOutputGradient + row * row_pitch, source, row_bytes, barrier);
+    const int units = row_bytes / 16;  // of a row; 2 * warps
+    const int unit = threadIdx.x % units, rows_at_once = blockDim.x / units, rows = static_cast<int>(min(range.end - first_token, int64_t{C}));
+    const Element* const first = static_cast<const Element*>(params.dO) +
+                                 ((range.batch * call.problem.tokens + first_token) * value_heads + value_head) * V +
+                                 first_row_tile * Config::kRowsPerWarp + 8 * unit;
+    for (int row = threadIdx.x / units; row < C; row += rows_at_once) {
+      const bool in_range = row < rows;
+      ptx::cp_async_16(stage + Config::kOutputGradient + row * row_pitch + 16 * unit,
+                       first + int64_t{in_range ? row : 0} * value_heads * V, in_range ? 16 : 0);
     }
+    ptx::cp_async_mbarrier_arrive_noinc(barrier);
   };
-  const auto clear_missing_rows = [&](int64_t chunk, int ring_stage) {
-    const int tokens = static_cast<int>(min(range.end - range.begin - chunk * C, int64_t{C}));
-    uint8_t* rows = shared + ring_stage * stage_bytes + Config::kOutputGradient;
-    for (int i = threadIdx.x; i < (C - tokens) * (row_bytes / 16); i += blockDim.x) {
-      *reinterpret_cast<uint4*>(rows + (tokens + i / (row_bytes / 16)) * row_pitch + i % (row_bytes / 16) * 16) = {};
-    }
-  };
-  if (chunks > 0) clear_missing_rows(chunks - 1, 0);
-  __syncthreads();
-  const bool is_producer = warp == 0;
-  if (is_producer) {
-    for (int i = 0; i < stages && i < chunks; ++i) fill(chunks - 1 - i, i);
-  }
+  for (int i = 0; i < stages && i < chunks; ++i) fill(chunks - 1 - i, i);
 
   // Rows 16 * row_tile .. + 15 of V.
   const int row_tile = first_row_tile + warp;
@@ -164,10 +154,6 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
 
   RingPosition ring, previous;
   for (int64_t step = 0; step < chunks; ++step) {
-    if (is_producer && step > 0 && step - 1 + stages < chunks) {  // refill the stage of the step before
-      ptx::mbarrier_wait_parity(empty(previous.stage), previous.parity);
-      fill(chunks - 1 - (step - 1 + stages), previous.stage);
-    }
     const int64_t operand_tile =
         ((first_slot + chunks - 1 - step) * value_heads + value_head) * (V / 16) + row_tile;
     uint4* const dstate_operands = params.dstate + operand_tile * (K / 16) * 32 + lane;
@@ -213,6 +199,11 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
       }
       multiply_all(du, {s0.high, s1.high, s2.high, s3.high}, b);
       multiply_all(du, {s0.low, s1.low, s2.low, s3.low}, b);
+    }
+
+    if (step > 0 && step - 1 + stages < chunks) {  // refill the stage of the step before
+      ptx::mbarrier_wait_parity(empty(previous.stage), previous.parity);
+      fill(chunks - 1 - (step - 1 + stages), previous.stage);
     }
 
     // -dU^T as A operands.

@@ -100,6 +100,11 @@ __device__ __forceinline__ void cp_async_16(uint32_t destination, const void* so
                : "memory");
 }
 
+// The mbarrier gets one of the arrivals that it was initialised for when all copies of this thread before have arrived.
+__device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(uint32_t mbarrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(mbarrier) : "memory");
+}
+
 __device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // ---- Bulk copies by the copy engine; addresses and sizes are multiples of 16 bytes ----
