@@ -181,21 +181,18 @@ struct ChannelDecayTree {
   }
 };
 
-// Which elements of a B operand of 8 x 8 pairs (k = 2 m, 2 m + 1; n = lane / 4) belong to the level of blocks of `level` tokens: those
-// whose indices differ first, from the top, in that bit. As a mask of bits: what is not a pair is dropped, whatever it is.
-struct LevelMasks {
-  uint32_t later_n;    // n > k: the operand's n index is the later token
-  uint32_t earlier_n;  // n < k
+// Whether the two elements of a lane in a B operand of 8 x 8 pairs (k = 2 m, 2 m + 1; n = lane / 4) belong to the level of blocks of
+// kBlock tokens, 2 or 4: their indices differ first, from the top, in that bit. Others are dropped by selection, whatever they are.
+template <int kBlock>
+struct LevelPairs {
+  bool later_n;    // n > k: the operand's n index is the later token
+  bool earlier_n;  // n < k
 
-  __device__ __forceinline__ LevelMasks(int level, int lane) {
-    const int n = lane >> 2, k = 2 * (lane & 3);
-    later_n = earlier_n = 0;
-#pragma unroll
-    for (int parity = 0; parity < 2; ++parity) {
-      const int differing = n ^ (k + parity);
-      const uint32_t half = differing >= level && differing < 2 * level ? 0xffffu << 16 * parity : 0;
-      (n > k + parity ? later_n : earlier_n) |= half;
-    }
+  __device__ __forceinline__ explicit LevelPairs(int lane) {
+    const int n = lane >> 3, k = lane & 3;  // in pairs of tokens
+    const bool differ = kBlock == 2 ? (n ^ k) == 1 : (n ^ k) >= 2;
+    later_n = differ && n > k;
+    earlier_n = differ && n < k;
   }
 };
 

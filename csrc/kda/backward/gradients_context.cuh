@@ -41,8 +41,8 @@ struct IntraChunkGradientsConfig {
   static constexpr int kCumulativeBytes = kGroups * kPartTiles * 2 * 32 * 16;
   static constexpr int kQuery = kU + (kValueTileBytes > kCumulativeBytes ? kValueTileBytes : kCumulativeBytes);  // q, then dq
   static constexpr int kKey = kQuery + kKeyTileBytes;            // k, then dk
-  static constexpr int kDqk = kKey + kKeyTileBytes;              // gradient of scale Aqk, below its diagonal
-  static constexpr int kDkk = kDqk + kPairTileBytes;             // gradient of Akk / beta
+  static constexpr int kDqk = kKey + kKeyTileBytes;              // see multiply_pairs()
+  static constexpr int kDkk = kDqk + kPairTileBytes;             // likewise
   static constexpr int kOperandRegion = kDkk + kPairTileBytes;   // first the inverse and dV, then operands of pairs
   static constexpr int kInverse = kOperandRegion;
   static constexpr int kValueGradient = kInverse + kPairTileBytes;  // dV
@@ -56,7 +56,7 @@ struct IntraChunkGradientsConfig {
     kBetaBound,   // the same, but at least kSmallestBeta in magnitude
     kQueryNorm,   // 1 / |q|, or 1
     kKeyNorm,     // 1 / |k|, or 1
-    kDiagonal,    // gradient of the diagonal of scale Aqk, times scale
+    kDiagonal,    // the diagonal of Dqk
     kQueryDot,    // q . dq
     kKeyDot,      // k . dk
     kPrediction,  // see beta_gradient()
@@ -77,6 +77,10 @@ inline constexpr float kSmallestBeta = 1e-12f;
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(BFloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(Float16 x) { return __half2float(x); }
+
+__device__ __forceinline__ ChannelOperand to_operand(const uint4& fragment) {
+  return {{fragment.x, fragment.y, fragment.z, fragment.w}};
+}
 
 template <typename Config_>
 struct IntraChunkGradientsContext {
@@ -181,8 +185,7 @@ struct IntraChunkGradientsContext {
     *operand_units(index) = {p[0], p[1], p[2], p[3]};
   }
   __device__ __forceinline__ ChannelOperand kept_operand(int index) const {
-    const uint4 p = *operand_units(index);
-    return {{p.x, p.y, p.z, p.w}};
+    return to_operand(*operand_units(index));
   }
   static __device__ __forceinline__ bool is_upper_tile(int level, int tt) { return level == 0 ? tt & 1 : tt >= 2; }
 
@@ -208,11 +211,5 @@ struct IntraChunkGradientsContext {
     return load(Float16());
   }
 };
-
-// An operand fragment of X^T [16 x 16] from that of X.
-__device__ __forceinline__ ChannelOperand transposed(const uint4& fragment) {
-  return {{ptx::movmatrix_trans(fragment.x), ptx::movmatrix_trans(fragment.z), ptx::movmatrix_trans(fragment.y),
-           ptx::movmatrix_trans(fragment.w)}};
-}
 
 }  // namespace kda

@@ -1,7 +1,7 @@
 // The first half of the intra-chunk gradients, in which a warp owns rows of V or of pairs:
 //   load            q, k, dO and the inverse into shared memory; beta
 //   solve           Y = A^{-T} dU, dV = beta Y, and the part of dbeta in Y; norms of q and k
-//   multiply_pairs  dAqk = dO U^T and the gradient of Akk / beta = -beta Y U^T
+//   multiply_pairs  the gradients of the pairs of tokens, from dO U^T and Y U^T
 #pragma once
 
 #include "gradients_context.cuh"
@@ -96,23 +96,27 @@ struct GradientsOfValues : IntraChunkGradientsContext<Config> {
     load_beta();  // ends with a barrier
   }
 
-  // 1 / |x| of the rows of q or k, a row at a time by a warp.
-  __device__ __forceinline__ void store_norms(int offset, float* norms) const {
-    constexpr int kElements = K / 32;  // of a lane
+  // 1 / |x| of the rows of q and k: four lanes a row, eight rows of one of them a warp.
+  __device__ __forceinline__ void store_norms() const {
     constexpr float kEpsilon = 1e-6f;
-    for (int row = warp; row < C; row += Config::kWarps) {
+    constexpr int kUnits = K / 8 / 4;  // of a lane
+    for (int job = warp; job < 2 * C / 8; job += Config::kWarps) {
+      const bool is_key = job & 1;
+      const int token = 8 * (job >> 1) + row;
       float squares = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kElements; i += 2) {
-        const float2 x = Packed2<Element>::to_float2(*reinterpret_cast<const uint32_t*>(
-            shared + offset + Config::KeyTile::pair_offset(row, lane * kElements + i)));
-        squares += x.x * x.x + x.y * x.y;
-      }
+      for (int i = 0; i < kUnits; ++i) {
+        float x[8];
+        unpack_8<Element>(x, *reinterpret_cast<const uint4*>(shared + (is_key ? Config::kKey : Config::kQuery) +
+                                                             Config::KeyTile::unit_offset(token, 4 * i + member)));
 #pragma unroll
-      for (int distance = 16; distance > 0; distance /= 2) {
-        squares += __shfl_xor_sync(0xffffffffu, squares, distance);
+        for (int c = 0; c < 8; ++c) squares += x[c] * x[c];
       }
-      if (lane == 0) norms[row] = call().qk_l2norm ? rsqrtf(squares + kEpsilon) : 1.0f;
+      squares = sum_tokens(squares);
+      if (member == 0) {
+        tokens(is_key ? Config::kKeyNorm : Config::kQueryNorm)[token] =
+            call().qk_l2norm ? rsqrtf(squares + kEpsilon) : 1.0f;
+      }
     }
   }
 
@@ -196,8 +200,7 @@ struct GradientsOfValues : IntraChunkGradientsContext<Config> {
       const int index = job / (V / 16);
       solve_tile(job % (V / 16), index < 2 ? index : 5 - index);
     }
-    store_norms(Config::kQuery, tokens(Config::kQueryNorm));
-    store_norms(Config::kKey, tokens(Config::kKeyNorm));
+    store_norms();
   }
 
   // Rows of a [C, Columns] tile to a contiguous tensor. row_of(token): index of the token's row in it.
@@ -211,6 +214,8 @@ struct GradientsOfValues : IntraChunkGradientsContext<Config> {
     }
   }
 
+  // The gradients of the pairs, with the factors by which q and k are normalised, so that all that follows takes q and k as they are:
+  //   Dqk[i,j] = scale (dO U^T)[i,j] / (|q_i| |k_j|)          Dkk[i,j] = -beta_i (Y U^T)[i,j] / (|k_i| |k_j|)
   // Two matrices, each cut into rows of 16, and the longer ones into halves of two blocks of 16 columns.
   static constexpr int kPairJobs = 12;
 
@@ -236,11 +241,13 @@ struct GradientsOfValues : IntraChunkGradientsContext<Config> {
 #pragma unroll
       for (int hi = 0; hi < 2; ++hi) {
         const int i = 16 * r + row + 8 * hi;
-        const float factor = is_query ? call().scale : -tokens(Config::kBetaBound)[i];
+        const float factor = is_query ? call().scale * tokens(Config::kQueryNorm)[i]
+                                      : -tokens(Config::kBetaBound)[i] * tokens(Config::kKeyNorm)[i];
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
           const int j = 16 * first + 8 * n + 2 * member;
-          const float even = factor * acc[n][2 * hi], odd = factor * acc[n][2 * hi + 1];
+          const float2 norms = *reinterpret_cast<const float2*>(tokens(Config::kKeyNorm) + j);
+          const float even = factor * norms.x * acc[n][2 * hi], odd = factor * norms.y * acc[n][2 * hi + 1];
           *reinterpret_cast<uint32_t*>(destination + Config::PairTile::pair_offset(i, j)) = pack_bf16(even, odd);
           if (is_query && (i == j || i == j + 1)) tokens(Config::kDiagonal)[i] = i == j ? even : odd;
         }

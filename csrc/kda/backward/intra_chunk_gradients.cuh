@@ -1,10 +1,10 @@
 // Stage 4 of the backward: the gradients inside each chunk. With S at its entry, dS' at its exit, U and dU from the recurrences,
 // A = I + Akk, and F the decay factors of the levels of pairs (docs/design.md):
 //   Y = A^{-T} dU,   dV = beta Y,   dbeta_i = Y_i . U_i / beta_i
-//   dAqk = tril(dO U^T),   D = -strict_tril(beta Y U^T), the gradient of Akk / beta
-//   dq = scale (e^G (dO S^T) + sum over levels F ((dAqk) (F k))),   and for its diagonal dAqk_ii k_i
-//   dk = -beta e^G (Y S^T) + e^{G_C - G} (U dS'^T) + sum over levels F (D (F k)) as the later token and F (D^T (F k) + dAqk^T (F q)) as the
-//        earlier one,   and for the diagonal of Aqk dAqk_ii q_i
+//   Dqk = scale tril(dO U^T),   Dkk = -beta strict_tril(Y U^T), the gradients of the pairs
+//   dq = scale e^G (dO S^T) + sum over levels F (Dqk (F k)),   and for the diagonal of Aqk Dqk_ii k_i
+//   dk = -beta e^G (Y S^T) + e^{G_C - G} (U dS'^T) + sum over levels F (Dkk (F k)) as the later token and F (Dkk^T (F k) + Dqk^T (F q)) as
+//        the earlier one,   and for the diagonal of Aqk Dqk_ii q_i
 //   dg_t = the sum of what crosses token t: q dq + k dk of the later tokens less k dk of the earlier ones, the terms of the state included
 // and then the derivatives of the transforms.
 //
@@ -21,6 +21,7 @@
 // Registers: 128 allowed (16 warps, one CTA a multiprocessor). Bound by latency.
 #pragma once
 
+#include "../device/decay_tree.cuh"
 #include "gradients_values.cuh"
 
 namespace kda {
@@ -52,13 +53,9 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
     return {c.gate, rate, c.lower_bound, {bias ? bias[0] : 0.0f, bias ? bias[8] : 0.0f}};
   }
 
-  // q or k of the tile, normalised.
-  __device__ __forceinline__ ChannelTile normalized(int offset, typename Config::TokenArray norm, int tt) const {
-    ChannelTile values = this->load_channels(offset, tt).template unpack<Element>();
-    float norms[4];
-    load_tokens(norms, norm, tt);
-    values.for_each([&](float& x, int block, int, int parity) { x *= norms[token_index(block, parity)]; });
-    return values;
+  // q or k of the tile, as they came.
+  __device__ __forceinline__ ChannelTile load_values(int offset, int tt) const {
+    return this->load_channels(offset, tt).template unpack<Element>();
   }
 
   // alpha of the half's tiles, and its product over each of them.
@@ -120,26 +117,27 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
       ChannelTile dk = zeros();
 #pragma unroll
       for (int kt = 0; kt < V / 16; ++kt) {
-        multiply_state(dk, transposed(dstate[kt * kFragmentStride]), Config::kU, tt, kt);
+        multiply_state(dk, to_operand(dstate[kt * kFragmentStride]), Config::kU, tt, kt);
       }
 
       ChannelDecayTree tree(kept(lane_units(tt, 0)));
       tree.complete(lane);
-      const ChannelTile k = normalized(Config::kKey, Config::kKeyNorm, tt);
+      const ChannelTile k = load_values(Config::kKey, tt);
       const bool is_odd = tt & 1, is_later = tt >= kTiles / 2;
       const ChannelTile of_16 = tree.select(is_odd), of_32 = block_32_factor(tree, tt);
       keep_operand(key_operand(0, tt), ChannelOperand::scaled(k, of_16));
       keep_operand(key_operand(1, tt), ChannelOperand::scaled(k, of_32));
       if (is_odd || is_later) {
-        const ChannelTile q = normalized(Config::kQuery, Config::kQueryNorm, tt);
+        const ChannelTile q = load_values(Config::kQuery, tt);
         if (is_odd) keep_operand(query_operand(0, tt), ChannelOperand::scaled(q, of_16));
         if (is_later) keep_operand(query_operand(1, tt), ChannelOperand::scaled(q, of_32));
       }
 
-      float after[2];
+      float after[2], norms[4];
       decay_over(after, 1.0f, tt + 1, kTiles);
+      load_tokens(norms, Config::kKeyNorm, tt);
       dk.for_each([&](float& x, int block, int hi, int parity) {
-        x *= tree.suffix.at(block, hi, parity) * after[hi];
+        x *= tree.suffix.at(block, hi, parity) * after[hi] * norms[token_index(block, parity)];
         written[hi] += k.at(block, hi, parity) * x;
       });
       keep(lane_units(tt, 1), dk);
@@ -150,8 +148,8 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
 #pragma unroll
     for (int i = 0; i < V / 32; ++i) {
       const int kt = part() * (V / 32) + i;
-      const ChannelTile entry = transposed(state[kt * kFragmentStride]).template unpack<BFloat16>();
-      ChannelTile exit = transposed(dstate[kt * kFragmentStride]).template unpack<BFloat16>();
+      const ChannelTile entry = to_operand(state[kt * kFragmentStride]).template unpack<BFloat16>();
+      ChannelTile exit = to_operand(dstate[kt * kFragmentStride]).template unpack<BFloat16>();
       exit.for_each([&](float& x, int block, int hi, int parity) { dot[hi] += x * entry.at(block, hi, parity); });
     }
 #pragma unroll
@@ -199,22 +197,48 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
     });
   }
 
+  // Pairs of neighbours, 2 m and 2 m + 1: both are this lane's, and need no product of matrices.
+  __device__ __forceinline__ void add_neighbours(Sums& sums, const ChannelTile& alpha, const ChannelTile& q,
+                                                 const ChannelTile& k, const uint32_t (&dqk)[4],
+                                                 const uint32_t (&dkk)[4]) const {
+    const int owner = 4 * (2 * member + 1) + member;  // has n = 2 m + 1, k = 2 m
+#pragma unroll
+    for (int block = 0; block < 2; ++block) {
+      const float query_pair = unpack_bf16(__shfl_sync(0xffffffffu, dqk[3 * block], owner)).x;
+      const float key_pair = unpack_bf16(__shfl_sync(0xffffffffu, dkk[3 * block], owner)).x;
+#pragma unroll
+      for (int hi = 0; hi < 2; ++hi) {
+        const int even = 2 * hi, odd = even + 1;
+        const float decay = alpha.value[block][odd], k_even = k.value[block][even];
+        const float for_query = decay * query_pair, for_key = decay * key_pair;
+        const float of_key = for_key * k.value[block][odd];
+        const float for_even = for_query * q.value[block][odd] + of_key;
+        sums.dq.value[block][odd] += for_query * k_even;
+        sums.dk.value[block][odd] += for_key * k_even;
+        sums.dk.value[block][even] += for_even;
+        sums.cumulative.value[block][odd] += for_even * k_even;
+        sums.cumulative.value[block][even] -= for_even * k_even;
+        if (this->tiny_beta) sums.prediction[token_index(block, 1)] += of_key * k_even;
+      }
+    }
+  }
+
   // Pairs of a block of 8 tokens that differ first in the bit of kBlock.
   template <int kBlock>
   __device__ __forceinline__ void add_pairs_in_blocks(Sums& sums, const ChannelDecayTree& tree, const ChannelTile& q,
                                                       const ChannelTile& k, const uint32_t (&dqk)[4],
                                                       const uint32_t (&dqk_t)[4], const uint32_t (&dkk)[4],
                                                       const uint32_t (&dkk_t)[4]) const {
-    const LevelMasks masks(kBlock, lane);
+    const LevelPairs<kBlock> pairs(lane);
     const ChannelTile factor = tree.template factor<kBlock>(lane);
     const ChannelOperand q_operand = ChannelOperand::scaled(q, factor), k_operand = ChannelOperand::scaled(k, factor);
     ChannelTile queries = zeros(), keys = zeros();
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
       const int i = 3 * block;  // the 8 x 8 block on the diagonal
-      k_operand.multiply_block(queries.value[block], block, dqk[i] & masks.later_n);
-      k_operand.multiply_block(keys.value[block], block, (dkk[i] & masks.later_n) | (dkk_t[i] & masks.earlier_n));
-      q_operand.multiply_block(keys.value[block], block, dqk_t[i] & masks.earlier_n);
+      k_operand.multiply_block(queries.value[block], block, pairs.later_n ? dqk[i] : 0);
+      k_operand.multiply_block(keys.value[block], block, pairs.later_n ? dkk[i] : pairs.earlier_n ? dkk_t[i] : 0);
+      q_operand.multiply_block(keys.value[block], block, pairs.earlier_n ? dqk_t[i] : 0);
     }
     uint32_t lower[2];
     ChannelDecayTree::lower_signs<kBlock>(lower, lane);
@@ -230,7 +254,7 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
     PairTile::load_b_trans(dqk_t, address(Config::kDqk), 16 * tt, 16 * tt, lane);
     PairTile::load_b(dkk, address(Config::kDkk), 16 * tt, 16 * tt, lane);
     PairTile::load_b_trans(dkk_t, address(Config::kDkk), 16 * tt, 16 * tt, lane);
-    add_pairs_in_blocks<1>(sums, tree, q, k, dqk, dqk_t, dkk, dkk_t);
+    add_neighbours(sums, tree.prefix, q, k, dqk, dkk);
     tree.template double_blocks<1>(lane);
     add_pairs_in_blocks<2>(sums, tree, q, k, dqk, dqk_t, dkk, dkk_t);
     tree.template double_blocks<2>(lane);
@@ -301,21 +325,23 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
     const uint4* const fragments = state_fragments(params.forward.state);
 #pragma unroll
     for (int kt = 0; kt < V / 16; ++kt) {
-      const ChannelOperand state = transposed(fragments[kt * kFragmentStride]);
+      const ChannelOperand state = to_operand(fragments[kt * kFragmentStride]);
       multiply_state(of_outputs, state, Config::kOutputGradient, tt, kt);
       multiply_state(of_values, state, Config::kY, tt, kt);
     }
     const ChannelTile of_state = kept(lane_units(tt, 1));
-    float before[2], beta[4], diagonal[4], predicted[4] = {};
+    float before[2], beta[4], diagonal[4], q_norms[4], k_norms[4], predicted[4] = {};
     decay_over(before, 1.0f, 0, tt);
     load_tokens(beta, Config::kBeta, tt);
     load_tokens(diagonal, Config::kDiagonal, tt);
+    load_tokens(q_norms, Config::kQueryNorm, tt);
+    load_tokens(k_norms, Config::kKeyNorm, tt);
     sums.dq.for_each([&](float& dq, int block, int hi, int parity) {
       const int i = 2 * hi + parity, t = token_index(block, parity);
       const float query = q.value[block][i], key = k.value[block][i];
       const float decay = tree.prefix.value[block][i] * before[hi];
-      const float asks = call().scale * decay * of_outputs.value[block][i];
-      const float predicts = decay * of_values.value[block][i];
+      const float asks = call().scale * q_norms[t] * decay * of_outputs.value[block][i];
+      const float predicts = k_norms[t] * decay * of_values.value[block][i];
       const float moves = -beta[t] * predicts, writes = of_state.value[block][i];
       dq += asks + diagonal[t] * key;
       sums.dk.value[block][i] += moves + writes + diagonal[t] * query;
@@ -333,17 +359,22 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
   __device__ __forceinline__ void store_dots(const Sums& sums, const ChannelTile& q, const ChannelTile& k,
                                              int tt) const {
     float* const parts = reinterpret_cast<float*>(shared + Config::kTokenParts) + group() * Config::kDotParts * C;
+    float dots[8];  // of queries, then of keys
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int block = i >> 1, parity = i & 1, t = token(tt, block, parity);
-      const float of_query = sum_channels(q.at(block, 0, parity) * sums.dq.at(block, 0, parity) +
-                                          q.at(block, 1, parity) * sums.dq.at(block, 1, parity));
-      const float of_key = sum_channels(k.at(block, 0, parity) * sums.dk.at(block, 0, parity) +
-                                        k.at(block, 1, parity) * sums.dk.at(block, 1, parity));
-      if (row == 0) parts[t] = of_query, parts[C + t] = of_key;
-      if (!this->tiny_beta) continue;
+      const int block = i >> 1, parity = i & 1;
+      dots[i] = q.at(block, 0, parity) * sums.dq.at(block, 0, parity) +
+                q.at(block, 1, parity) * sums.dq.at(block, 1, parity);
+      dots[4 + i] = k.at(block, 0, parity) * sums.dk.at(block, 0, parity) +
+                    k.at(block, 1, parity) * sums.dk.at(block, 1, parity);
+    }
+    const float dot = combine_rows<Add>(dots, lane);  // the one of index `row`
+    parts[(row >> 2) * C + token(tt, row >> 1 & 1, row & 1)] = dot;
+    if (!this->tiny_beta) return;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
       const float prediction = sum_channels(sums.prediction[i]);
-      if (row == 0) parts[2 * C + t] = prediction;
+      if (row == 0) parts[2 * C + token(tt, i >> 1, i & 1)] = prediction;
     }
   }
 
@@ -397,8 +428,8 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
     }
 #pragma unroll 1
     for (int tt = first_tile() + Config::kPartTiles - 1; tt >= first_tile(); --tt) {
-      const ChannelTile q = normalized(Config::kQuery, Config::kQueryNorm, tt);
-      const ChannelTile k = normalized(Config::kKey, Config::kKeyNorm, tt);
+      const ChannelTile q = load_values(Config::kQuery, tt);
+      const ChannelTile k = load_values(Config::kKey, tt);
       Sums sums{zeros(), zeros(), zeros(), {}};
       ChannelDecayTree tree(kept(lane_units(tt, 0)));
       add_own_pairs(sums, tree, q, k, tt);
@@ -474,7 +505,7 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
     store_1(params.dbeta, value_row(t), call().beta_type, gradient);
   }
 
-  // dq or dk through the normalisation: as parts of the value head, or to the group's channels of the tile at `offset`, from which q
+  // dq or dk without what lies along q or k, which the normalisation takes away: as parts of the value head, or to the group's channels of the tile at `offset`, from which q
   // or k has been read.
   __device__ __forceinline__ void finish(int offset, typename Config::TokenArray norm, typename Config::TokenArray dot,
                                          int which, float* parts) const {
@@ -482,13 +513,14 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
     for (int tt = first_tile(); tt < first_tile() + Config::kPartTiles; ++tt) {
       ChannelTile gradient = kept(lane_units(tt, which));
       if (call().qk_l2norm) {
-        const ChannelTile x = normalized(offset, norm, tt);
-        float norms[4], dots[4];
+        const ChannelTile x = load_values(offset, tt);
+        float norms[4], radial[4];
         load_tokens(norms, norm, tt);
-        load_tokens(dots, dot, tt);
+        load_tokens(radial, dot, tt);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) radial[i] *= norms[i] * norms[i];
         gradient.for_each([&](float& value, int block, int hi, int parity) {
-          const int t = token_index(block, parity);
-          value = norms[t] * (value - x.at(block, hi, parity) * dots[t]);
+          value -= x.at(block, hi, parity) * radial[token_index(block, parity)];
         });
       }
       if (parts != nullptr) {

@@ -1,6 +1,7 @@
 // Stage 3 of the backward: the recurrence of the state's gradient, from the last chunk of a sequence to its first,
 //   dU = Aqk^T dO + K_decayed dS',      dS = Diag(e^{G_C}) dS' + Q_gated^T dO - W^T dU,
-// writing, for stage 4, dS' of each chunk (the gradient of the state at its exit) as bf16 MMA operands, and dU as sums of two;
+// writing, for stage 4, dS' of each chunk (the gradient of the state at its exit) as bf16 MMA operands of dS', not of its transpose, and dU
+// as sums of two;
 // at the end the gradient of the initial state.
 //
 // Grid and roles as in stage 2 of the forward: one CTA for each (sequence, value head, value tile), value_tile / 16 warps. The
@@ -191,7 +192,7 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
     for (int kt = 0; kt < K / 16; ++kt) {
       const float(&lower)[4] = dstate.acc[2 * kt], (&upper)[4] = dstate.acc[2 * kt + 1];
       const SplitBf16 s0(lower[0], lower[1]), s1(lower[2], lower[3]), s2(upper[0], upper[1]), s3(upper[2], upper[3]);
-      dstate_operands[kt * 32] = {s0.high, s1.high, s2.high, s3.high};
+      dstate_operands[kt * 32] = transposed_fragment({s0.high, s1.high, s2.high, s3.high});
       uint32_t b[C / 16][4];
 #pragma unroll
       for (int n = 0; n < C / 16; ++n) {

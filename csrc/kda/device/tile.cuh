@@ -54,6 +54,11 @@ struct TileOperands {
   }
 };
 
+// The A operand of X^T (16 x 16) from that of X.
+__device__ __forceinline__ uint4 transposed_fragment(const uint4& x) {
+  return {ptx::movmatrix_trans(x.x), ptx::movmatrix_trans(x.z), ptx::movmatrix_trans(x.y), ptx::movmatrix_trans(x.w)};
+}
+
 template <int Columns>
 struct SwizzledTile : TileOperands<SwizzledTile<Columns>> {
   static constexpr int kRowBytes = Columns * 2;

@@ -182,7 +182,8 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
       s[kt][1] = pack_bf16(state.acc[2 * kt][2], state.acc[2 * kt][3]);
       s[kt][2] = pack_bf16(state.acc[2 * kt + 1][0], state.acc[2 * kt + 1][1]);
       s[kt][3] = pack_bf16(state.acc[2 * kt + 1][2], state.acc[2 * kt + 1][3]);
-      state_operands[kt * 32] = {s[kt][0], s[kt][1], s[kt][2], s[kt][3]};
+      const uint4 operand = {s[kt][0], s[kt][1], s[kt][2], s[kt][3]};
+      state_operands[kt * 32] = params.inverse == nullptr ? operand : transposed_fragment(operand);  // S for the backward
     }
 
     ptx::mbarrier_wait_parity(full(ring.stage), ring.parity);
