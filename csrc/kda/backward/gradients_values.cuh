@@ -70,6 +70,17 @@ struct GradientsOfValues : IntraChunkGradientsContext<Config> {
     tiny_beta = __syncthreads_or(tiny);
   }
 
+  // What is read only later, and then waited for, on its way into L2.
+  __device__ __forceinline__ void prefetch() const {
+    if (threadIdx.x != 0) return;
+    constexpr uint32_t kUBytes = C * V * 4, kStateBytes = K * V * 2;
+    ptx::cp_async_bulk_prefetch_l2(reinterpret_cast<const uint8_t*>(params.dU) + tile * kUBytes, kUBytes);
+    ptx::cp_async_bulk_prefetch_l2(reinterpret_cast<const uint8_t*>(params.forward.U) + tile * kUBytes, kUBytes);
+    ptx::cp_async_bulk_prefetch_l2(reinterpret_cast<const uint8_t*>(params.dstate) + tile * kStateBytes, kStateBytes);
+    ptx::cp_async_bulk_prefetch_l2(reinterpret_cast<const uint8_t*>(params.forward.state) + tile * kStateBytes,
+                                   kStateBytes);
+  }
+
   __device__ __forceinline__ void load() {
     const ChunkFwdParams& c = call();
     const int key_head = this->key_head();

@@ -58,23 +58,29 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
     return this->load_channels(offset, tt).template unpack<Element>();
   }
 
-  // alpha of the half's tiles, and its product over each of them.
-  __device__ __forceinline__ void activate() const {
-    const GateOfTile activation = gate();
-#pragma unroll 1
-    for (int tt = first_tile(); tt < first_tile() + Config::kPartTiles; ++tt) {
-      ChannelTile alpha = activation.alpha(this->load_gate(tt));
-      alpha.for_each([&](float& x, int block, int, int parity) {
-        if (token(tt, block, parity) >= location.tokens) x = 1.0f;
-      });
-      keep(lane_units(tt, 0), alpha);
+  // alpha of a tile, and its product over the tokens.
+  __device__ __forceinline__ void activate(const ChannelTile& g, const GateOfTile& activation, int tt) const {
+    ChannelTile alpha = activation.alpha(g);
+    alpha.for_each([&](float& x, int block, int, int parity) {
+      if (token(tt, block, parity) >= location.tokens) x = 1.0f;
+    });
+    keep(lane_units(tt, 0), alpha);
 #pragma unroll
-      for (int hi = 0; hi < 2; ++hi) {
-        const float total =
-            multiply_tokens((alpha.at(0, hi, 0) * alpha.at(0, hi, 1)) * (alpha.at(1, hi, 0) * alpha.at(1, hi, 1)));
-        if (member == 0) totals(tt)[channel(hi)] = total;
-      }
+    for (int hi = 0; hi < 2; ++hi) {
+      const float total =
+          multiply_tokens((alpha.at(0, hi, 0) * alpha.at(0, hi, 1)) * (alpha.at(1, hi, 0) * alpha.at(1, hi, 1)));
+      if (member == 0) totals(tt)[channel(hi)] = total;
     }
+  }
+
+  // All that comes from device memory first is asked for at once: g by registers, the rest by asynchronous copies.
+  __device__ __forceinline__ void load_and_activate() {
+    static_assert(Config::kPartTiles == 2);
+    const ChannelTile g[2] = {this->load_gate(first_tile()), this->load_gate(first_tile() + 1)};
+    const GateOfTile activation = gate();
+    this->load();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) activate(g[i], activation, first_tile() + i);
   }
 
   // Product of the decays over the tiles from `first` to before `last`, times `factor`.
@@ -174,8 +180,10 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
     return factor;
   }
 
-  // Adds a level: `queries` are sums over the earlier tokens of dAqk F k, for the later ones; `keys` the sums for dk. The products with
-  // `cumulative` take the operands as they were rounded, see Numerics. lower: sign bits of the tokens that are the earlier of their pairs.
+  // Adds a level: `queries` are sums over the earlier tokens of Dqk F k, for the later ones; `keys` the sums for dk. The products with
+  // `cumulative` take the operands as they were rounded, see Numerics. lower: sign bits of the tokens that are the earlier of their
+  // pairs. kQueryBlocks: bits of the blocks that have later tokens, and so queries.
+  template <int kQueryBlocks>
   __device__ __forceinline__ void add_level(Sums& sums, const ChannelTile& factor, const ChannelOperand& q_operand,
                                             const ChannelOperand& k_operand, const ChannelTile& queries,
                                             const ChannelTile& keys, const uint32_t (&lower)[2]) const {
@@ -184,10 +192,13 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
     sums.dq.for_each([&](float& dq, int block, int hi, int parity) {
       const int i = 2 * hi + parity;
       const float f = factor.at(block, hi, parity);
-      dq += f * queries.value[block][i];
+      float& cumulative = sums.cumulative.value[block][i];
+      if (kQueryBlocks >> block & 1) {
+        dq += f * queries.value[block][i];
+        cumulative += q.at(block, hi, parity) * queries.value[block][i];
+      }
       sums.dk.value[block][i] += f * keys.value[block][i];
-      sums.cumulative.value[block][i] += q.at(block, hi, parity) * queries.value[block][i];
-      sums.cumulative.value[block][i] += k.at(block, hi, parity) * keys.value[block][i];
+      cumulative += k.at(block, hi, parity) * keys.value[block][i];
     });
     if (!this->tiny_beta) return;
     sums.dq.for_each([&](float&, int block, int hi, int parity) {
@@ -242,7 +253,7 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
     }
     uint32_t lower[2];
     ChannelDecayTree::lower_signs<kBlock>(lower, lane);
-    add_level(sums, factor, q_operand, k_operand, queries, keys, lower);
+    add_level<0b11>(sums, factor, q_operand, k_operand, queries, keys, lower);
   }
 
   // Pairs inside the tile. Completes the tree.
@@ -271,7 +282,7 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
     q_operand.multiply_block(keys.value[0], 1, dqk_t[1]);
     uint32_t lower[2];
     ChannelDecayTree::lower_signs<8>(lower, lane);
-    add_level(sums, factor, q_operand, k_operand, queries, keys, lower);
+    add_level<0b10>(sums, factor, q_operand, k_operand, queries, keys, lower);
     tree.template double_blocks<8>(lane);
   }
 
@@ -310,11 +321,12 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
       }
       const bool is_later = tt >> level & 1;
       const ChannelTile factor = level == 1 ? block_32_factor(tree, tt) : tree.select(is_later);
-      // Where the tile is the earlier one no query has a product here, and its operand is any finite one.
       const ChannelOperand k_operand = kept_operand(key_operand(level, tt));
-      const ChannelOperand q_operand = kept_operand(is_later ? query_operand(level, tt) : key_operand(level, tt));
-      const uint32_t sign = is_later ? 0 : 0x80008000u, lower[2] = {sign, sign};
-      add_level(sums, factor, q_operand, k_operand, queries, keys, lower);
+      if (is_later) {
+        add_level<0b11>(sums, factor, kept_operand(query_operand(level, tt)), k_operand, queries, keys, {0, 0});
+      } else {
+        add_level<0>(sums, factor, k_operand, k_operand, queries, keys, {0x80008000u, 0x80008000u});
+      }
     }
   }
 
@@ -546,8 +558,8 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
   }
 
   __device__ __forceinline__ void run() {
-    this->load();
-    activate();
+    this->prefetch();
+    load_and_activate();
     this->wait_for_loads();
     this->solve();
     __syncthreads();
@@ -612,8 +624,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     intra_chunk_gradients_kernel(const __grid_constant__ ChunkBwdKernelParams params) {
   extern __shared__ __align__(1024) uint8_t shared[];
   const int value_heads = params.forward.call.problem.value_heads;
-  const int64_t tile = blockIdx.x, slot = tile / value_heads;
-  const int value_head = static_cast<int>(tile % value_heads);
+  const int64_t tile = blockIdx.x, slot = blockIdx.x / static_cast<unsigned>(value_heads);
+  const int value_head = static_cast<int>(blockIdx.x % static_cast<unsigned>(value_heads));
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const ChunkLocation location = locate_chunk(params.forward.call, slot, lane);
   if (location.tokens == 0 || slot >= params.forward.chunk_slots) {

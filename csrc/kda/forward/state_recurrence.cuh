@@ -182,8 +182,7 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
       s[kt][1] = pack_bf16(state.acc[2 * kt][2], state.acc[2 * kt][3]);
       s[kt][2] = pack_bf16(state.acc[2 * kt + 1][0], state.acc[2 * kt + 1][1]);
       s[kt][3] = pack_bf16(state.acc[2 * kt + 1][2], state.acc[2 * kt + 1][3]);
-      const uint4 operand = {s[kt][0], s[kt][1], s[kt][2], s[kt][3]};
-      state_operands[kt * 32] = params.inverse == nullptr ? operand : transposed_fragment(operand);  // S for the backward
+      if (params.inverse == nullptr) state_operands[kt * 32] = {s[kt][0], s[kt][1], s[kt][2], s[kt][3]};
     }
 
     ptx::mbarrier_wait_parity(full(ring.stage), ring.parity);
@@ -199,6 +198,13 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
         Config::KeyTile::load_b(b, stage + Config::kW, 16 * n, 16 * kt, lane);
         ptx::mma_m16n8k16_bf16(u[2 * n], s[kt][0], s[kt][1], s[kt][2], s[kt][3], b[0], b[1]);
         ptx::mma_m16n8k16_bf16(u[2 * n + 1], s[kt][0], s[kt][1], s[kt][2], s[kt][3], b[2], b[3]);
+      }
+    }
+
+    if (params.inverse != nullptr) {  // S rather than its transpose, for the backward
+#pragma unroll
+      for (int kt = 0; kt < K / 16; ++kt) {
+        state_operands[kt * 32] = transposed_fragment({s[kt][0], s[kt][1], s[kt][2], s[kt][3]});
       }
     }
 
