@@ -1,8 +1,8 @@
 """The operators' Python implementations, for every call that no CUDA kernel covers, on any device.
 
 They are registered for ``CompositeExplicitAutograd``: below autograd, and for all backends that have no kernel of their
-own. The CUDA implementations come here, through ``kda::chunk_fwd_composite`` and ``kda::chunk_bwd_composite``, with what
-their kernels do not cover.
+own. The CUDA implementations come here, through ``kda::chunk_fwd_composite`` and ``kda::chunk_bwd_composite``, with
+what their kernels do not cover.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from . import _extension, composite  # noqa: F401  (_extension defines the operators)
 from .conventions import AUTOCAST_DEVICES
 
-# Arguments of kda::chunk_bwd behind the gradients and before state_v_first; kda::chunk_fwd has them too, and in the same
-# order, followed by output_final_state.
+# Arguments of kda::chunk_bwd behind the gradients and before state_v_first. kda::chunk_fwd has them too, in the same
+# order, and then output_final_state.
 _BEFORE_STATE_V_FIRST = 15
 
 _library = torch.library.Library("kda", "IMPL", "CompositeExplicitAutograd")

@@ -78,15 +78,15 @@ struct ChunkBwdParams {
   const void* dO = nullptr;             // [B, T, HV, V] contiguous, 16-byte aligned, activation_type
   const float* dfinal_state = nullptr;  // as final_state of the forward, contiguous; or null: zeros
 
-  void* dq = nullptr;             // [B, T, H, K]   activation_type
-  void* dk = nullptr;             // [B, T, H, K]   activation_type
-  void* dv = nullptr;             // [B, T, HV, V]  activation_type
-  void* dg = nullptr;             // [B, T, HV, K]  gate_type
-  void* dbeta = nullptr;          // [B, T, HV]     beta_type
-  float* dA_log = nullptr;        // [HV], or null
-  float* ddt_bias = nullptr;      // [HV, K], or null
+  void* dq = nullptr;              // [B, T, H, K]   activation_type
+  void* dk = nullptr;              // [B, T, H, K]   activation_type
+  void* dv = nullptr;              // [B, T, HV, V]  activation_type
+  void* dg = nullptr;              // [B, T, HV, K]  gate_type
+  void* dbeta = nullptr;           // [B, T, HV]     beta_type
+  float* dA_log = nullptr;         // [HV], or null
+  float* ddt_bias = nullptr;       // [HV, K], or null
   void* dinitial_state = nullptr;  // [N, HV, K, V] or [N, HV, V, K], state_type; or null
-  void* workspace = nullptr;      // plan.workspace.total_bytes, 256-byte aligned
+  void* workspace = nullptr;       // plan.workspace.total_bytes, 256-byte aligned
 };
 
 // Enqueues the backward on `stream`, with the promises of chunk_fwd.

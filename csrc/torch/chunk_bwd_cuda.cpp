@@ -87,12 +87,24 @@ void call_composite(StableIValue* stack) {
 
 std::array<StableIValue, kChunkBwdArguments> to_stack(const ChunkBwdArguments& args) {
   const ChunkFwdArguments& f = args.forward;
-  return {from(args.dO),          from(args.dfinal_state),   from(f.q),
-          from(f.k),              from(f.v),                 from(f.g),
-          from(f.beta),           from(f.A_log),             from(f.dt_bias),
-          from(f.initial_state),  from(f.cu_seqlens),        from(f.scale),
-          from(f.lower_bound),    from(f.use_qk_l2norm),     from(f.use_gate),
-          from(f.use_beta_sigmoid), from(f.allow_neg_eigval), from(f.state_v_first)};
+  return {from(args.dO),
+          from(args.dfinal_state),
+          from(f.q),
+          from(f.k),
+          from(f.v),
+          from(f.g),
+          from(f.beta),
+          from(f.A_log),
+          from(f.dt_bias),
+          from(f.initial_state),
+          from(f.cu_seqlens),
+          from(f.scale),
+          from(f.lower_bound),
+          from(f.use_qk_l2norm),
+          from(f.use_gate),
+          from(f.use_beta_sigmoid),
+          from(f.allow_neg_eigval),
+          from(f.state_v_first)};
 }
 
 Gradients chunk_bwd_by_composite(const ChunkBwdArguments& args) {

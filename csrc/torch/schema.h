@@ -12,13 +12,13 @@ namespace kda::binding {
   "bool check_cu_seqlens=False"
 
 // What all variants of the backward take and return. The order is that of ChunkBwdArguments.
-#define KDA_CHUNK_BWD_ARGUMENTS                                                                                        \
-  "Tensor do, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log=None, "         \
-  "Tensor? dt_bias=None, Tensor? initial_state=None, Tensor? cu_seqlens=None, float? scale=None, "                     \
-  "float? lower_bound=None, bool use_qk_l2norm=False, bool use_gate=False, bool use_beta_sigmoid=False, "              \
+#define KDA_CHUNK_BWD_ARGUMENTS                                                                                \
+  "Tensor do, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log=None, " \
+  "Tensor? dt_bias=None, Tensor? initial_state=None, Tensor? cu_seqlens=None, float? scale=None, "             \
+  "float? lower_bound=None, bool use_qk_l2norm=False, bool use_gate=False, bool use_beta_sigmoid=False, "      \
   "bool allow_neg_eigval=False, bool state_v_first=False"
-#define KDA_CHUNK_BWD_RETURNS                                                                     \
-  "(Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dA_log, Tensor ddt_bias, "   \
+#define KDA_CHUNK_BWD_RETURNS                                                                   \
+  "(Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dA_log, Tensor ddt_bias, " \
   "Tensor dinitial_state)"
 
 inline constexpr const char* kSchemas[] = {

@@ -64,7 +64,7 @@ def backward(inputs: dict[str, Any], do: Tensor, dfinal_state: Tensor | None) ->
 
 
 def composite_fp64(inputs: dict[str, Any], do: Tensor, dfinal_state: Tensor | None) -> dict[str, Tensor]:
-    """The composite implementation in fp64 on the same inputs: as exact as the recurrence, and fast for long sequences."""
+    """The composite implementation in fp64 on the same inputs: exact, and fast for long sequences."""
     wide = {
         name: x.double() if name in DIFFERENTIABLE and isinstance(x, Tensor) else x
         for name, x in arguments(inputs).items()

@@ -152,7 +152,8 @@ struct ChannelDecayTree {
   static __device__ __forceinline__ void lower_signs(uint32_t (&signs)[2], int lane) {
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
-      signs[block] = (is_upper<kBlock>(block, 0, lane) ? 0 : 0x8000u) | (is_upper<kBlock>(block, 1, lane) ? 0 : 0x80000000u);
+      signs[block] =
+          (is_upper<kBlock>(block, 0, lane) ? 0 : 0x8000u) | (is_upper<kBlock>(block, 1, lane) ? 0 : 0x80000000u);
     }
   }
 

@@ -24,7 +24,8 @@ struct GateOfTile {
         return ptx::ex2(-decay_rate * kLog2E * softplus(g.at(block, row, parity) + bias[row]));
       });
     }
-    return ChannelTile::make([&](int block, int row, int parity) { return ptx::ex2(g.at(block, row, parity) * kLog2E); });
+    return ChannelTile::make(
+        [&](int block, int row, int parity) { return ptx::ex2(g.at(block, row, parity) * kLog2E); });
   }
 
   // From the gradients of the log-gates to those of g, in place; adds to the sums over tokens for A_log and dt_bias. alpha = 0 has no

@@ -16,9 +16,9 @@ template <int K_, int V_, typename Element_>
 struct IntraChunkGradientsConfig {
   static constexpr int K = K_, V = V_, C = kChunkTokens;
   using Element = Element_;
-  static constexpr int kTiles = C / 16;  // of tokens
-  static constexpr int kGroups = K / 16;                // of 16 channels
-  static constexpr int kParts = 2;                      // halves of the chunk
+  static constexpr int kTiles = C / 16;   // of tokens
+  static constexpr int kGroups = K / 16;  // of 16 channels
+  static constexpr int kParts = 2;        // halves of the chunk
   static constexpr int kPartTiles = kTiles / kParts;
   static constexpr int kWarps = kGroups * kParts, kThreads = 32 * kWarps;
 
@@ -34,16 +34,17 @@ struct IntraChunkGradientsConfig {
   // Private to a lane: four 16-byte units for each tile, and two that take the place of U.
   static constexpr int kLaneUnits = 4;
 
-  static constexpr int kOutputGradient = 0;                      // dO
-  static constexpr int kY = kOutputGradient + kValueTileBytes;   // Y
-  static constexpr int kU = kY + kValueTileBytes;                // U
-  static constexpr int kCumulative = kU;                         // then, of the first half, the gradient of G
+  static constexpr int kOutputGradient = 0;                     // dO
+  static constexpr int kY = kOutputGradient + kValueTileBytes;  // Y
+  static constexpr int kU = kY + kValueTileBytes;               // U
+  static constexpr int kCumulative = kU;                        // then, of the first half, the gradient of G
   static constexpr int kCumulativeBytes = kGroups * kPartTiles * 2 * 32 * 16;
-  static constexpr int kQuery = kU + (kValueTileBytes > kCumulativeBytes ? kValueTileBytes : kCumulativeBytes);  // q, then dq
-  static constexpr int kKey = kQuery + kKeyTileBytes;            // k, then dk
-  static constexpr int kDqk = kKey + kKeyTileBytes;              // see multiply_pairs()
-  static constexpr int kDkk = kDqk + kPairTileBytes;             // likewise
-  static constexpr int kOperandRegion = kDkk + kPairTileBytes;   // first the inverse and dV, then operands of pairs
+  static constexpr int kQuery =
+      kU + (kValueTileBytes > kCumulativeBytes ? kValueTileBytes : kCumulativeBytes);  // q, then dq
+  static constexpr int kKey = kQuery + kKeyTileBytes;                                  // k, then dk
+  static constexpr int kDqk = kKey + kKeyTileBytes;                                    // see multiply_pairs()
+  static constexpr int kDkk = kDqk + kPairTileBytes;                                   // likewise
+  static constexpr int kOperandRegion = kDkk + kPairTileBytes;  // first the inverse and dV, then operands of pairs
   static constexpr int kInverse = kOperandRegion;
   static constexpr int kValueGradient = kInverse + kPairTileBytes;  // dV
   static constexpr int kLaneRegion = kOperandRegion + kGroups * kOperands * kOperandBytes;
@@ -152,7 +153,8 @@ struct IntraChunkGradientsContext {
   }
   // Likewise for a tile of the first half; the warps have read U.
   __device__ __forceinline__ float4* cumulative_units(int tt) const {
-    return reinterpret_cast<float4*>(shared + Config::kCumulative) + (group() * Config::kPartTiles + tt) * 2 * 32 + lane;
+    return reinterpret_cast<float4*>(shared + Config::kCumulative) + (group() * Config::kPartTiles + tt) * 2 * 32 +
+           lane;
   }
   static __device__ __forceinline__ void keep(float4* units, const ChannelTile& values) {
 #pragma unroll
@@ -174,7 +176,8 @@ struct IntraChunkGradientsContext {
 
   // Operands of pairs of different tiles. level: 0 for blocks of 16 tokens, 1 for blocks of 32.
   __device__ __forceinline__ uint4* operand_units(int index) const {
-    return reinterpret_cast<uint4*>(shared + Config::kOperandRegion) + (group() * Config::kOperands + index) * 32 + lane;
+    return reinterpret_cast<uint4*>(shared + Config::kOperandRegion) + (group() * Config::kOperands + index) * 32 +
+           lane;
   }
   static __device__ __forceinline__ int key_operand(int level, int tt) { return 4 * level + tt; }
   static __device__ __forceinline__ int query_operand(int level, int tt) {
@@ -184,9 +187,7 @@ struct IntraChunkGradientsContext {
     const uint32_t(&p)[4] = operand.pair;
     *operand_units(index) = {p[0], p[1], p[2], p[3]};
   }
-  __device__ __forceinline__ ChannelOperand kept_operand(int index) const {
-    return to_operand(*operand_units(index));
-  }
+  __device__ __forceinline__ ChannelOperand kept_operand(int index) const { return to_operand(*operand_units(index)); }
   static __device__ __forceinline__ bool is_upper_tile(int level, int tt) { return level == 0 ? tt & 1 : tt >= 2; }
 
   // g of the lane's elements of a tile. Rows past the end are those of the last token.
@@ -202,9 +203,8 @@ struct IntraChunkGradientsContext {
     const auto load = [&](auto element) {
       using Gate = decltype(element);
       const Gate* const g = static_cast<const Gate*>(c.g);
-      return ChannelTile::make([&](int block, int row, int parity) {
-        return to_float(g[offsets[token_index(block, parity)] + 8 * row]);
-      });
+      return ChannelTile::make(
+          [&](int block, int row, int parity) { return to_float(g[offsets[token_index(block, parity)] + 8 * row]); });
     };
     if (c.gate_type == DataType::kFloat32) return load(0.0f);
     if (c.gate_type == DataType::kBFloat16) return load(BFloat16());

@@ -12,8 +12,8 @@ template <typename Config>
 struct GradientsOfValues : IntraChunkGradientsContext<Config> {
   using Context = IntraChunkGradientsContext<Config>;
   using Element = typename Config::Element;
-  using Context::address, Context::call, Context::lane, Context::location, Context::member,
-      Context::params, Context::row, Context::shared, Context::tile, Context::tokens, Context::value_head, Context::value_row,
+  using Context::address, Context::call, Context::lane, Context::location, Context::member, Context::params,
+      Context::row, Context::shared, Context::tile, Context::tokens, Context::value_head, Context::value_row,
       Context::warp;
   static constexpr int K = Config::K, V = Config::V, C = Config::C;
 
@@ -94,7 +94,8 @@ struct GradientsOfValues : IntraChunkGradientsContext<Config> {
     load_rows<K>(Config::kQuery, rows_of(c.q, c.q_stride), c.q_stride.token, vectorized);
     load_rows<K>(Config::kKey, rows_of(c.k, c.k_stride), c.k_stride.token, vectorized);
     const uint8_t* inverse = params.forward.inverse + tile * Config::kPairTileBytes;
-    for (int i = threadIdx.x; i < C * (C / 8); i += Config::kThreads) {  // blocks of 16 above the diagonal are not there
+    for (int i = threadIdx.x; i < C * (C / 8);
+         i += Config::kThreads) {  // blocks of 16 above the diagonal are not there
       const int row = i / (C / 8), unit = i % (C / 8);
       const uint32_t offset = Config::PairTile::unit_offset(row, unit);
       if (unit / 2 <= row / 16) ptx::cp_async_16(address(Config::kInverse + offset), inverse + offset, 16);

@@ -31,9 +31,10 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
   using Values = GradientsOfValues<Config>;
   using Element = typename Config::Element;
   using Values::address, Values::call, Values::channel, Values::first_tile, Values::group, Values::keep, Values::kept,
-      Values::kept_operand, Values::key_operand, Values::lane, Values::lane_units, Values::load_tokens, Values::location,
-      Values::member, Values::params, Values::part, Values::query_operand, Values::row, Values::shared, Values::tile,
-      Values::token, Values::tokens, Values::totals, Values::value_head, Values::value_row;
+      Values::kept_operand, Values::key_operand, Values::lane, Values::lane_units, Values::load_tokens,
+      Values::location, Values::member, Values::params, Values::part, Values::query_operand, Values::row,
+      Values::shared, Values::tile, Values::token, Values::tokens, Values::totals, Values::value_head,
+      Values::value_row;
   static constexpr int K = Config::K, V = Config::V, C = Config::C, kTiles = Config::kTiles;
 
   // What the 16 tokens of a tile collect. `cumulative` is the gradient of G_i, `prediction` what beta_gradient() needs.
@@ -375,10 +376,10 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int block = i >> 1, parity = i & 1;
-      dots[i] = q.at(block, 0, parity) * sums.dq.at(block, 0, parity) +
-                q.at(block, 1, parity) * sums.dq.at(block, 1, parity);
-      dots[4 + i] = k.at(block, 0, parity) * sums.dk.at(block, 0, parity) +
-                    k.at(block, 1, parity) * sums.dk.at(block, 1, parity);
+      dots[i] =
+          q.at(block, 0, parity) * sums.dq.at(block, 0, parity) + q.at(block, 1, parity) * sums.dq.at(block, 1, parity);
+      dots[4 + i] =
+          k.at(block, 0, parity) * sums.dk.at(block, 0, parity) + k.at(block, 1, parity) * sums.dk.at(block, 1, parity);
     }
     const float dot = combine_rows<Add>(dots, lane);  // the one of index `row`
     parts[(row >> 2) * C + token(tt, row >> 1 & 1, row & 1)] = dot;
@@ -401,8 +402,8 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
   }
 
   // dg of a tile from the gradients of its log-gates; adds to the sums for the gate's parameters.
-  __device__ __forceinline__ void store_gate_gradient(ChannelTile& gradients, const GateOfTile& gate, float (&dA_log)[2],
-                                                      float (&ddt_bias)[2], int tt) const {
+  __device__ __forceinline__ void store_gate_gradient(ChannelTile& gradients, const GateOfTile& gate,
+                                                      float (&dA_log)[2], float (&ddt_bias)[2], int tt) const {
     gradients.for_each([&](float& x, int block, int, int parity) {
       if (token(tt, block, parity) >= location.tokens) x = 0.0f;
     });

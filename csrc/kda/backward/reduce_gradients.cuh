@@ -11,8 +11,8 @@
 namespace kda {
 
 struct ReduceConfig {
-  static constexpr int kThreads = 256;             // of reduce_heads
-  static constexpr int kParameterThreads = 1024;   // of reduce_parameters
+  static constexpr int kThreads = 256;            // of reduce_heads
+  static constexpr int kParameterThreads = 1024;  // of reduce_parameters
 };
 
 __device__ __forceinline__ float4 add(const float4& a, const float4& b) {

@@ -122,7 +122,8 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
                               Config::kKeyTileBytes, barrier);
     }
     const int units = row_bytes / 16;  // of a row; 2 * warps
-    const int unit = threadIdx.x % units, rows_at_once = blockDim.x / units, rows = static_cast<int>(min(range.end - first_token, int64_t{C}));
+    const int unit = threadIdx.x % units, rows_at_once = blockDim.x / units,
+              rows = static_cast<int>(min(range.end - first_token, int64_t{C}));
     const Element* const first = static_cast<const Element*>(params.dO) +
                                  ((range.batch * call.problem.tokens + first_token) * value_heads + value_head) * V +
                                  first_row_tile * Config::kRowsPerWarp + 8 * unit;
@@ -150,13 +151,12 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
 
   // Where a lane's rows of an operand A = dO^T lie inside a stage, for the first 16 tokens.
   const int matrix = lane >> 3;
-  const uint32_t output_gradient = Config::kOutputGradient + ((lane & 7) + (matrix >> 1) * 8) * row_pitch +
-                                   (2 * warp + (matrix & 1)) * 16;
+  const uint32_t output_gradient =
+      Config::kOutputGradient + ((lane & 7) + (matrix >> 1) * 8) * row_pitch + (2 * warp + (matrix & 1)) * 16;
 
   RingPosition ring, previous;
   for (int64_t step = 0; step < chunks; ++step) {
-    const int64_t operand_tile =
-        ((first_slot + chunks - 1 - step) * value_heads + value_head) * (V / 16) + row_tile;
+    const int64_t operand_tile = ((first_slot + chunks - 1 - step) * value_heads + value_head) * (V / 16) + row_tile;
     uint4* const dstate_operands = params.dstate + operand_tile * (K / 16) * 32 + lane;
     uint4* const dU_operands = params.dU + operand_tile * (C / 8) * 32 + lane;
 
