@@ -38,7 +38,7 @@ struct IntraChunkGradientsConfig {
   static constexpr int kY = kOutputGradient + kValueTileBytes;  // Y
   static constexpr int kU = kY + kValueTileBytes;               // U
   static constexpr int kCumulative = kU;                        // then, of the first half, the gradient of G
-  static constexpr int kCumulativeBytes = kGroups * kPartTiles * 2 * 32 * 16;
+  static constexpr int kCumulativeBytes = kWarps * 2 * 32 * 16;
   static constexpr int kQuery =
       kU + (kValueTileBytes > kCumulativeBytes ? kValueTileBytes : kCumulativeBytes);  // q, then dq
   static constexpr int kKey = kQuery + kKeyTileBytes;                                  // k, then dk
@@ -68,7 +68,8 @@ struct IntraChunkGradientsConfig {
   static constexpr int kBetaParts = kTokenParts + kGroups * kDotParts * C * 4;  // [V / 16][C]
   static constexpr int kTotals = kBetaParts + V / 16 * C * 4;                   // [kTiles][K]: decay over each tile
   static constexpr int kCrossing = kTotals + kTiles * K * 4;                    // [kParts][K]: see scale_operands()
-  static constexpr int kSharedBytes = kCrossing + kParts * K * 4;
+  static constexpr int kCarry = kCrossing + kParts * K * 4;  // [K]: sum of the gradients of G of the second half
+  static constexpr int kSharedBytes = kCarry + K * 4;
   static_assert(kSharedBytes <= 227 * 1024);
 };
 
@@ -137,6 +138,7 @@ struct IntraChunkGradientsContext {
   __device__ __forceinline__ float* crossing(int part) const {
     return reinterpret_cast<float*>(shared + Config::kCrossing) + part * K;
   }
+  __device__ __forceinline__ float* carry() const { return reinterpret_cast<float*>(shared + Config::kCarry); }
   __device__ __forceinline__ uint32_t address(int offset) const { return ptx::shared_address(shared + offset); }
 
   // The 16 channels of the warp and the tokens of a tile, of q or k.
@@ -151,10 +153,9 @@ struct IntraChunkGradientsContext {
     return reinterpret_cast<float4*>(shared + Config::kLaneRegion) +
            ((group() * Config::kTiles + tt) * Config::kLaneUnits + 2 * which) * 32 + lane;
   }
-  // Likewise for a tile of the first half; the warps have read U.
-  __device__ __forceinline__ float4* cumulative_units(int tt) const {
-    return reinterpret_cast<float4*>(shared + Config::kCumulative) + (group() * Config::kPartTiles + tt) * 2 * 32 +
-           lane;
+  // Likewise for one tile of the warp; all have read U.
+  __device__ __forceinline__ float4* cumulative_units() const {
+    return reinterpret_cast<float4*>(shared + Config::kCumulative) + warp * 2 * 32 + lane;
   }
   static __device__ __forceinline__ void keep(float4* units, const ChannelTile& values) {
 #pragma unroll

@@ -70,17 +70,6 @@ struct GradientsOfValues : IntraChunkGradientsContext<Config> {
     tiny_beta = __syncthreads_or(tiny);
   }
 
-  // What is read only later, and then waited for, on its way into L2.
-  __device__ __forceinline__ void prefetch() const {
-    if (threadIdx.x != 0) return;
-    constexpr uint32_t kUBytes = C * V * 4, kStateBytes = K * V * 2;
-    ptx::cp_async_bulk_prefetch_l2(reinterpret_cast<const uint8_t*>(params.dU) + tile * kUBytes, kUBytes);
-    ptx::cp_async_bulk_prefetch_l2(reinterpret_cast<const uint8_t*>(params.forward.U) + tile * kUBytes, kUBytes);
-    ptx::cp_async_bulk_prefetch_l2(reinterpret_cast<const uint8_t*>(params.dstate) + tile * kStateBytes, kStateBytes);
-    ptx::cp_async_bulk_prefetch_l2(reinterpret_cast<const uint8_t*>(params.forward.state) + tile * kStateBytes,
-                                   kStateBytes);
-  }
-
   __device__ __forceinline__ void load() {
     const ChunkFwdParams& c = call();
     const int key_head = this->key_head();
@@ -142,31 +131,56 @@ struct GradientsOfValues : IntraChunkGradientsContext<Config> {
                   c.problem.activation_type);
   }
 
-  // Y^T = dU^T A^{-1} for 16 rows of V and 16 tokens, from the fragments of the recurrences. The gradient of beta_i is
-  // Y_i . (V - K e^G S - Akk / beta U)_i, and that is Y_i . U_i / beta_i; where beta is too small, here Y_i . V_i, and the rest in
-  // beta_gradient().
-  __device__ __forceinline__ void solve_tile(int row_tile, int tt) const {
-    const int64_t first = ((tile * (V / 16) + row_tile) * (C / 8)) * 32 + lane;
+  // What Y of 16 rows of V and 16 tokens takes, from the fragments of the recurrences: dU of all tokens from these on, and U.
+  // A high and a low part each.
+  struct SolveOperands {
+    uint4 dU[C / 16][2];
+    uint4 U[2];
+  };
+  static constexpr int kSolveJobs = V / 16 * Config::kTiles;
+  static __device__ __forceinline__ int row_tile_of(int job) { return job % (V / 16); }
+  // Tile 0 has the most products, tile 3 the fewest: a warp that takes two takes 0 and 3, or 1 and 2.
+  static __device__ __forceinline__ int token_tile_of(int job) {
+    const int index = job / (V / 16);
+    return index < 2 ? index : 5 - index;
+  }
+
+  __device__ __forceinline__ void load_operands(SolveOperands& operands, int job) const {
+    if (job >= kSolveJobs) return;
+    const int tt = token_tile_of(job);
+    const int64_t first = ((tile * (V / 16) + row_tile_of(job)) * (C / 8)) * 32 + lane;
     const uint4* const du = params.dU + first;
     const uint4* const u = params.forward.U + first + 2 * tt * 32;
-    const uint4 high = u[0], low = u[32];
+#pragma unroll
+    for (int kt = 0; kt < C / 16; ++kt) {
+      if (kt >= tt) operands.dU[kt][0] = du[2 * kt * 32], operands.dU[kt][1] = du[(2 * kt + 1) * 32];
+    }
+    operands.U[0] = u[0], operands.U[1] = u[32];
+  }
+
+  // Y^T = dU^T A^{-1}.
+  __device__ __forceinline__ ChannelTile multiply_inverse(const SolveOperands& operands, int tt) const {
     ChannelTile y = ChannelTile::make([](int, int, int) { return 0.0f; });  // rows of V for channels
 #pragma unroll
     for (int kt = 0; kt < C / 16; ++kt) {
       if (kt >= tt) {
-        const uint4 du_high = du[2 * kt * 32], du_low = du[(2 * kt + 1) * 32];
         uint32_t b[4];
         Config::PairTile::load_b_trans(b, address(Config::kInverse), 16 * kt, 16 * tt, lane);
-        const auto multiply = [&](const uint4& a) {
-          const ChannelOperand operand{{a.x, a.y, a.z, a.w}};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const ChannelOperand operand = to_operand(operands.dU[kt][i]);
           operand.multiply(y.value[0], b[0], b[1]);
           operand.multiply(y.value[1], b[2], b[3]);
-        };
-        multiply(du_high);
-        multiply(du_low);
+        }
       }
     }
+    return y;
+  }
 
+  // The gradient of beta_i is Y_i . (V - K e^G S - Akk / beta U)_i, and that is Y_i . U_i / beta_i; where beta is too small, here
+  // Y_i . V_i, and the rest in beta_gradient(). Y, dV and U go to shared memory.
+  __device__ __forceinline__ void store_solution(const ChannelTile& y, const uint4& high, const uint4& low,
+                                                 int row_tile, int tt) const {
     const ChannelOperand u_high{{high.x, high.y, high.z, high.w}}, u_low{{low.x, low.y, low.z, low.w}};
     const ChannelTile upper = u_high.template unpack<BFloat16>(), lower = u_low.template unpack<BFloat16>();
     float beta[4], bound[4];
@@ -204,13 +218,15 @@ struct GradientsOfValues : IntraChunkGradientsContext<Config> {
     Config::ValueTile::store_a_trans(u_high.pair, address(Config::kU), 16 * tt, 16 * row_tile, lane);
   }
 
-  __device__ __forceinline__ void solve() const {
-    // Tile 0 has the most products, tile 3 the fewest: a warp that takes two takes 0 and 3, or 1 and 2.
-    constexpr int kJobs = V / 16 * Config::kTiles;
+  // operands: those of the warp's first tile.
+  __device__ __forceinline__ void solve(SolveOperands& operands) const {
 #pragma unroll 1
-    for (int job = warp; job < kJobs; job += Config::kWarps) {
-      const int index = job / (V / 16);
-      solve_tile(job % (V / 16), index < 2 ? index : 5 - index);
+    for (int job = warp; job < kSolveJobs; job += Config::kWarps) {
+      const int tt = token_tile_of(job);
+      const ChannelTile y = multiply_inverse(operands, tt);
+      const uint4 high = operands.U[0], low = operands.U[1];
+      load_operands(operands, job + Config::kWarps);
+      store_solution(y, high, low, row_tile_of(job), tt);
     }
     store_norms();
   }

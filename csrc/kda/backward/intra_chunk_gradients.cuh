@@ -74,12 +74,13 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
     }
   }
 
-  // All that comes from device memory first is asked for at once: g by registers, the rest by asynchronous copies.
-  __device__ __forceinline__ void load_and_activate() {
+  // All that comes from device memory first is asked for at once: g and operands by registers, the rest by asynchronous copies.
+  __device__ __forceinline__ void load_and_activate(typename Values::SolveOperands& operands) {
     static_assert(Config::kPartTiles == 2);
     const ChannelTile g[2] = {this->load_gate(first_tile()), this->load_gate(first_tile() + 1)};
     const GateOfTile activation = gate();
     this->load();
+    this->load_operands(operands, this->warp);
 #pragma unroll
     for (int i = 0; i < 2; ++i) activate(g[i], activation, first_tile() + i);
   }
@@ -112,21 +113,44 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
     operand.multiply(acc.value[1], b[2], b[3]);
   }
 
+  // What phase 1 takes of dS', and of S its half of V. Asked for a phase earlier.
+  struct StateFragmentsOfChannels {
+    ChannelOperand exit[V / 16], entry[V / 32];
+  };
+  __device__ __forceinline__ void load_states(StateFragmentsOfChannels& fragments) const {
+    const uint4* const dstate = state_fragments(params.dstate);
+    const uint4* const state = state_fragments(params.forward.state) + part() * (V / 32) * kFragmentStride;
+#pragma unroll
+    for (int kt = 0; kt < V / 16; ++kt) fragments.exit[kt] = to_operand(dstate[kt * kFragmentStride]);
+#pragma unroll
+    for (int kt = 0; kt < V / 32; ++kt) fragments.entry[kt] = to_operand(state[kt * kFragmentStride]);
+  }
+
   // Phase 1: e^{G_C - G} (U dS'^T), kept for phase 2, and operands for pairs of different tiles. Every token of the chunk has in its
   // gradient of g what crosses the whole chunk, e^{G_C} (S . dS') over V, and all that the tokens write, whose own part phase 2 takes
   // off. Each half adds its tokens and its half of V.
-  __device__ __forceinline__ void scale_operands() const {
-    const uint4* const dstate = state_fragments(params.dstate);
+  __device__ __forceinline__ void scale_operands(const StateFragmentsOfChannels& fragments) const {
+    float dot[2] = {};
+    {
+      ChannelTile written_0 = zeros(), written_1 = zeros();
+#pragma unroll
+      for (int kt = 0; kt < V / 16; ++kt) {
+        multiply_state(written_0, fragments.exit[kt], Config::kU, first_tile(), kt);
+        multiply_state(written_1, fragments.exit[kt], Config::kU, first_tile() + 1, kt);
+        if (kt / (V / 32) == part()) {
+          const ChannelTile entry = fragments.entry[kt % (V / 32)].template unpack<BFloat16>();
+          ChannelTile values = fragments.exit[kt].template unpack<BFloat16>();
+          values.for_each([&](float& x, int block, int hi, int parity) { dot[hi] += x * entry.at(block, hi, parity); });
+        }
+      }
+      keep(lane_units(first_tile(), 1), written_0);
+      keep(lane_units(first_tile() + 1, 1), written_1);
+    }
+
     float written[2] = {};
 #pragma unroll 1
     for (int i = 0; i < Config::kPartTiles; ++i) {
       const int tt = first_tile() + i;
-      ChannelTile dk = zeros();
-#pragma unroll
-      for (int kt = 0; kt < V / 16; ++kt) {
-        multiply_state(dk, to_operand(dstate[kt * kFragmentStride]), Config::kU, tt, kt);
-      }
-
       ChannelDecayTree tree(kept(lane_units(tt, 0)));
       tree.complete(lane);
       const ChannelTile k = load_values(Config::kKey, tt);
@@ -143,6 +167,7 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
       float after[2], norms[4];
       decay_over(after, 1.0f, tt + 1, kTiles);
       load_tokens(norms, Config::kKeyNorm, tt);
+      ChannelTile dk = kept(lane_units(tt, 1));
       dk.for_each([&](float& x, int block, int hi, int parity) {
         x *= tree.suffix.at(block, hi, parity) * after[hi] * norms[token_index(block, parity)];
         written[hi] += k.at(block, hi, parity) * x;
@@ -150,15 +175,6 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
       keep(lane_units(tt, 1), dk);
     }
 
-    float dot[2] = {};
-    const uint4* const state = state_fragments(params.forward.state);
-#pragma unroll
-    for (int i = 0; i < V / 32; ++i) {
-      const int kt = part() * (V / 32) + i;
-      const ChannelTile entry = to_operand(state[kt * kFragmentStride]).template unpack<BFloat16>();
-      ChannelTile exit = to_operand(dstate[kt * kFragmentStride]).template unpack<BFloat16>();
-      exit.for_each([&](float& x, int block, int hi, int parity) { dot[hi] += x * entry.at(block, hi, parity); });
-    }
 #pragma unroll
     for (int hi = 0; hi < 2; ++hi) {
       const float decay = params.forward.chunk_decay[tile * K + channel(hi)];
@@ -402,12 +418,13 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
   }
 
   // dg of a tile from the gradients of its log-gates; adds to the sums for the gate's parameters.
-  __device__ __forceinline__ void store_gate_gradient(ChannelTile& gradients, const GateOfTile& gate,
-                                                      float (&dA_log)[2], float (&ddt_bias)[2], int tt) const {
+  __device__ __forceinline__ void store_gate_gradient(ChannelTile& gradients, const ChannelTile& g,
+                                                      const GateOfTile& gate, float (&dA_log)[2], float (&ddt_bias)[2],
+                                                      int tt) const {
     gradients.for_each([&](float& x, int block, int, int parity) {
       if (token(tt, block, parity) >= location.tokens) x = 0.0f;
     });
-    gate.differentiate(gradients, this->load_gate(tt), dA_log, ddt_bias);
+    gate.differentiate(gradients, g, dA_log, ddt_bias);
     const auto store = [&](auto element) {
       using Gate = decltype(element);
 #pragma unroll
@@ -429,18 +446,18 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
     }
   }
 
-  // Phase 2: the half's tiles from the last to the first. The second half goes on to dg at once; the first must wait for what the
-  // second has collected, and keeps its gradients of G.
-  __device__ __forceinline__ void collect() const {
-    const bool is_later = part() == 1;
-    const GateOfTile activation = gate();
-    float after[2] = {}, dA_log[2] = {}, ddt_bias[2] = {};
-    if (is_later) {
+  // Phase 2: the half's tiles, the later one first. What they leave of the gradient of G: of the later one in the place of U, of the
+  // earlier one in `last`; both without what comes after the half, except for what crosses the whole chunk, which is counted in the
+  // second half.
+  __device__ __forceinline__ void collect(ChannelTile& last) const {
+    float after[2] = {};
+    if (part() == 1) {
 #pragma unroll
       for (int hi = 0; hi < 2; ++hi) after[hi] = this->crossing(0)[channel(hi)] + this->crossing(1)[channel(hi)];
     }
 #pragma unroll 1
-    for (int tt = first_tile() + Config::kPartTiles - 1; tt >= first_tile(); --tt) {
+    for (int i = Config::kPartTiles - 1; i >= 0; --i) {
+      const int tt = first_tile() + i;
       const ChannelTile q = load_values(Config::kQuery, tt);
       const ChannelTile k = load_values(Config::kKey, tt);
       Sums sums{zeros(), zeros(), zeros(), {}};
@@ -452,44 +469,46 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
       keep(lane_units(tt, 0), sums.dq);
       keep(lane_units(tt, 1), sums.dk);
       suffix_sums(sums.cumulative, after, lane);
-      if (is_later) {
-        store_gate_gradient(sums.cumulative, activation, dA_log, ddt_bias, tt);
-      } else {
-        keep(this->cumulative_units(tt), sums.cumulative);
-      }
+      if (i > 0) keep(this->cumulative_units(), sums.cumulative);
+      last = sums.cumulative;
     }
+    if (part() == 1 && member == 0) {
+#pragma unroll
+      for (int hi = 0; hi < 2; ++hi) this->carry()[channel(hi)] = after[hi];
+    }
+  }
 
-    __syncthreads();  // crossing() has been read
-    if (is_later) {
+  // Phase 3, after a barrier: dg of the half's tiles, and the sums for the gate's parameters.
+  __device__ __forceinline__ void store_gate_gradients(const ChannelTile& last, const ChannelTile (&g)[2]) const {
+    const GateOfTile activation = gate();
+    float later[2] = {}, dA_log[2] = {}, ddt_bias[2] = {};
+    if (part() == 0) {
 #pragma unroll
-      for (int hi = 0; hi < 2; ++hi) {
-        const float of_rate = sum_tokens(dA_log[hi]), of_bias = sum_tokens(ddt_bias[hi]);
-        if (member != 0) continue;
-        this->crossing(0)[channel(hi)] = after[hi];
-        if (params.dA_log_parts == nullptr) continue;
-        params.dA_log_parts[tile * K + channel(hi)] = of_rate;
-        params.ddt_bias_parts[tile * K + channel(hi)] = of_bias;
-      }
+      for (int hi = 0; hi < 2; ++hi) later[hi] = this->carry()[channel(hi)];
     }
-    __syncthreads();
-    if (is_later) return;
 #pragma unroll
-    for (int hi = 0; hi < 2; ++hi) after[hi] = this->crossing(0)[channel(hi)];
-#pragma unroll 1
-    for (int tt = 0; tt < Config::kPartTiles; ++tt) {
-      ChannelTile cumulative = kept(this->cumulative_units(tt));
-      cumulative.for_each([&](float& x, int, int hi, int) { x += after[hi]; });
-      store_gate_gradient(cumulative, activation, dA_log, ddt_bias, tt);
+    for (int i = 0; i < Config::kPartTiles; ++i) {
+      ChannelTile cumulative = i > 0 ? kept(this->cumulative_units()) : last;
+      cumulative.for_each([&](float& x, int, int hi, int) { x += later[hi]; });
+      store_gate_gradient(cumulative, g[i], activation, dA_log, ddt_bias, first_tile() + i);
     }
     if (params.dA_log_parts == nullptr) return;
 #pragma unroll
     for (int hi = 0; hi < 2; ++hi) {
       const float of_rate = sum_tokens(dA_log[hi]), of_bias = sum_tokens(ddt_bias[hi]);
-      if (member == 0) {  // on those of the second half
-        params.dA_log_parts[tile * K + channel(hi)] += of_rate;
-        params.ddt_bias_parts[tile * K + channel(hi)] += of_bias;
-      }
+      if (member == 0)
+        parameter_sums(part(), 0)[channel(hi)] = of_rate, parameter_sums(part(), 1)[channel(hi)] = of_bias;
     }
+  }
+
+  // Of A_log (which = 0) and dt_bias, for each half: where the decays over the tiles were.
+  __device__ __forceinline__ float* parameter_sums(int half, int which) const { return totals(2 * half + which); }
+
+  __device__ __forceinline__ void store_parameter_sums() const {
+    if (params.dA_log_parts == nullptr || threadIdx.x >= K) return;
+    const int c = threadIdx.x;
+    params.dA_log_parts[tile * K + c] = parameter_sums(0, 0)[c] + parameter_sums(1, 0)[c];
+    params.ddt_bias_parts[tile * K + c] = parameter_sums(0, 1)[c] + parameter_sums(1, 1)[c];
   }
 
   // Sums the parts of the groups, in their order.
@@ -559,19 +578,26 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
   }
 
   __device__ __forceinline__ void run() {
-    this->prefetch();
-    load_and_activate();
+    typename Values::SolveOperands operands;
+    load_and_activate(operands);
     this->wait_for_loads();
-    this->solve();
+    this->solve(operands);
     __syncthreads();
     this->template store_rows<V>(params.dv, Config::kValueGradient, [&](int t) { return value_row(t); });
+    StateFragmentsOfChannels fragments;
+    load_states(fragments);
     this->multiply_pairs();
     __syncthreads();  // the operands of pairs take the place of dV
-    scale_operands();
+    scale_operands(fragments);
+    __syncthreads();  // the gradient of G takes the place of U
+    ChannelTile last;
+    collect(last);
+    const ChannelTile g[2] = {this->load_gate(first_tile()), this->load_gate(first_tile() + 1)};
     __syncthreads();
-    collect();
     sum_dots();
+    store_gate_gradients(last, g);
     __syncthreads();
+    store_parameter_sums();
     beta_gradient();
     finish(Config::kQuery, Config::kQueryNorm, Config::kQueryDot, 0, params.dq_parts);
     finish(Config::kKey, Config::kKeyNorm, Config::kKeyDot, 1, params.dk_parts);

@@ -122,11 +122,6 @@ __device__ __forceinline__ void cp_async_bulk_store(void* destination, uint32_t 
                : "memory");
 }
 
-// From device memory to L2.
-__device__ __forceinline__ void cp_async_bulk_prefetch_l2(const void* source, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
-}
-
 __device__ __forceinline__ void cp_async_bulk_commit_group() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
