@@ -23,16 +23,20 @@ struct GradientsOfValues : IntraChunkGradientsContext<Config> {
   template <int Columns>
   __device__ __forceinline__ void load_rows(int offset, const Element* first, int64_t row_stride,
                                             bool vectorized) const {
-    constexpr int kUnits = Columns / 8;
-    for (int i = threadIdx.x; i < C * kUnits; i += Config::kThreads) {
-      const int row = i / kUnits, unit = i % kUnits;
-      const bool in_range = row < location.tokens;
-      const Element* source = first + (in_range ? row : 0) * row_stride + 8 * unit;
-      uint8_t* destination = shared + offset + SwizzledTile<Columns>::unit_offset(row, unit);
+    constexpr int kUnits = Columns / 8, kRowsAtOnce = Config::kThreads / kUnits;
+    static_assert(kRowsAtOnce % 8 == 0 && C % kRowsAtOnce == 0, "the swizzle of a thread's rows is the same");
+    const int row = threadIdx.x / kUnits, unit = threadIdx.x % kUnits;
+    const Element* const source = first + row * row_stride + 8 * unit;
+    uint8_t* const destination = shared + offset + SwizzledTile<Columns>::unit_offset(row, unit);
+#pragma unroll
+    for (int i = 0; i < C / kRowsAtOnce; ++i) {
+      const bool in_range = row + i * kRowsAtOnce < location.tokens;
+      const Element* const elements = in_range ? source + i * kRowsAtOnce * row_stride : first;
+      uint8_t* const to = destination + i * kRowsAtOnce * Columns * 2;
       if (vectorized) {
-        ptx::cp_async_16(ptx::shared_address(destination), source, in_range ? 16 : 0);
+        ptx::cp_async_16(ptx::shared_address(to), elements, in_range ? 16 : 0);
       } else {
-        *reinterpret_cast<uint4*>(destination) = in_range ? load_8x16bit<false>(source) : uint4{0, 0, 0, 0};
+        *reinterpret_cast<uint4*>(to) = in_range ? load_8x16bit<false>(elements) : uint4{0, 0, 0, 0};
       }
     }
   }
@@ -231,14 +235,20 @@ struct GradientsOfValues : IntraChunkGradientsContext<Config> {
     store_norms();
   }
 
-  // Rows of a [C, Columns] tile to a contiguous tensor. row_of(token): index of the token's row in it.
-  template <int Columns, typename RowOf>
-  __device__ __forceinline__ void store_rows(void* destination, int offset, RowOf row_of) const {
-    constexpr int kUnits = Columns / 8;
-    for (int i = threadIdx.x; i < location.tokens * kUnits; i += Config::kThreads) {
-      const int row = i / kUnits, unit = i % kUnits;
-      *reinterpret_cast<uint4*>(static_cast<Element*>(destination) + row_of(row) * Columns + 8 * unit) =
-          *reinterpret_cast<const uint4*>(shared + offset + SwizzledTile<Columns>::unit_offset(row, unit));
+  // Rows of a [C, Columns] tile to a contiguous tensor, in which the first token has row `first_row` and the next are `row_stride` rows
+  // further each.
+  template <int Columns>
+  __device__ __forceinline__ void store_rows(void* destination, int offset, int64_t first_row, int row_stride) const {
+    constexpr int kUnits = Columns / 8, kRowsAtOnce = Config::kThreads / kUnits;
+    const int row = threadIdx.x / kUnits, unit = threadIdx.x % kUnits;
+    Element* const to =
+        static_cast<Element*>(destination) + (first_row + int64_t{row} * row_stride) * Columns + 8 * unit;
+    const uint8_t* const from = shared + offset + SwizzledTile<Columns>::unit_offset(row, unit);
+#pragma unroll
+    for (int i = 0; i < C / kRowsAtOnce; ++i) {
+      if (row + i * kRowsAtOnce >= location.tokens) break;
+      *reinterpret_cast<uint4*>(to + int64_t{i * kRowsAtOnce} * row_stride * Columns) =
+          *reinterpret_cast<const uint4*>(from + i * kRowsAtOnce * Columns * 2);
     }
   }
 

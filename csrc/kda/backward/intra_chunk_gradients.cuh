@@ -583,7 +583,7 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
     this->wait_for_loads();
     this->solve(operands);
     __syncthreads();
-    this->template store_rows<V>(params.dv, Config::kValueGradient, [&](int t) { return value_row(t); });
+    this->template store_rows<V>(params.dv, Config::kValueGradient, value_row(0), call().problem.value_heads);
     StateFragmentsOfChannels fragments;
     load_states(fragments);
     this->multiply_pairs();
@@ -603,8 +603,8 @@ struct IntraChunkGradients : GradientsOfValues<Config> {
     finish(Config::kKey, Config::kKeyNorm, Config::kKeyDot, 1, params.dk_parts);
     if (params.dq_parts != nullptr) return;
     __syncthreads();
-    this->template store_rows<K>(params.dq, Config::kQuery, [&](int t) { return this->key_row(t); });
-    this->template store_rows<K>(params.dk, Config::kKey, [&](int t) { return this->key_row(t); });
+    this->template store_rows<K>(params.dq, Config::kQuery, this->key_row(0), call().problem.heads);
+    this->template store_rows<K>(params.dk, Config::kKey, this->key_row(0), call().problem.heads);
   }
 };
 
