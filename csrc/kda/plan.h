@@ -61,8 +61,8 @@ struct ChunkFwdPlan {
 
 [[nodiscard]] ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& problem);
 
-// Byte offsets of the regions of the workspace of the backward, in the order of its stages. A region holds one tile for each
-// (chunk slot, value head), slot-major, but for the gradients at the end.
+// Byte offsets of the regions of the workspace of the backward, in the order of its stages. A region holds one tile for
+// each (chunk slot, value head), slot-major, but for the gradients at the end.
 struct ChunkBwdWorkspace {
   size_t W = 0, K_decayed = 0, Q_gated = 0, Aqk = 0, U = 0, state = 0, chunk_decay = 0;  // as in ChunkFwdWorkspace
   size_t inverse = 0;  // (I + Akk)^-1                           [slots, HV, C, C]     bf16, swizzled tile

@@ -1,10 +1,10 @@
-// Values of 16 channels and 16 tokens of one warp, transposed: channels are the rows of MMA operands and accumulators, tokens their
-// columns. A lane holds, for each of its two channels (lane / 4 and lane / 4 + 8), four tokens: 2 m, 2 m + 1, 2 m + 8 and 2 m + 9 with
-// m = lane % 4. Operand A and two adjacent accumulators have this same layout, so that what scales an operand also scales a result,
-// and nothing moves between lanes.
+// Values of 16 channels and 16 tokens of one warp, transposed: channels are the rows of MMA operands and accumulators,
+// tokens their columns. A lane holds, for each of its two channels (lane / 4 and lane / 4 + 8), four tokens: 2 m, 2 m +
+// 1, 2 m + 8 and 2 m + 9 with m = lane % 4. Operand A and two adjacent accumulators have this same layout, so that what
+// scales an operand also scales a result, and nothing moves between lanes.
 //
-// Decay factors over blocks of 1, 2, 4, 8 and 16 tokens are products of alpha as in device/decay_tree.cuh: token bit 0 is the index in
-// a pair, bits 1 and 2 are lane bits 0 and 1, and bit 3 is the block.
+// Decay factors over blocks of 1, 2, 4, 8 and 16 tokens are products of alpha as in device/decay_tree.cuh: token bit 0
+// is the index in a pair, bits 1 and 2 are lane bits 0 and 1, and bit 3 is the block.
 #pragma once
 
 #include "../device/elements.cuh"
@@ -182,8 +182,9 @@ struct ChannelDecayTree {
   }
 };
 
-// Whether the two elements of a lane in a B operand of 8 x 8 pairs (k = 2 m, 2 m + 1; n = lane / 4) belong to the level of blocks of
-// kBlock tokens, 2 or 4: their indices differ first, from the top, in that bit. Others are dropped by selection, whatever they are.
+// Whether the two elements of a lane in a B operand of 8 x 8 pairs (k = 2 m, 2 m + 1; n = lane / 4) belong to the level
+// of blocks of kBlock tokens, 2 or 4: their indices differ first, from the top, in that bit. Others are dropped by
+// selection, whatever they are.
 template <int kBlock>
 struct LevelPairs {
   bool later_n;    // n > k: the operand's n index is the later token
@@ -215,8 +216,8 @@ __device__ __forceinline__ float multiply_tokens(float value) {
   return value * __shfl_xor_sync(0xffffffffu, value, 2);
 }
 
-// Sums from each token of the tile to its end, onto `after`, the sum of what comes later; for each channel. Leaves the sum over all in
-// `after`.
+// Sums from each token of the tile to its end, onto `after`, the sum of what comes later; for each channel. Leaves the
+// sum over all in `after`.
 __device__ __forceinline__ void suffix_sums(ChannelTile& tile, float (&after)[2], int lane) {
   const int member = lane & 3;
 #pragma unroll

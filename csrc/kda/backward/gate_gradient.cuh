@@ -28,8 +28,8 @@ struct GateOfTile {
         [&](int block, int row, int parity) { return ptx::ex2(g.at(block, row, parity) * kLog2E); });
   }
 
-  // From the gradients of the log-gates to those of g, in place; adds to the sums over tokens for A_log and dt_bias. alpha = 0 has no
-  // gradient.
+  // From the gradients of the log-gates to those of g, in place; adds to the sums over tokens for A_log and dt_bias.
+  // alpha = 0 has no gradient.
   __device__ __forceinline__ void differentiate(ChannelTile& gradients, const ChannelTile& g, float (&dA_log)[2],
                                                 float (&ddt_bias)[2]) const {
     if (kind == GateKind::kSigmoid) {

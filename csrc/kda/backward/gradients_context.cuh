@@ -27,8 +27,8 @@ struct IntraChunkGradientsConfig {
   using PairTile = SwizzledTile<C>;   // [C][C]
   static constexpr int kKeyTileBytes = C * K * 2, kValueTileBytes = C * V * 2, kPairTileBytes = C * C * 2;
 
-  // Operands of pairs of different tiles, for each group of channels: k F for the levels 16 and 32 of each tile, and q F of the tiles that
-  // are the later one at a level.
+  // Operands of pairs of different tiles, for each group of channels: k F for the levels 16 and 32 of each tile, and q
+  // F of the tiles that are the later one at a level.
   static constexpr int kOperandBytes = 32 * 16;
   static constexpr int kOperands = 12;
   // Private to a lane: four 16-byte units for each tile, and two that take the place of U.

@@ -1,5 +1,5 @@
-// The second part of the intra-chunk gradients: what the pairs of tokens bring to dq, dk and the gradient of the cumulative log-gate, level
-// by level of the tree of decays. A warp owns 16 channels, and takes 16 tokens at a time.
+// The second part of the intra-chunk gradients: what the pairs of tokens bring to dq, dk and the gradient of the
+// cumulative log-gate, level by level of the tree of decays. A warp owns 16 channels, and takes 16 tokens at a time.
 #pragma once
 
 #include "gradients_values.cuh"
@@ -39,9 +39,9 @@ struct GradientsOfPairs : GradientsOfValues<Config> {
     return factor;
   }
 
-  // Adds a level: `queries` are sums over the earlier tokens of Dqk F k, for the later ones; `keys` the sums for dk. The products with
-  // `cumulative` take the operands as they were rounded, see Numerics. lower: sign bits of the tokens that are the earlier of their
-  // pairs. kQueryBlocks: bits of the blocks that have later tokens, and so queries.
+  // Adds a level: `queries` are sums over the earlier tokens of Dqk F k, for the later ones; `keys` the sums for dk.
+  // The products with `cumulative` take the operands as they were rounded, see Numerics. lower: sign bits of the tokens
+  // that are the earlier of their pairs. kQueryBlocks: bits of the blocks that have later tokens, and so queries.
   template <int kQueryBlocks>
   __device__ __forceinline__ void add_level(Sums& sums, const ChannelTile& factor, const ChannelOperand& q_operand,
                                             const ChannelOperand& k_operand, const ChannelTile& queries,

@@ -135,8 +135,8 @@ struct GradientsOfValues : IntraChunkGradientsContext<Config> {
                   c.problem.activation_type);
   }
 
-  // What Y of 16 rows of V and 16 tokens takes, from the fragments of the recurrences: dU of all tokens from these on, and U.
-  // A high and a low part each.
+  // What Y of 16 rows of V and 16 tokens takes, from the fragments of the recurrences: dU of all tokens from these on,
+  // and U. A high and a low part each.
   struct SolveOperands {
     uint4 dU[C / 16][2];
     uint4 U[2];
@@ -181,8 +181,8 @@ struct GradientsOfValues : IntraChunkGradientsContext<Config> {
     return y;
   }
 
-  // The gradient of beta_i is Y_i . (V - K e^G S - Akk / beta U)_i, and that is Y_i . U_i / beta_i; where beta is too small, here
-  // Y_i . V_i, and the rest in beta_gradient(). Y, dV and U go to shared memory.
+  // The gradient of beta_i is Y_i . (V - K e^G S - Akk / beta U)_i, and that is Y_i . U_i / beta_i; where beta is too
+  // small, here Y_i . V_i, and the rest in beta_gradient(). Y, dV and U go to shared memory.
   __device__ __forceinline__ void store_solution(const ChannelTile& y, const uint4& high, const uint4& low,
                                                  int row_tile, int tt) const {
     const ChannelOperand u_high{{high.x, high.y, high.z, high.w}}, u_low{{low.x, low.y, low.z, low.w}};
@@ -235,8 +235,8 @@ struct GradientsOfValues : IntraChunkGradientsContext<Config> {
     store_norms();
   }
 
-  // Rows of a [C, Columns] tile to a contiguous tensor, in which the first token has row `first_row` and the next are `row_stride` rows
-  // further each.
+  // Rows of a [C, Columns] tile to a contiguous tensor, in which the first token has row `first_row` and the next are
+  // `row_stride` rows further each.
   template <int Columns>
   __device__ __forceinline__ void store_rows(void* destination, int offset, int64_t first_row, int row_stride) const {
     constexpr int kUnits = Columns / 8, kRowsAtOnce = Config::kThreads / kUnits;
@@ -252,7 +252,8 @@ struct GradientsOfValues : IntraChunkGradientsContext<Config> {
     }
   }
 
-  // The gradients of the pairs, with the factors by which q and k are normalised, so that all that follows takes q and k as they are:
+  // The gradients of the pairs, with the factors by which q and k are normalised, so that all that follows takes q and
+  // k as they are:
   //   Dqk[i,j] = scale (dO U^T)[i,j] / (|q_i| |k_j|)          Dkk[i,j] = -beta_i (Y U^T)[i,j] / (|k_i| |k_j|)
   // Two matrices, each cut into rows of 16, and the longer ones into halves of two blocks of 16 columns.
   static constexpr int kPairJobs = 12;

@@ -1,23 +1,27 @@
-// Stage 4 of the backward: the gradients inside each chunk. With S at its entry, dS' at its exit, U and dU from the recurrences,
-// A = I + Akk, and F the decay factors of the levels of pairs (docs/design.md):
+// Stage 4 of the backward: the gradients inside each chunk. With S at its entry, dS' at its exit, U and dU from the
+// recurrences, A = I + Akk, and F the decay factors of the levels of pairs (docs/design.md):
 //   Y = A^{-T} dU,   dV = beta Y,   dbeta_i = Y_i . U_i / beta_i
 //   Dqk = scale tril(dO U^T),   Dkk = -beta strict_tril(Y U^T), the gradients of the pairs
 //   dq = scale e^G (dO S^T) + sum over levels F (Dqk (F k)),   and for the diagonal of Aqk Dqk_ii k_i
-//   dk = -beta e^G (Y S^T) + e^{G_C - G} (U dS'^T) + sum over levels F (Dkk (F k)) as the later token and F (Dkk^T (F k) + Dqk^T (F q)) as
-//        the earlier one,   and for the diagonal of Aqk Dqk_ii q_i
-//   dg_t = the sum of what crosses token t: q dq + k dk of the later tokens less k dk of the earlier ones, the terms of the state included
+//   dk = -beta e^G (Y S^T) + e^{G_C - G} (U dS'^T) + sum over levels F (Dkk (F k)) as the later token, and
+//        F (Dkk^T (F k) + Dqk^T (F q)) as the earlier one,   and for the diagonal of Aqk Dqk_ii q_i
+//   dg_t = the sum of what crosses token t: q dq + k dk of the later tokens less k dk of the earlier ones, the terms of
+//        the states included
 // and then the derivatives of the transforms.
 //
-// Grid: one CTA for each (chunk slot, value head), and with cu_seqlens one more slot; K / 8 warps. First a warp owns rows of V or of
-// pairs (gradients_values.cuh), then 16 channels and half of the tokens, transposed (channel_tile.cuh), 16 tokens at a time: decay
-// factors, operands and results have one layout, and a tile needs few registers. gradients_pairs.cuh has the levels of pairs.
+// Grid: one CTA for each (chunk slot, value head), and with cu_seqlens one more slot; K / 8 warps. First a warp owns
+// rows of V or of pairs (gradients_values.cuh), then 16 channels and half of the tokens, transposed (channel_tile.cuh),
+// 16 tokens at a time: decay factors, operands and results have one layout, and a tile needs few registers.
+// gradients_pairs.cuh has the levels of pairs.
 //
-// Numerics: gate factors are products of alpha <= 1. Operands are single bf16 (the emulation in docs/lab-notebook.md). The terms of dg that
-// belong to pairs cancel between their two tokens outside of what they cross; each side takes the same rounded operands, so that they
-// cancel to fp32. Entries of other levels are dropped by masks of bits. alpha = 0 has no gradient.
+// Numerics: gate factors are products of alpha <= 1. Operands are single bf16 (the emulation in docs/lab-notebook.md).
+// The terms of dg that belong to pairs cancel between their two tokens outside of what they cross; each side takes the
+// same rounded operands, so that they cancel to fp32. Entries of other levels are dropped by selection. alpha = 0
+// has no gradient.
 //
-// Shared memory (bytes, K = V = 128): dO, Y, U 16384 each; q, k 16384 each, then dq, dk; two matrices of pairs 8192 each; operands of pairs
-// of different tiles 49152, first the inverse and dV; per lane alpha and parts of dk, then dq and dk in fp32, 65536; 10 KiB over tokens.
+// Shared memory (bytes, K = V = 128): dO, Y, U 16384 each; q, k 16384 each, then dq, dk; two matrices of pairs 8192
+// each; operands of pairs of different tiles 49152, first the inverse and dV; per lane alpha and parts of dk, then dq
+// and dk in fp32, 65536; 10 KiB over tokens.
 // Registers: 128 allowed (16 warps, one CTA a multiprocessor). Bound by latency.
 #pragma once
 
@@ -62,7 +66,8 @@ struct IntraChunkGradients : GradientsOfPairs<Config> {
     }
   }
 
-  // All that comes from device memory first is asked for at once: g and operands by registers, the rest by asynchronous copies.
+  // All that comes from device memory first is asked for at once: g and operands by registers, the rest by asynchronous
+  // copies.
   __device__ __forceinline__ void load_and_activate(typename Values::SolveOperands& operands) {
     static_assert(Config::kPartTiles == 2);
     const ChannelTile g[2] = {this->load_gate(first_tile()), this->load_gate(first_tile() + 1)};
@@ -114,9 +119,9 @@ struct IntraChunkGradients : GradientsOfPairs<Config> {
     for (int kt = 0; kt < V / 32; ++kt) fragments.entry[kt] = to_operand(state[kt * kFragmentStride]);
   }
 
-  // Phase 1: e^{G_C - G} (U dS'^T), kept for phase 2, and operands for pairs of different tiles. Every token of the chunk has in its
-  // gradient of g what crosses the whole chunk, e^{G_C} (S . dS') over V, and all that the tokens write, whose own part phase 2 takes
-  // off. Each half adds its tokens and its half of V.
+  // Phase 1: e^{G_C - G} (U dS'^T), kept for phase 2, and operands for pairs of different tiles. Every token of the
+  // chunk has in its gradient of g what crosses the whole chunk, e^{G_C} (S . dS') over V, and all that the tokens
+  // write, whose own part phase 2 takes off. Each half adds its tokens and its half of V.
   __device__ __forceinline__ void scale_operands(const StateFragmentsOfChannels& fragments) const {
     float dot[2] = {};
     {
@@ -270,9 +275,9 @@ struct IntraChunkGradients : GradientsOfPairs<Config> {
     }
   }
 
-  // Phase 2: the half's tiles, the later one first. What they leave of the gradient of G: of the later one in the place of U, of the
-  // earlier one in `last`; both without what comes after the half, except for what crosses the whole chunk, which is counted in the
-  // second half.
+  // Phase 2: the half's tiles, the later one first. What they leave of the gradient of G: of the later one in the place
+  // of U, of the earlier one in `last`; both without what comes after the half, except for what crosses the whole
+  // chunk, which is counted in the second half.
   __device__ __forceinline__ void collect(ChannelTile& last) const {
     float after[2] = {};
     if (part() == 1) {
@@ -347,7 +352,8 @@ struct IntraChunkGradients : GradientsOfPairs<Config> {
     }
   }
 
-  // dbeta_i = Y_i . U_i / beta_i; where beta is too small Y_i . V_i - k_i . (e^G S Y_i + sum_j (Y_i . U_j) k_j e^{G_i - G_j}).
+  // dbeta_i = Y_i . U_i / beta_i; where beta is too small Y_i . V_i - k_i . (e^G S Y_i + sum_j (Y_i . U_j) k_j e^{G_i -
+  // G_j}).
   __device__ __forceinline__ void beta_gradient() const {
     const int t = threadIdx.x;
     if (t >= location.tokens) return;
@@ -361,8 +367,8 @@ struct IntraChunkGradients : GradientsOfPairs<Config> {
     store_1(params.dbeta, value_row(t), call().beta_type, gradient);
   }
 
-  // dq or dk without what lies along q or k, which the normalisation takes away: as parts of the value head, or to the group's channels of the tile at `offset`, from which q
-  // or k has been read.
+  // dq or dk without what lies along q or k, which the normalisation takes away: as parts of the value head, or to the
+  // group's channels of the tile at `offset`, from which q or k has been read.
   __device__ __forceinline__ void finish(int offset, typename Config::TokenArray norm, typename Config::TokenArray dot,
                                          int which, float* parts) const {
 #pragma unroll 1
@@ -432,8 +438,8 @@ struct IntraChunkGradients : GradientsOfPairs<Config> {
   }
 };
 
-// A slot without a chunk: its parts of the parameters' gradients are zero; and the gradients of rows that belong to no sequence, 64
-// rows past the last entry of cu_seqlens for each slot past the last used one.
+// A slot without a chunk: its parts of the parameters' gradients are zero; and the gradients of rows that belong to no
+// sequence, 64 rows past the last entry of cu_seqlens for each slot past the last used one.
 template <typename Config>
 __device__ __forceinline__ void clear_unused_slot(const ChunkBwdKernelParams& params, int64_t slot, int value_head) {
   constexpr int K = Config::K, V = Config::V;

@@ -1,4 +1,5 @@
-// Stage 5 of the backward: sums over what stage 4 leaves in parts, each in a fixed order, so that the same call gives the same bits.
+// Stage 5 of the backward: sums over what stage 4 leaves in parts, each in a fixed order, so that the same call gives
+// the same bits.
 //   reduce_heads       dq, dk of a key head: over the value heads of its group
 //   reduce_parameters  dA_log, ddt_bias: over the chunk slots, and dA_log over the channels
 //

@@ -9,8 +9,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// The same value, of which the compiler knows nothing: what depends on it is computed where it is used, rather than kept in registers
-// over a loop.
+// The same value, of which the compiler knows nothing: what depends on it is computed where it is used, rather than
+// kept in registers over a loop.
 __device__ __forceinline__ int opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;
@@ -133,7 +133,12 @@ __device__ __forceinline__ void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// ---- mbarrier ----
+// ---- Barriers ----
+
+// `threads` threads of the CTA, whole warps, meet at barrier `id` of 16; 0 is that of __syncthreads().
+__device__ __forceinline__ void bar_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 __device__ __forceinline__ void mbarrier_init(uint32_t mbarrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(mbarrier), "r"(arrivals) : "memory");

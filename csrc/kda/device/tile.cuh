@@ -10,8 +10,8 @@
 namespace kda {
 
 // Loads of MMA operands from a tile in shared memory. Layout::unit_offset(row, unit) is the byte offset of the 16-byte unit that holds
-// elements 8 * unit .. 8 * unit + 7 of a row; Layout::unit_address(tile, row, half, column) is the address of unit column / 8 + half,
-// where column is a multiple of 16 and half 0 or 1.
+// elements 8 * unit .. 8 * unit + 7 of a row; Layout::unit_address(tile, row, half, column) is the address of unit
+// column / 8 + half, where column is a multiple of 16 and half 0 or 1.
 template <typename Layout>
 struct TileOperands {
   // Byte offset of the pair of elements (column, column + 1); column is even.
@@ -67,8 +67,8 @@ struct SwizzledTile : TileOperands<SwizzledTile<Columns>> {
     return row * kRowBytes + ((unit ^ (row & 7)) << 4);
   }
 
-  // A tile starts at a multiple of its row's bytes, so the column goes in by one exclusive or: what the lane and the row contribute is
-  // computed once for all columns.
+  // A tile starts at a multiple of its row's bytes, so the column goes in by one exclusive or: what the lane and the
+  // row contribute is computed once for all columns.
   static __device__ __forceinline__ uint32_t unit_address(uint32_t tile, int row, int half, int column) {
     return (tile + unit_offset(row, half)) ^ (column * 2);
   }

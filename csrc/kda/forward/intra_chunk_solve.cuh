@@ -60,8 +60,8 @@ struct IntraChunkSolve : IntraChunkPairs<Config> {
     }
   }
 
-  // The inverse itself, for the backward, straight to the workspace: row tile `warp`, columns of the tiles up to it. One bf16 is
-  // enough there (docs/lab-notebook.md).
+  // The inverse itself, for the backward, straight to the workspace: row tile `warp`, columns of the tiles up to it.
+  // One bf16 is enough there (docs/lab-notebook.md).
   __device__ __forceinline__ void store_inverse() const {
     const SolveMatrix T = this->Akk();
     uint8_t* const destination = params.inverse + tile * Config::kPairTileBytes;

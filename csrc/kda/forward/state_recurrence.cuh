@@ -236,7 +236,8 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
       state.acc[n][2] *= factor.x;
       state.acc[n][3] *= factor.y;
     }
-    // Products that add to the same accumulators wait for each other: the high parts of four operands, then the low ones.
+    // Products that add to the same accumulators wait for each other: the high parts of four operands, then the low
+    // ones.
     constexpr int kGroup = 4;
 #pragma unroll
     for (int kt = 0; kt < C / 16; ++kt) {
