@@ -222,7 +222,7 @@ class TestBackward:
             assert begin + size <= following < begin + size + ALIGNMENT
 
     def test_memory_of_a_token(self) -> None:
-        """What the documentation says of K = V = 128: for each token and head 3080 bytes, and 16 with a gate's parameters."""
+        """As documented for K = V = 128: 3080 bytes for each token and head, and 16 with a gate's parameters."""
         p = problem()
         for activated_gate, expected in ((False, 3080), (True, 3096)):
             total = planner.plan_chunk_bwd(p, activated_gate).workspace.total_bytes
