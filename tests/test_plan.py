@@ -199,3 +199,39 @@ class TestJson:
         p = problem(key_dim=7)
         content = json.loads(planner.to_json(p, planner.plan_chunk_fwd(p)))
         assert content["path"] == "composite" and content["stage_ctas"] == {} and content["reason"]
+
+
+class TestBackward:
+    @pytest.mark.parametrize("activated_gate", [False, True])
+    @pytest.mark.parametrize("changes", [{}, {"heads": 4, "value_heads": 12}, {"key_dim": 64, "tokens": 100}])
+    def test_workspace(self, changes: dict[str, Any], activated_gate: bool) -> None:
+        """Every region has its size, starts aligned, and meets no other."""
+        p = problem(**changes)
+        plan = planner.plan_chunk_bwd(p, activated_gate)
+        K, V, tiles = p.key_dim, p.value_dim, plan.chunk_slots * p.value_heads
+        sizes = dict.fromkeys(("W", "K_decayed", "Q_gated"), 2 * C * K) | dict.fromkeys(("Aqk", "inverse"), 2 * C * C)
+        sizes |= {"U": 4 * V * C, "dU": 4 * V * C, "state": 2 * V * K, "dstate": 2 * V * K, "chunk_decay": 4 * K}
+        if activated_gate:
+            sizes |= {"dA_log": 4 * K, "ddt_bias": 4 * K}
+        regions = [(getattr(plan.workspace, name), tiles * size) for name, size in sizes.items()]
+        if p.value_heads > p.heads:
+            regions += [(getattr(plan.workspace, name), 4 * p.tokens * p.value_heads * K) for name in ("dq", "dk")]
+        regions.sort()
+        assert all(begin % ALIGNMENT == 0 for begin, _ in regions)
+        for (begin, size), (following, _) in pairwise([*regions, (plan.workspace.total_bytes, 0)]):
+            assert begin + size <= following < begin + size + ALIGNMENT
+
+    def test_memory_of_a_token(self) -> None:
+        """As documented for K = V = 128: 3080 bytes for each token and head, and 16 with a gate's parameters."""
+        p = problem()
+        for activated_gate, expected in ((False, 3080), (True, 3096)):
+            total = planner.plan_chunk_bwd(p, activated_gate).workspace.total_bytes
+            assert total == expected * p.tokens * p.heads
+
+    def test_paths(self) -> None:
+        """The backward takes the kernels where the forward does."""
+        for changes in ({}, {"key_dim": 96}, {"compute_capability": 80}, {"tokens": 0}):
+            p = problem(**changes)
+            forward, backward = planner.plan_chunk_fwd(p), planner.plan_chunk_bwd(p, True)
+            assert (backward.path, backward.reason) == (forward.path, forward.reason)
+            assert backward.value_tile == forward.value_tile

@@ -23,7 +23,8 @@ namespace {
 constexpr size_t kAlignment = 256;  // of every workspace region; also what cudaMalloc guarantees
 
 // Reserves `bytes` at the end of the workspace and returns their offset.
-size_t reserve(ChunkFwdWorkspace& workspace, size_t bytes) {
+template <typename Workspace>
+size_t reserve(Workspace& workspace, size_t bytes) {
   const size_t offset = workspace.total_bytes;
   workspace.total_bytes += (bytes + kAlignment - 1) / kAlignment * kAlignment;
   return offset;
@@ -195,6 +196,36 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p, const ChunkFwdPlanOptions&
         getenv("KDA_ST") ? atoi(getenv("KDA_ST")) : choose_tile(p, 2 * segments, std::min(p.key_dim, p.value_dim));
     w.segment_map = reserve(w, segments * K * K * kFp32);
     w.segment_state = reserve(w, segments * V * K * kFp32);
+  }
+  return plan;
+}
+
+ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate) {
+  ChunkBwdPlan plan;
+  plan.chunk_slots = chunk_slots(p);
+  if (const char* reason = reason_for_composite(p)) {
+    plan.reason = reason;
+    return plan;
+  }
+  plan.path = ChunkFwdPath::kStaged;
+  plan.reason = "K, V and the types are covered by the kernels";
+  plan.value_tile = choose_value_tile(p);
+
+  constexpr size_t kBf16 = 2, kFp32 = 4, C = kChunkTokens;
+  const size_t tiles = static_cast<size_t>(plan.chunk_slots) * p.value_heads;
+  const size_t K = p.key_dim, V = p.value_dim;
+  ChunkBwdWorkspace& w = plan.workspace;
+  for (size_t* region : {&w.W, &w.K_decayed, &w.Q_gated}) *region = reserve(w, tiles * C * K * kBf16);
+  for (size_t* region : {&w.Aqk, &w.inverse}) *region = reserve(w, tiles * C * C * kBf16);
+  for (size_t* region : {&w.U, &w.dU}) *region = reserve(w, tiles * V * C * 2 * kBf16);
+  for (size_t* region : {&w.state, &w.dstate}) *region = reserve(w, tiles * V * K * kBf16);
+  w.chunk_decay = reserve(w, tiles * K * kFp32);
+  if (activated_gate) {
+    for (size_t* region : {&w.dA_log, &w.ddt_bias}) *region = reserve(w, tiles * K * kFp32);
+  }
+  if (p.value_heads > p.heads) {
+    const size_t elements = static_cast<size_t>(p.batch) * p.tokens * p.value_heads * K;
+    for (size_t* region : {&w.dq, &w.dk}) *region = reserve(w, elements * kFp32);
   }
   return plan;
 }

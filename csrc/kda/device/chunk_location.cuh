@@ -57,7 +57,9 @@ __device__ __forceinline__ ChunkLocation locate_chunk(const ChunkFwdParams& p, i
   if (p.problem.sequences == 0) return {0, 0, 0};
   int64_t sequence;
   if (p.cu_seqlens == nullptr) {
-    sequence = slot / ((p.problem.tokens + kChunkTokens - 1) / kChunkTokens);
+    // A grid has fewer than 2^31 slots; divisions of 64 bits take a hundred instructions.
+    const int64_t chunks = (p.problem.tokens + kChunkTokens - 1) / kChunkTokens;
+    sequence = static_cast<uint32_t>(slot) / static_cast<uint32_t>(chunks);
   } else {
     sequence = find_sequence(p, slot, kChunkTokens, lane);
   }

@@ -187,7 +187,9 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
     state.to_operands(s);
     if constexpr (!kSummary) {
 #pragma unroll
-      for (int kt = 0; kt < K / 16; ++kt) state_operands[kt * 32] = {s[kt][0], s[kt][1], s[kt][2], s[kt][3]};
+      for (int kt = 0; kt < K / 16; ++kt) {
+        if (params.inverse == nullptr) state_operands[kt * 32] = {s[kt][0], s[kt][1], s[kt][2], s[kt][3]};
+      }
     }
 
     ptx::mbarrier_wait_parity(full(ring.stage), ring.parity);
@@ -203,6 +205,13 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
         Config::KeyTile::load_b(b, stage + Config::kW, 16 * n, 16 * kt, lane);
         ptx::mma_m16n8k16_bf16(u[2 * n], s[kt][0], s[kt][1], s[kt][2], s[kt][3], b[0], b[1]);
         ptx::mma_m16n8k16_bf16(u[2 * n + 1], s[kt][0], s[kt][1], s[kt][2], s[kt][3], b[2], b[3]);
+      }
+    }
+
+    if (!kSummary && params.inverse != nullptr) {  // S rather than its transpose, for the backward
+#pragma unroll
+      for (int kt = 0; kt < K / 16; ++kt) {
+        state_operands[kt * 32] = transposed_fragment({s[kt][0], s[kt][1], s[kt][2], s[kt][3]});
       }
     }
 
@@ -236,15 +245,25 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
       state.acc[n][2] *= factor.x;
       state.acc[n][3] *= factor.y;
     }
+    // Products that add to the same accumulators wait for each other: the high parts of four operands, then the low
+    // ones.
+    constexpr int kGroup = 4;
 #pragma unroll
     for (int kt = 0; kt < C / 16; ++kt) {
 #pragma unroll
-      for (int n = 0; n < K / 16; ++n) {
-        uint32_t b[4];
-        Config::KeyTile::load_b_trans(b, stage + Config::kKeyDecayed, 16 * kt, 16 * n, lane);
+      for (int first = 0; first < K / 16; first += kGroup) {
+        uint32_t b[kGroup][4];
+#pragma unroll
+        for (int n = 0; n < kGroup; ++n) {
+          Config::KeyTile::load_b_trans(b[n], stage + Config::kKeyDecayed, 16 * kt, 16 * (first + n), lane);
+        }
         const auto multiply = [&](const uint32_t(&a)[4]) {
-          ptx::mma_m16n8k16_bf16(state.acc[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
-          ptx::mma_m16n8k16_bf16(state.acc[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+#pragma unroll
+          for (int n = 0; n < kGroup; ++n) {
+            float(&even)[4] = state.acc[2 * (first + n)], (&odd)[4] = state.acc[2 * (first + n) + 1];
+            ptx::mma_m16n8k16_bf16(even, a[0], a[1], a[2], a[3], b[n][0], b[n][1]);
+            ptx::mma_m16n8k16_bf16(odd, a[0], a[1], a[2], a[3], b[n][2], b[n][3]);
+          }
         };
         multiply(ut_high[kt]);
         multiply(ut_low[kt]);
