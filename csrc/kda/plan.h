@@ -61,9 +61,10 @@ struct ChunkFwdPlan {
   int value_tile = 0;       // V columns of one CTA of the state recurrence
 
   // The cut of sequences into segments, whose affine maps S -> M S + B are computed side by side before the recurrence proper.
-  int64_t segment_chunks = 0;    // chunks of one segment; 0: sequences are not cut
-  int64_t segment_slots = 0;     // grid extent over segments; see segment_slots(). The number of sequences if they are not cut
-  int segment_tile = 0;          // rows of one CTA that computes M and B; 0 if sequences are not cut
+  int64_t segment_chunks = 0;  // chunks of one segment; 0: sequences are not cut
+  int64_t segment_slots =
+      0;                 // grid extent over segments; see segment_slots(). The number of sequences if they are not cut
+  int segment_tile = 0;  // rows of one CTA that computes M and B; 0 if sequences are not cut
 
   ChunkFwdWorkspace workspace;
 };

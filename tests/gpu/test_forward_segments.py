@@ -1,5 +1,5 @@
-"""The cut of sequences into segments, forced onto calls that the planner would not cut: the contract of any call, whatever
-the length of a segment, and what the cut itself promises."""
+"""The cut of sequences into segments, forced onto calls that the planner would not cut: the contract of any call,
+whatever the length of a segment, and what the cut itself promises."""
 
 from __future__ import annotations
 
@@ -53,16 +53,14 @@ def check(inputs: dict[str, Any], segment_chunks: int) -> tuple[Tensor, Tensor, 
 def test_every_instantiation(family: str, K: int, V: int, segment_chunks: int) -> None:
     """Ten chunks and a partial one, grouped heads, from a state, in both layouts."""
     for v_first in (False, True):
-        inputs = make_inputs(
-            family, T=650, H=2, HV=4, K=K, V=V, with_state=True, state_v_first=v_first, device=DEVICE
-        )
+        inputs = make_inputs(family, T=650, H=2, HV=4, K=K, V=V, with_state=True, state_v_first=v_first, device=DEVICE)
         check(inputs, segment_chunks)
 
 
 @all_families
 @all_segments
 def test_packed_sequences(family: str, segment_chunks: int) -> None:
-    """One long sequence among short and empty ones, of each remainder of a segment; final state of an empty one = initial."""
+    """One long sequence among short and empty ones, of each remainder of a segment; an empty one keeps its state."""
     lengths = [0, 1, 64 * segment_chunks, 0, 700, 64 * segment_chunks + 1, 63, 129, 0]
     for index_dtype in (torch.int32, torch.int64):
         inputs = make_inputs(

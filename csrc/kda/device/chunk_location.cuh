@@ -39,8 +39,7 @@ __device__ __forceinline__ int64_t first_chunk_slot(const ChunkFwdParams& p, int
 }
 
 // The last sequence whose first slot is <= slot, found by the whole warp: 32 probes a round. A slot holds slot_tokens tokens.
-__device__ __forceinline__ int64_t find_sequence(const ChunkFwdParams& p, int64_t slot, int64_t slot_tokens,
-                                                 int lane) {
+__device__ __forceinline__ int64_t find_sequence(const ChunkFwdParams& p, int64_t slot, int64_t slot_tokens, int lane) {
   int64_t low = 0, high = p.problem.sequences;
   while (high - low > 1) {
     const int64_t step = (high - low + 31) / 32;

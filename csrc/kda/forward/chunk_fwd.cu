@@ -60,13 +60,15 @@ cudaError_t chunk_fwd(const ChunkFwdParams& call, const ChunkFwdPlan& plan, cuda
   }
   cudaError_t status = run_stage("kda.intra_chunk_solve", [&] { return launch_intra_chunk_solve(params, stream); });
   if (status == cudaSuccess && plan.segment_chunks > 0) {
-    status = run_stage("kda.segment_summary", [&] { return launch_segment_summary(params, plan.segment_tile, stream); });
+    status =
+        run_stage("kda.segment_summary", [&] { return launch_segment_summary(params, plan.segment_tile, stream); });
     if (status == cudaSuccess) {
       status = run_stage("kda.segment_compose", [&] { return launch_segment_compose(params, stream); });
     }
   }
   if (status == cudaSuccess) {
-    status = run_stage("kda.state_recurrence", [&] { return launch_state_recurrence(params, plan.value_tile, stream); });
+    status =
+        run_stage("kda.state_recurrence", [&] { return launch_state_recurrence(params, plan.value_tile, stream); });
   }
   if (status != cudaSuccess) return status;
   return run_stage("kda.output_gemm", [&] { return launch_output_gemm(params, stream); });

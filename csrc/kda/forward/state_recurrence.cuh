@@ -98,7 +98,9 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
   const bool is_map = kSummary && first_tile_of_cta >= value_row_tiles;               // rows of M^T, not of S^T
   const int first_row_tile = is_map ? first_tile_of_cta - value_row_tiles : first_tile_of_cta;
   const int value_head = static_cast<int>(blockIdx.x / ctas_of_head % value_heads);
-  const int64_t segment_slot = blockIdx.x / ctas_of_head / value_heads;
+  // M is that of the next slot, so that where there is one sequence the CTAs that have nothing to do come last.
+  const int64_t segment_slot = blockIdx.x / ctas_of_head / value_heads + (is_map ? 1 : 0);
+  if (kSummary && segment_slot == params.segment_slots) return;
   const SegmentLocation segment = locate_segment(call, segment_slot, params.segment_chunks, lane);
   if (!segment.is_used || (kSummary && (segment.is_last || (is_map && segment.is_first)))) return;
   const int64_t sequence = segment.sequence, first_slot = segment.first_chunk_slot, chunks = segment.chunks;
