@@ -43,25 +43,25 @@ const char* reason_for_composite(const ChunkFwdProblem& p) {
   return nullptr;
 }
 
-// The recurrence runs one CTA for each (segment slot, value head, value tile). Cut V only as far as it takes to give every
-// multiprocessor a CTA: each further cut reads the factors of a chunk once more. Within 5 % of the best tile at every point of the
-// sweep in bench/results (python -m bench.sweep).
-int choose_value_tile(const ChunkFwdProblem& p, int64_t segment_slots) {
+// Without a cut, the recurrence runs one CTA for each (sequence, value head, value tile). Cut V only as far as it takes
+// to give every multiprocessor a CTA: each further cut reads the factors of a chunk once more. Within 5 % of the best
+// tile at every point of the sweep in bench/results (python -m bench.sweep).
+int choose_value_tile(const ChunkFwdProblem& p) {
   constexpr int kSmallestTile = 32;
   int tile = p.value_dim;
-  while (tile > kSmallestTile && segment_slots * p.value_heads * (p.value_dim / tile) < p.sm_count) tile /= 2;
+  while (tile > kSmallestTile && p.sequences * p.value_heads * (p.value_dim / tile) < p.sm_count) tile /= 2;
   return tile;
 }
 
-// Rows of S^T or M^T of a CTA that computes the map of a segment: the best, or within 3 % of it, at every point of the sweep in
+// Rows of S^T or M^T of a CTA of a cut, in both passes: the best, or within 3 % of it, at every point of the sweep in
 // docs/lab-notebook.md.
 constexpr int kSegmentTile = 64;
 
 // Rows of S^T of a CTA that composes the maps.
 constexpr int kComposeRows = 16;
 
-// What the recurrence costs, in microseconds, with and without a cut. The constants were measured on an H200 (docs/lab-notebook.md) and
-// give its kernels to 15 %.
+// What the recurrence costs, in microseconds, with and without a cut. The constants were measured on an H200
+// (docs/lab-notebook.md) and give its kernels to 15 %.
 class RecurrenceModel {
  public:
   // The host knows T and N alone: sequences of a packed batch are taken as equally long.
@@ -80,8 +80,8 @@ class RecurrenceModel {
   // What no cut can save.
   [[nodiscard]] double least() const { return 3 * kLaunch + traffic(); }
 
-  // Of `segments` segments of `chunks` chunks. Maps of steep gates are 0 after a chunk, those of gates with a long memory never are: the
-  // mean of both.
+  // Of `segments` segments of `chunks` chunks. Maps of steep gates are 0 after a chunk, those of gates with a long
+  // memory never are: the mean of both.
   [[nodiscard]] double cut(int64_t chunks, int64_t segments) const {
     const double offset_rows = items_ * (segments - 1) * value_dim_, map_rows = items_ * (segments - 2) * key_dim_;
     const double summary = (pass(chunks, offset_rows + map_rows) + pass(chunks, offset_rows)) / 2;
@@ -95,12 +95,12 @@ class RecurrenceModel {
   static constexpr double kChainChunk = 1.3;      // a chunk in a CTA that has a multiprocessor to itself
   static constexpr double kSharedChunk = 1.15;    // a chunk and kSegmentTile rows, of several on a multiprocessor
   static constexpr double kComposeSegment = 0.9;  // a segment in a CTA of the composition
+  static constexpr double kResident = 2;          // CTAs of kSegmentTile rows on a multiprocessor at the same time
   static constexpr double kBytesPerMicrosecond = 3.7e6;
 
-  // CTAs that go through `chunks` chunks and have `rows` rows in all. Up to two a multiprocessor run from the beginning to the end; of
-  // more, the later ones fill gaps.
+  // CTAs that go through `chunks` chunks and have `rows` rows in all. Up to two a multiprocessor run from the beginning
+  // to the end; of more, the later ones fill gaps.
   [[nodiscard]] double pass(int64_t chunks, double rows) const {
-    constexpr double kResident = 2;
     const double share = rows / rows_of_device_;
     return kLaunch + chunks * std::max(kChainChunk, kSharedChunk * (share <= kResident ? std::ceil(share) : share));
   }
@@ -112,8 +112,14 @@ class RecurrenceModel {
     return items_ * chunks_ * bytes / kBytesPerMicrosecond;
   }
 
+  // Where traffic bounds it, CTAs that share a multiprocessor take longer than those that do not, and what is left over
+  // after the last full round leaves multiprocessors idle: a third of the difference to full rounds was measured.
   [[nodiscard]] double outputs(int64_t chunks, int64_t segments) const {
-    return std::max(pass(chunks, items_ * segments * value_dim_), kLaunch + traffic());
+    constexpr double kUnevenness = 1.0 / 3;
+    const double rows = items_ * segments * value_dim_, share = rows / rows_of_device_;
+    const double full = std::ceil(share / kResident) * kResident;
+    const double uneven = share > 1 ? 1 + kUnevenness * (full / share - 1) : 1.0;
+    return std::max(pass(chunks, rows), kLaunch + traffic() * uneven);
   }
 
   int64_t chunks_;
@@ -204,7 +210,7 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p, const ChunkFwdPlanOptions&
   }
   plan.segment_chunks = options.segment_chunks ? *options.segment_chunks : choose_segment_chunks(p);
   plan.segment_slots = segment_slots(p, plan.segment_chunks);
-  plan.value_tile = choose_value_tile(p, plan.segment_slots);
+  plan.value_tile = plan.segment_chunks > 0 ? kSegmentTile : choose_value_tile(p);
 
   constexpr size_t kBf16 = 2, kFp32 = 4, C = kChunkTokens;
   const size_t tiles = static_cast<size_t>(plan.chunk_slots) * p.value_heads;

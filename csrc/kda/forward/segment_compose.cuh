@@ -1,12 +1,13 @@
 // The states at the ends of the segments of a cut sequence, from the affine map of each segment (state_recurrence.cuh):
 //   S_end[0] as it is,      S_end[s] = M_s S_end[s - 1] + B_s,
-// at fp32-like accuracy. segment_state holds B and is replaced by S_end, which is the entry of the next segment. The end of the last
-// segment is the final state and is left to the recurrence.
+// at fp32-like accuracy. segment_state holds B and is replaced by S_end, which is the entry of the next segment. The
+// end of the last segment is the final state and is left to the recurrence.
 //
-// Grid: one CTA for each (sequence, value head, 16 columns of V); K / 16 warps. A CTA keeps 16 rows of S^T and goes through the segments:
+// Grid: one CTA for each (sequence, value head, 16 columns of V); K / 16 warps. A CTA keeps 16 rows of S^T and goes
+// through the segments:
 //   S_end^T [16, K] = S^T [16, K] M^T [K, K] + B^T
-// Each warp computes 16 of the K columns; the rows meet in shared memory. The products run on tensor cores in tf32, each fp32
-// operand split in two (three products). M^T goes from global memory to registers, a segment ahead.
+// Each warp computes 16 of the K columns; the rows meet in shared memory. The products run on tensor cores in tf32,
+// each fp32 operand split in two (three products). M^T goes from global memory to registers, a segment ahead.
 //
 // Bound by the chain over segments: its products, and 4 K^2 bytes of M^T a CTA from the second-level cache.
 #pragma once
@@ -22,8 +23,8 @@ struct SegmentComposeConfig {
   static constexpr int K = K_;
   static constexpr int kRows = 16;
   static constexpr int kWarps = K / 16, kThreads = 32 * kWarps;
-  // S^T in shared memory as operands: its high parts, then its low parts (SplitTf32), rows r and r + 8 element by element beside each
-  // other. With the padding, eight lanes that load 16 bytes each touch all banks once.
+  // S^T in shared memory as operands: its high parts, then its low parts (SplitTf32), rows r and r + 8 element by
+  // element beside each other. With the padding, eight lanes that load 16 bytes each touch all banks once.
   static constexpr int kPairStride = 2 * K + 4;
   static constexpr int kPartWords = kRows / 2 * kPairStride;
   static constexpr int kStateWords = 2 * kPartWords;
@@ -77,7 +78,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const auto advance = [&](int64_t s, const Inputs& inputs, const uint32_t* before, uint32_t* after) {
     __syncthreads();
     // Two sums for each fragment, and of the three products of a sum none right after another: they would wait for each
-    // other. Inside 16 channels the contraction takes them in the order of the lanes' float4: `half` takes 4 member + 2 half and the next.
+    // other. Inside 16 channels the contraction takes them in the order of the lanes' float4: `half` takes 4 member + 2
+    // half and the next.
     float acc[2][2][4] = {};
 #pragma unroll
     for (int kt = 0; kt < K / 16; ++kt) {
