@@ -30,6 +30,8 @@ MOST_TOKENS = 2**35  # above it, the bytes of a workspace could exceed 64 bits
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 STAGE_NAMES = {
     "intra_chunk_solve": "intra-chunk solve",
+    "segment_summary": "segment summary",
+    "segment_compose": "segment composition",
     "state_recurrence": "state recurrence",
     "output_gemm": "output GEMM",
 }
@@ -205,6 +207,8 @@ def run_plan(args: argparse.Namespace) -> int:
     if plan["path"] != "composite":
         rows.append(("chunks", f"{plan['chunk_slots']} slots of {plan['chunk_tokens']} tokens for each value head"))
         rows.append(("value tile", f"{plan['value_tile']} of {args.value_dim} columns for each CTA of the recurrence"))
+        if plan["segment_chunks"] > 0:
+            rows.append(("segments", f"of {plan['segment_chunks']} chunks; {plan['segment_slots']} slots"))
         for stage, ctas in plan["stage_ctas"].items():
             name = STAGE_NAMES.get(stage, stage)
             rows.append((f"grid of {name}", f"{ctas} CTAs, {ctas / max(sm_count, 1):.1f} for each SM"))

@@ -60,6 +60,7 @@ class Case:
     features: dict[str, Any] = field(default_factory=dict)
     odd: bool = False  # inputs at odd offsets with odd strides: kernels that load single elements
     contents: tuple[int, ...] | None = None  # of cu_seqlens, instead of those of the lengths
+    segment_chunks: int | None = None  # of a cut into segments, instead of the planner's choice
     zero_beta: bool = False  # every third token writes nothing
     is_wrong: bool = False  # the contents are no cu_seqlens: nothing to compare, and unwritten workspace may be read
 
@@ -107,6 +108,15 @@ def cases() -> list[Case]:
         Case("no_rows", {"B": 0, "T": 70, "with_state": True}),
         Case("no_sequences", {"lengths": []}),
         Case("empty_sequences", {"lengths": [0, 0], "with_state": True}),
+        # The cut into segments: both parts of a map, a map given up, its composition over several segments.
+        *(
+            Case(f"segments_K{K}_V{V}", {"T": 460, "H": 1, "K": K, "V": V, "with_state": True}, segment_chunks=2)
+            for K in (64, 128)
+            for V in (64, 128)
+        ),
+        Case("segments_faded", {"family": "random", "T": 460, "H": 1, "K": 128}, segment_chunks=3),
+        Case("segments_packed", {**packed, "lengths": [0, 1, 330, 0, 64, 200]}, segment_chunks=1),
+        Case("segments_padded", {"lengths": [100, 100, 100]}, contents=(0, 200, 210, 210), segment_chunks=1),
         # Gates, types and layouts.
         Case("gate_random_fp32", {"family": "random", "T": 80, "gate_dtype": torch.float32}),
         Case("gate_unbounded", {"family": "unbounded", "T": 80, "gate_dtype": torch.float16, "HV": 4}),
@@ -128,6 +138,10 @@ def cases() -> list[Case]:
     }
     features = {"lengths": [60, 100, 100], "with_state": True}
     result += [Case(f"wrong_{name}", features, contents=contents, is_wrong=True) for name, contents in wrong.items()]
+    result += [
+        Case(f"wrong_segments_{name}", features, contents=contents, segment_chunks=1, is_wrong=True)
+        for name, contents in wrong.items()
+    ]
     return result
 
 
@@ -195,7 +209,11 @@ def run_case(case: Case, device: str) -> str:
         return ""
     if reason := torch.ops.kda.composite_reason(**moved):
         return f"no kernel takes this call: {reason}"
-    outputs = tuple(x.cpu() for x in kda_cuda.chunk_fwd(**moved))
+    if case.segment_chunks is None or device == "cpu":
+        outputs = kda_cuda.chunk_fwd(**moved)
+    else:
+        outputs = torch.ops.kda.chunk_fwd_planned(**moved, path="staged", segment_chunks=case.segment_chunks)
+    outputs = tuple(x.cpu() for x in outputs)
     if case.is_wrong:
         return run_backward(inputs, moved, device, is_wrong=True)
     wide = {name: inputs[name].float() for name in ("q", "k", "v")}

@@ -1,4 +1,5 @@
-// Host-only planning of kda::chunk_fwd: which path a call takes, how its grid is cut, and how its workspace is laid out.
+// Host-only planning of kda::chunk_fwd: which path a call takes, how its grid is cut, and how its workspace is laid
+// out.
 //
 // Pure functions over plain structs: no CUDA header, no global state, so that they are tested by tables on any machine.
 #pragma once
@@ -66,7 +67,8 @@ struct ChunkFwdPlan {
   int64_t chunk_slots = 0;  // grid extent over chunks; see chunk_slot()
   int value_tile = 0;       // V columns of one CTA of the state recurrence, or of the fused kernel
 
-  // The cut of sequences into segments, whose affine maps S -> M S + B are computed side by side before the recurrence proper.
+  // The cut of sequences into segments, whose affine maps S -> M S + B are computed side by side before the recurrence
+  // proper.
   int64_t segment_chunks = 0;  // chunks of one segment; 0: sequences are not cut
   int64_t segment_slots =
       0;                 // grid extent over segments; see segment_slots(). The number of sequences if they are not cut
@@ -75,13 +77,13 @@ struct ChunkFwdPlan {
   ChunkFwdWorkspace workspace;
 };
 
-// Slots that hold the chunks of all sequences. For equal lengths chunk c of sequence n has slot n * ceil(T / C) + c. With
-// cu_seqlens it has slot cu_seqlens[n] / C + n + c: slots of different sequences never meet, whatever the lengths are, and no
-// host code needs to read them. T / C + N slots always suffice; some stay unused.
+// Slots that hold the chunks of all sequences. For equal lengths chunk c of sequence n has slot n * ceil(T / C) + c.
+// With cu_seqlens it has slot cu_seqlens[n] / C + n + c: slots of different sequences never meet, whatever the lengths
+// are, and no host code needs to read them. T / C + N slots always suffice; some stay unused.
 [[nodiscard]] int64_t chunk_slots(const ChunkFwdProblem& problem);
 
-// Slots that hold the segments of all sequences, as chunk_slots() does for chunks: a slot for every segment_chunks * C tokens, and one more
-// for each sequence. Without a cut (0) a slot for each sequence.
+// Slots that hold the segments of all sequences, as chunk_slots() does for chunks: a slot for every segment_chunks * C
+// tokens, and one more for each sequence. Without a cut (0) a slot for each sequence.
 [[nodiscard]] int64_t segment_slots(const ChunkFwdProblem& problem, int64_t segment_chunks);
 
 [[nodiscard]] ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& problem, const ChunkFwdPlanOptions& options = {});

@@ -19,7 +19,8 @@ PYBIND11_MODULE(kda_plan, m) {
 
   py::enum_<kda::ChunkFwdPath>(m, "ChunkFwdPath")
       .value("composite", kda::ChunkFwdPath::kComposite)
-      .value("staged", kda::ChunkFwdPath::kStaged);
+      .value("staged", kda::ChunkFwdPath::kStaged)
+      .value("fused", kda::ChunkFwdPath::kFused);
 
   const kda::ChunkFwdProblem defaults;
   py::class_<kda::ChunkFwdProblem>(m, "ChunkFwdProblem")
@@ -66,6 +67,8 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("U", &kda::ChunkFwdWorkspace::U)
       .def_readonly("state", &kda::ChunkFwdWorkspace::state)
       .def_readonly("chunk_decay", &kda::ChunkFwdWorkspace::chunk_decay)
+      .def_readonly("segment_map", &kda::ChunkFwdWorkspace::segment_map)
+      .def_readonly("segment_state", &kda::ChunkFwdWorkspace::segment_state)
       .def_readonly("total_bytes", &kda::ChunkFwdWorkspace::total_bytes);
 
   py::class_<kda::ChunkFwdPlan>(m, "ChunkFwdPlan")
@@ -73,6 +76,9 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("reason", &kda::ChunkFwdPlan::reason)
       .def_readonly("chunk_slots", &kda::ChunkFwdPlan::chunk_slots)
       .def_readonly("value_tile", &kda::ChunkFwdPlan::value_tile)
+      .def_readonly("segment_chunks", &kda::ChunkFwdPlan::segment_chunks)
+      .def_readonly("segment_slots", &kda::ChunkFwdPlan::segment_slots)
+      .def_readonly("segment_tile", &kda::ChunkFwdPlan::segment_tile)
       .def_readonly("workspace", &kda::ChunkFwdPlan::workspace);
 
   py::class_<kda::ChunkBwdWorkspace>(m, "ChunkBwdWorkspace")
@@ -100,7 +106,15 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("workspace", &kda::ChunkBwdPlan::workspace);
 
   m.def("chunk_slots", &kda::chunk_slots, py::arg("problem"));
-  m.def("plan_chunk_fwd", &kda::plan_chunk_fwd, py::arg("problem"));
+  m.def("segment_slots", &kda::segment_slots, py::arg("problem"), py::arg("segment_chunks"));
+  m.def(
+      "plan_chunk_fwd",
+      [](const kda::ChunkFwdProblem& problem, std::optional<kda::ChunkFwdPath> path, std::optional<int> value_tile,
+         std::optional<int64_t> segment_chunks) {
+        return kda::plan_chunk_fwd(problem, {path, value_tile, segment_chunks});
+      },
+      py::arg("problem"), py::kw_only(), py::arg("path") = py::none(), py::arg("value_tile") = py::none(),
+      py::arg("segment_chunks") = py::none());
   m.def("plan_chunk_bwd", &kda::plan_chunk_bwd, py::arg("problem"), py::arg("activated_gate"));
   m.def("to_json", &kda::to_json, py::arg("problem"), py::arg("plan"));
   m.def(

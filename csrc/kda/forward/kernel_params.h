@@ -23,9 +23,8 @@ struct ChunkFwdKernelParams {
                        // forward, written for the backward
 
   // Workspace regions of a cut, one tile for each (segment slot, value head); see segment_compose.cuh.
-  float* segment_map;  // [segment slots, HV, K / 16, K / 8] tiles of M^T [16, 8], column by column
-  float4*
-      segment_state;  // [segment slots, HV, V / 16, K / 8, 32 lanes] accumulator fragments of S^T at the end of a segment
+  float* segment_map;     // [segment slots, HV, K / 16, K / 8] tiles of M^T [16, 8], column by column
+  float4* segment_state;  // [segment slots, HV, V / 16, K / 8, 32 lanes] fragments of S^T at the end of a segment
 
   int64_t chunk_slots;
   int64_t segment_chunks;  // chunks of one segment; 0: sequences are not cut
