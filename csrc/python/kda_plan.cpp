@@ -19,33 +19,37 @@ PYBIND11_MODULE(kda_plan, m) {
 
   py::enum_<kda::ChunkFwdPath>(m, "ChunkFwdPath")
       .value("composite", kda::ChunkFwdPath::kComposite)
-      .value("staged", kda::ChunkFwdPath::kStaged);
+      .value("staged", kda::ChunkFwdPath::kStaged)
+      .value("fused", kda::ChunkFwdPath::kFused);
 
   const kda::ChunkFwdProblem defaults;
   py::class_<kda::ChunkFwdProblem>(m, "ChunkFwdProblem")
-      .def(
-          py::init([](int64_t batch, int64_t tokens, int64_t sequences, bool varlen, int heads, int value_heads,
-                      int key_dim, int value_dim, kda::DataType activation_type, int compute_capability, int sm_count) {
-            kda::ChunkFwdProblem p;
-            p.batch = batch;
-            p.tokens = tokens;
-            p.sequences = sequences;
-            p.varlen = varlen;
-            p.heads = heads;
-            p.value_heads = value_heads;
-            p.key_dim = key_dim;
-            p.value_dim = value_dim;
-            p.activation_type = activation_type;
-            p.compute_capability = compute_capability;
-            p.sm_count = sm_count;
-            return p;
-          }),
-          py::kw_only(), py::arg("batch") = defaults.batch, py::arg("tokens") = defaults.tokens,
-          py::arg("sequences") = defaults.sequences, py::arg("varlen") = defaults.varlen,
-          py::arg("heads") = defaults.heads, py::arg("value_heads") = defaults.value_heads,
-          py::arg("key_dim") = defaults.key_dim, py::arg("value_dim") = defaults.value_dim,
-          py::arg("activation_type") = defaults.activation_type,
-          py::arg("compute_capability") = defaults.compute_capability, py::arg("sm_count") = defaults.sm_count)
+      .def(py::init([](int64_t batch, int64_t tokens, int64_t sequences, bool varlen, int heads, int value_heads,
+                       int key_dim, int value_dim, kda::DataType activation_type, bool bounded_gate,
+                       bool aligned_inputs, int compute_capability, int sm_count) {
+             kda::ChunkFwdProblem p;
+             p.batch = batch;
+             p.tokens = tokens;
+             p.sequences = sequences;
+             p.varlen = varlen;
+             p.heads = heads;
+             p.value_heads = value_heads;
+             p.key_dim = key_dim;
+             p.value_dim = value_dim;
+             p.activation_type = activation_type;
+             p.bounded_gate = bounded_gate;
+             p.aligned_inputs = aligned_inputs;
+             p.compute_capability = compute_capability;
+             p.sm_count = sm_count;
+             return p;
+           }),
+           py::kw_only(), py::arg("batch") = defaults.batch, py::arg("tokens") = defaults.tokens,
+           py::arg("sequences") = defaults.sequences, py::arg("varlen") = defaults.varlen,
+           py::arg("heads") = defaults.heads, py::arg("value_heads") = defaults.value_heads,
+           py::arg("key_dim") = defaults.key_dim, py::arg("value_dim") = defaults.value_dim,
+           py::arg("activation_type") = defaults.activation_type, py::arg("bounded_gate") = defaults.bounded_gate,
+           py::arg("aligned_inputs") = defaults.aligned_inputs,
+           py::arg("compute_capability") = defaults.compute_capability, py::arg("sm_count") = defaults.sm_count)
       .def_readwrite("batch", &kda::ChunkFwdProblem::batch)
       .def_readwrite("tokens", &kda::ChunkFwdProblem::tokens)
       .def_readwrite("sequences", &kda::ChunkFwdProblem::sequences)
@@ -55,6 +59,8 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readwrite("key_dim", &kda::ChunkFwdProblem::key_dim)
       .def_readwrite("value_dim", &kda::ChunkFwdProblem::value_dim)
       .def_readwrite("activation_type", &kda::ChunkFwdProblem::activation_type)
+      .def_readwrite("bounded_gate", &kda::ChunkFwdProblem::bounded_gate)
+      .def_readwrite("aligned_inputs", &kda::ChunkFwdProblem::aligned_inputs)
       .def_readwrite("compute_capability", &kda::ChunkFwdProblem::compute_capability)
       .def_readwrite("sm_count", &kda::ChunkFwdProblem::sm_count);
 
@@ -66,6 +72,8 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("U", &kda::ChunkFwdWorkspace::U)
       .def_readonly("state", &kda::ChunkFwdWorkspace::state)
       .def_readonly("chunk_decay", &kda::ChunkFwdWorkspace::chunk_decay)
+      .def_readonly("segment_map", &kda::ChunkFwdWorkspace::segment_map)
+      .def_readonly("segment_state", &kda::ChunkFwdWorkspace::segment_state)
       .def_readonly("total_bytes", &kda::ChunkFwdWorkspace::total_bytes);
 
   py::class_<kda::ChunkFwdPlan>(m, "ChunkFwdPlan")
@@ -73,10 +81,21 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("reason", &kda::ChunkFwdPlan::reason)
       .def_readonly("chunk_slots", &kda::ChunkFwdPlan::chunk_slots)
       .def_readonly("value_tile", &kda::ChunkFwdPlan::value_tile)
+      .def_readonly("segment_chunks", &kda::ChunkFwdPlan::segment_chunks)
+      .def_readonly("segment_slots", &kda::ChunkFwdPlan::segment_slots)
+      .def_readonly("segment_tile", &kda::ChunkFwdPlan::segment_tile)
       .def_readonly("workspace", &kda::ChunkFwdPlan::workspace);
 
   m.def("chunk_slots", &kda::chunk_slots, py::arg("problem"));
-  m.def("plan_chunk_fwd", &kda::plan_chunk_fwd, py::arg("problem"));
+  m.def("segment_slots", &kda::segment_slots, py::arg("problem"), py::arg("segment_chunks"));
+  m.def(
+      "plan_chunk_fwd",
+      [](const kda::ChunkFwdProblem& problem, std::optional<kda::ChunkFwdPath> path, std::optional<int> value_tile,
+         std::optional<int64_t> segment_chunks) {
+        return kda::plan_chunk_fwd(problem, {path, value_tile, segment_chunks});
+      },
+      py::arg("problem"), py::kw_only(), py::arg("path") = py::none(), py::arg("value_tile") = py::none(),
+      py::arg("segment_chunks") = py::none());
   m.def("to_json", &kda::to_json, py::arg("problem"), py::arg("plan"));
   m.def(
       "shared_items",

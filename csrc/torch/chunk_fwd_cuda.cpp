@@ -92,7 +92,8 @@ Outputs chunk_fwd_cuda(ChunkFwdArguments args) {
   return run_plan(std::move(args), problem, plan);
 }
 
-ChunkFwdPlanOptions plan_options(const std::string& path, std::optional<int64_t> segment_chunks) {
+ChunkFwdPlanOptions plan_options(const std::string& path, std::optional<int64_t> segment_chunks,
+                                 std::optional<int64_t> value_tile) {
   ChunkFwdPlanOptions options;
   if (path == "staged") {
     options.path = ChunkFwdPath::kStaged;
@@ -106,6 +107,13 @@ ChunkFwdPlanOptions plan_options(const std::string& path, std::optional<int64_t>
                              std::to_string(*segment_chunks));
   }
   options.segment_chunks = segment_chunks;
+  if (value_tile) {
+    if (*value_tile != 64 && *value_tile != 128) {
+      throw std::runtime_error("kda::chunk_fwd_planned: argument `value_tile`: expected 64 or 128, got " +
+                               std::to_string(*value_tile));
+    }
+    options.value_tile = static_cast<int>(*value_tile);
+  }
   return options;
 }
 
@@ -115,9 +123,16 @@ Outputs chunk_fwd_planned_cuda(ChunkFwdArguments args, const ChunkFwdPlanOptions
     throw std::runtime_error(std::string("kda::chunk_fwd_planned: no kernel covers this call: ") + reason);
   }
   const ChunkFwdProblem problem = problem_of(args, cuda_device(args.q.get_device_index()));
+  if (options.value_tile && *options.value_tile > problem.value_dim) {
+    throw std::runtime_error("kda::chunk_fwd_planned: argument `value_tile`: expected at most V = " +
+                             std::to_string(problem.value_dim) + ", got " + std::to_string(*options.value_tile));
+  }
   const ChunkFwdPlan plan = plan_chunk_fwd(problem, options);
   if (options.path && plan.path != *options.path) {
     throw std::runtime_error(std::string("kda::chunk_fwd_planned: argument `path`: ") + plan.reason);
+  }
+  if (options.value_tile && plan.path != ChunkFwdPath::kFused) {
+    throw std::runtime_error("kda::chunk_fwd_planned: argument `value_tile`: expected None with the staged path");
   }
   return run_plan(std::move(args), problem, plan);
 }
@@ -128,7 +143,8 @@ void boxed_chunk_fwd_planned_cuda(StableIValue* stack, uint64_t, uint64_t) {
   ChunkFwdArguments args = read_arguments(stack);
   const auto path = to<std::string>(stack[kChunkFwdArguments]);
   const auto segment_chunks = to<std::optional<int64_t>>(stack[kChunkFwdArguments + 1]);
-  return_outputs(chunk_fwd_planned_cuda(std::move(args), plan_options(path, segment_chunks)), stack);
+  const auto value_tile = to<std::optional<int64_t>>(stack[kChunkFwdArguments + 2]);
+  return_outputs(chunk_fwd_planned_cuda(std::move(args), plan_options(path, segment_chunks, value_tile)), stack);
 }
 
 void boxed_chunk_fwd_cuda(StableIValue* stack, uint64_t, uint64_t) {

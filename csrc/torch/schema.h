@@ -19,9 +19,10 @@ inline constexpr const char* kSchemas[] = {
     "inference_chunk_fwd(" KDA_CHUNK_FWD_ARGUMENTS ") -> (Tensor o, Tensor final_state, Tensor chunk_states)",
 
     // The forward by CUDA kernels and nothing else, as planned with what is fixed here; for tests and measurements. path: staged
-    // or fused; empty: as chunk_fwd. segment_chunks: chunks of a segment of the staged path; 0: no cut.
+    // or fused; empty: as chunk_fwd. segment_chunks: chunks of a segment of the staged path; 0: no cut. value_tile: V columns of a
+    // CTA of the fused path.
     "chunk_fwd_planned(" KDA_CHUNK_FWD_ARGUMENTS
-    ", str path=\"\", int? segment_chunks=None) -> "
+    ", str path=\"\", int? segment_chunks=None, int? value_tile=None) -> "
     "(Tensor o, Tensor final_state, Tensor chunk_states)",
 
     // The composite implementation of the forward: on the CPU that of chunk_fwd, elsewhere PyTorch operators.
