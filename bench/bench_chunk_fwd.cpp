@@ -65,9 +65,8 @@ kda::ChunkFwdPlan make_plan(const kda::ChunkFwdProblem& problem, const Options& 
   kda::ChunkFwdPlanOptions forced;
   if (options.path == PathChoice::kStaged) forced.path = kda::ChunkFwdPath::kStaged;
   if (options.path == PathChoice::kFused) forced.path = kda::ChunkFwdPath::kFused;
-  if (options.value_tile != kAsPlanned && is_fused_value_tile(options.value_tile)) {
-    forced.value_tile = options.value_tile;
-  }
+  const bool tile_fits = options.path == PathChoice::kStaged || is_fused_value_tile(options.value_tile);
+  if (options.value_tile != kAsPlanned && tile_fits) forced.value_tile = options.value_tile;
   if (options.segment_chunks != kAsPlanned) forced.segment_chunks = options.segment_chunks;
 
   kda::ChunkFwdPlan plan = kda::plan_chunk_fwd(problem, forced);
@@ -85,7 +84,7 @@ kda::ChunkFwdPlan make_plan(const kda::ChunkFwdProblem& problem, const Options& 
       throw std::runtime_error("--value-tile: expected 64 or 128 for the fused path, which the plan takes, got " +
                                std::to_string(options.value_tile));
     }
-    plan.value_tile = options.value_tile;  // which the planner does not take for the staged path
+    plan.value_tile = options.value_tile;  // one that the planner could not be given before it had chosen the path
   }
   return plan;
 }

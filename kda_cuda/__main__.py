@@ -31,7 +31,7 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 STAGE_NAMES = {
     "intra_chunk_solve": "intra-chunk solve",
     "segment_summary": "segment summary",
-    "segment_compose": "segment compose",
+    "segment_compose": "segment composition",
     "state_recurrence": "state recurrence",
     "output_gemm": "output GEMM",
     "fused_scan": "fused scan",
@@ -81,8 +81,7 @@ def cut_rows(plan: dict[str, Any], value_dim: int) -> list[tuple[str, str]]:
         return [("steps", steps), ("value tile", f"{tile} for each CTA")]
     rows = [("chunks", f"{plan['chunk_slots']} slots of {plan['chunk_tokens']} tokens for each value head")]
     if plan["segment_chunks"]:
-        slots, chunks = plan["segment_slots"], plan["segment_chunks"]
-        rows.append(("segments", f"{slots} slots of {chunks} chunks for each value head"))
+        rows.append(("segments", f"of {plan['segment_chunks']} chunks; {plan['segment_slots']} slots"))
     return [*rows, ("value tile", f"{tile} for each CTA of the recurrence")]
 
 

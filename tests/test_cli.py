@@ -103,7 +103,7 @@ class TestPlan:
     def test_cut(self):
         plan = {"path": "staged", "chunk_slots": 128, "chunk_tokens": 64, "value_tile": 64}
         rows = dict(cli.cut_rows(plan | {"segment_chunks": 16, "segment_slots": 8}, 128))
-        assert rows["segments"] == "8 slots of 16 chunks for each value head"
+        assert rows["segments"] == "of 16 chunks; 8 slots"
         assert "segments" not in dict(cli.cut_rows(plan | {"segment_chunks": 0, "segment_slots": 1}, 128))
         assert {"segment_summary", "segment_compose"} < set(cli.STAGE_NAMES)
 

@@ -53,9 +53,7 @@ def test_opcheck_with_gradients(inputs: dict) -> None:
     torch.library.opcheck(torch.ops.kda.chunk_fwd, positional(inputs))
 
 
-@pytest.mark.parametrize(
-    "operator", ["inference_chunk_fwd", "chunk_fwd_composite", "chunk_fwd_cpu", "check_chunk_fwd"]
-)
+@pytest.mark.parametrize("operator", ["inference_chunk_fwd", "chunk_fwd_composite", "chunk_fwd_cpu", "check_chunk_fwd"])
 def test_opcheck_of_variants(operator: str) -> None:
     torch.library.opcheck(getattr(torch.ops.kda, operator), positional(CASES["states"]))
 

@@ -41,7 +41,7 @@ enum class ChunkFwdPath : int32_t {
 // What a caller may fix that the planner otherwise chooses; for tests and measurements.
 struct ChunkFwdPlanOptions {
   std::optional<ChunkFwdPath> path;  // kStaged, or kFused, which falls back to kStaged where it does not cover the call
-  std::optional<int> value_tile;     // of kFused: 64 or 128, at most V
+  std::optional<int> value_tile;     // 64 or 128, of kStaged also 32; at most V
   std::optional<int64_t> segment_chunks;  // of kStaged; 0: sequences are not cut
 };
 

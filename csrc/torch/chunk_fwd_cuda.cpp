@@ -93,7 +93,7 @@ Outputs chunk_fwd_cuda(ChunkFwdArguments args) {
 }
 
 ChunkFwdPlanOptions plan_options(const std::string& path, std::optional<int64_t> segment_chunks,
-                                 std::optional<int64_t> value_tile) {
+                                 std::optional<int64_t> value_tile, int64_t value_dim) {
   ChunkFwdPlanOptions options;
   if (path == "staged") {
     options.path = ChunkFwdPath::kStaged;
@@ -108,9 +108,11 @@ ChunkFwdPlanOptions plan_options(const std::string& path, std::optional<int64_t>
   }
   options.segment_chunks = segment_chunks;
   if (value_tile) {
-    if (*value_tile != 64 && *value_tile != 128) {
-      throw std::runtime_error("kda::chunk_fwd_planned: argument `value_tile`: expected 64 or 128, got " +
-                               std::to_string(*value_tile));
+    const bool known = *value_tile == 128 || *value_tile == 64 || (*value_tile == 32 && path == "staged");
+    if (!known || *value_tile > value_dim) {
+      throw std::runtime_error(
+          "kda::chunk_fwd_planned: argument `value_tile`: expected 64 or 128, or 32 with path staged, at most V = " +
+          std::to_string(value_dim) + ", got " + std::to_string(*value_tile));
     }
     options.value_tile = static_cast<int>(*value_tile);
   }
@@ -118,21 +120,13 @@ ChunkFwdPlanOptions plan_options(const std::string& path, std::optional<int64_t>
 }
 
 Outputs chunk_fwd_planned_cuda(ChunkFwdArguments args, const ChunkFwdPlanOptions& options) {
-  check_chunk_fwd(args);
   if (const char* reason = composite_reason(args); *reason != '\0') {
     throw std::runtime_error(std::string("kda::chunk_fwd_planned: no kernel covers this call: ") + reason);
   }
   const ChunkFwdProblem problem = problem_of(args, cuda_device(args.q.get_device_index()));
-  if (options.value_tile && *options.value_tile > problem.value_dim) {
-    throw std::runtime_error("kda::chunk_fwd_planned: argument `value_tile`: expected at most V = " +
-                             std::to_string(problem.value_dim) + ", got " + std::to_string(*options.value_tile));
-  }
   const ChunkFwdPlan plan = plan_chunk_fwd(problem, options);
   if (options.path && plan.path != *options.path) {
     throw std::runtime_error(std::string("kda::chunk_fwd_planned: argument `path`: ") + plan.reason);
-  }
-  if (options.value_tile && plan.path != ChunkFwdPath::kFused) {
-    throw std::runtime_error("kda::chunk_fwd_planned: argument `value_tile`: expected None with the staged path");
   }
   return run_plan(std::move(args), problem, plan);
 }
@@ -144,7 +138,9 @@ void boxed_chunk_fwd_planned_cuda(StableIValue* stack, uint64_t, uint64_t) {
   const auto path = to<std::string>(stack[kChunkFwdArguments]);
   const auto segment_chunks = to<std::optional<int64_t>>(stack[kChunkFwdArguments + 1]);
   const auto value_tile = to<std::optional<int64_t>>(stack[kChunkFwdArguments + 2]);
-  return_outputs(chunk_fwd_planned_cuda(std::move(args), plan_options(path, segment_chunks, value_tile)), stack);
+  check_chunk_fwd(args);
+  const ChunkFwdPlanOptions options = plan_options(path, segment_chunks, value_tile, args.v.size(3));
+  return_outputs(chunk_fwd_planned_cuda(std::move(args), options), stack);
 }
 
 void boxed_chunk_fwd_cuda(StableIValue* stack, uint64_t, uint64_t) {

@@ -61,10 +61,48 @@ def kernels_only(warnings_too: bool = True) -> Iterator[None]:
         yield
 
 
-def call(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """(o, final_state, chunk_states) of the operator, by the kernels."""
+_forced_path: str | None = None  # of call(), see all_paths
+
+PATHS = ("staged", "fused")
+
+
+@pytest.fixture(params=PATHS)
+def all_paths(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test once for each path of the kernels: :func:`call` takes it, whatever the planner would choose."""
+    global _forced_path
+    if not ON_CUDA and request.param != PATHS[0]:
+        pytest.skip("the composite implementation has one path")
+    _forced_path = request.param
+    yield request.param
+    _forced_path = None
+
+
+def is_aligned(inputs: dict[str, Any]) -> bool:
+    """Whether the fused path takes these inputs: see `aligned_inputs` in csrc/kda/plan.h."""
+    for x in (inputs[name] for name in ("q", "k", "v", "g")):
+        steps = [stride * x.element_size() for stride in x.stride()[:-1]]
+        expanded = any(step == 0 and size > 1 for step, size in zip(steps, x.shape, strict=False))
+        if expanded or x.data_ptr() % 16 or any(step % 16 for step in steps):
+            return False
+    return True
+
+
+def call(inputs: dict[str, Any], value_tile: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(o, final_state, chunk_states) of the operator, by the kernels.
+
+    Args:
+        value_tile: V columns of a CTA, in a test of all paths.
+    """
     with kernels_only():
+        return launch(inputs, value_tile)
+
+
+def launch(inputs: dict[str, Any], value_tile: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`call` without its guard, which is not for several threads at once."""
+    if not ON_CUDA or _forced_path is None:
         return run(inputs)
+    path = _forced_path if is_aligned(inputs) else "staged"
+    return torch.ops.kda.chunk_fwd_planned(**inputs, path=path, value_tile=value_tile)
 
 
 def reference(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,12 +11,16 @@ from cases import CHUNK_TOKENS, FAMILIES, make_inputs, run
 from gpu_support import (
     DEVICE,
     FP32_RELATIVE_RMSE,
+    ON_CUDA,
+    all_paths,  # noqa: F401  (a fixture)
     assert_all_same_bits,
     assert_contract,
     assert_same_bits,
     call,
     composite_fp32,
     gpu_tests,
+    is_aligned,
+    launch,
     odd_strides,
     only_sequence,
     reference,
@@ -26,7 +30,7 @@ from gpu_support import (
 from kda_cuda.accuracy import O_RELATIVE_RMSE, STATE_RELATIVE_RMSE, relative_rmse
 from kda_cuda.reference import log_gate
 
-pytestmark = gpu_tests
+pytestmark = [*gpu_tests, pytest.mark.usefixtures("all_paths")]
 
 HEAD_SIZES = [(64, 64), (64, 128), (128, 64), (128, 128)]
 DTYPES = [torch.bfloat16, torch.float16]
@@ -62,17 +66,18 @@ def test_every_instantiation(family: str, K: int, V: int, dtype: torch.dtype) ->
 
 
 @all_families
-def test_value_tiles(family: str) -> None:
-    """The recurrence cuts V by the number of sequences and heads: 32, 64 and 128 columns a CTA give the same bits."""
-    few = make_inputs(family, T=200, H=2, K=128, V=128, with_state=True, device=DEVICE)
-    expected = check(few)
-    for copies in (40, 80):  # 80 and 160 sequences and heads: V in two, and whole, on 132 multiprocessors
-        many = dict(few)
-        for name in ("q", "k", "v", "g", "beta", "initial_state"):
-            many[name] = few[name].expand(copies, *few[name].shape[1:])
-        for output, e in zip(call(many), expected, strict=True):
-            assert_same_bits(output[:1], e)
-            assert_same_bits(output[-1:], e)
+@all_head_sizes
+@all_dtypes
+def test_value_tiles(family: str, K: int, V: int, dtype: torch.dtype, all_paths: str) -> None:  # noqa: F811
+    """A CTA of the recurrence takes all columns of V or some: the same bits."""
+    if not ON_CUDA:
+        pytest.skip("the composite implementation has no tiles")
+    inputs = make_inputs(family, T=200, H=2, HV=4, K=K, V=V, dtype=dtype, with_state=True, device=DEVICE)
+    tiles = [tile for tile in ((32, 64, 128) if all_paths == "staged" else (64, 128)) if tile <= V]
+    expected = call(inputs, value_tile=tiles[0])
+    assert_contract(inputs, expected, reference(inputs))
+    for tile in tiles[1:]:
+        assert_all_same_bits(call(inputs, value_tile=tile), expected, f"value tile {tile}")
 
 
 @all_families
@@ -439,13 +444,16 @@ def test_one_fused_projection() -> None:
     assert_all_same_bits(call(inputs), packed)
 
 
-def test_heads_outside_and_expanded() -> None:
+def test_heads_outside_and_expanded(all_paths: str) -> None:  # noqa: F811
     """[B, H, T, D] tensors seen as [B, T, H, D], and one q and k for all rows of a batch: the bits of packed copies."""
     inputs = make_inputs("long", B=3, T=150, HV=4, with_state=True, strided="head_major", device=DEVICE)
     for name in ("q", "k"):
         inputs[name] = inputs[name][:1].expand_as(inputs[name])
     packed = check({name: x.contiguous() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()})
-    assert_all_same_bits(call(inputs), packed)
+    if is_aligned(inputs) or all_paths == "staged":
+        assert_all_same_bits(call(inputs), packed)
+    else:  # a stride of zero goes by the staged path
+        check(inputs)
 
 
 @pytest.mark.parametrize("odd", [False, True], ids=["aligned", "odd"])
@@ -464,7 +472,7 @@ def test_neighbours_do_not_leak(odd: bool) -> None:
         kept = x[keep].clone()
         x.fill_(torch.nan)
         x[keep] = kept
-    o_alone, final_alone, states_alone = run(poisoned)
+    o_alone, final_alone, states_alone = launch(poisoned)
     assert_same_bits(o_alone[:, begin:end, head], o[:, begin:end, head])
     assert_same_bits(final_alone[1, head], final_state[1, head])
     assert_same_bits(states_alone[:, 2:4, head], chunk_states[:, 2:4, head])

@@ -14,12 +14,14 @@ from cases import CHUNK_TOKENS, FAMILIES, make_inputs, run, slice_tokens
 from gpu_support import (
     DEVICE,
     OUTPUTS,
+    all_paths,  # noqa: F401  (a fixture)
     assert_all_same_bits,
     assert_contract,
     assert_same_bits,
     call,
     gpu_tests,
     kernels_only,
+    launch,
     needs_cuda,
     odd_strides,
     only_sequence,
@@ -33,9 +35,12 @@ from torch import Tensor
 import kda_cuda
 from kda_cuda import composite
 
-pytestmark = gpu_tests
+pytestmark = [*gpu_tests, pytest.mark.usefixtures("all_paths")]
 
-KERNELS = ("intra_chunk_solve_kernel", "state_recurrence_kernel", "output_gemm_kernel")
+KERNELS = {
+    "staged": ("intra_chunk_solve_kernel", "state_recurrence_kernel", "output_gemm_kernel"),
+    "fused": ("fused_scan_kernel",),
+}
 HEAD_SIZES = [(64, 64), (64, 128), (128, 64), (128, 128)]
 SLEEP_CYCLES = 200_000_000  # about 0.1 s
 
@@ -51,8 +56,8 @@ def tensors_of(inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 @needs_cuda
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
-def test_a_call_is_three_kernels(packed: bool) -> None:
-    """One launch of each stage; with cu_seqlens and chunk_states one memset more; no other kernel and no copy."""
+def test_kernels_of_a_call(packed: bool, all_paths: str) -> None:  # noqa: F811
+    """One launch of each stage, or one in all; a memset more with cu_seqlens and chunk_states; nothing else."""
     shape: dict[str, Any] = {"lengths": [70, 0, 130]} if packed else {"B": 2, "T": 100}
     inputs = make_inputs("long", with_state=True, device=DEVICE, **shape)
     call(inputs)
@@ -62,9 +67,10 @@ def test_a_call_is_three_kernels(packed: bool) -> None:
         call(inputs)
         torch.cuda.synchronize()
     on_device = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    for kernel in KERNELS:
+    kernels = KERNELS[all_paths]
+    for kernel in kernels:
         assert sum(kernel in name for name in on_device) == 1, on_device
-    others = [name for name in on_device if not any(kernel in name for kernel in KERNELS)]
+    others = [name for name in on_device if not any(kernel in name for kernel in kernels)]
     assert len(others) == packed and all("memset" in name.lower() for name in others), others
 
 
@@ -143,7 +149,7 @@ def test_threads_with_streams_of_their_own() -> None:
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             for _ in range(25):
-                assert_all_same_bits(run(calls[i]), expected[i], f"thread {i}")
+                assert_all_same_bits(launch(calls[i]), expected[i], f"thread {i}")
         stream.synchronize()
 
     with kernels_only(), ThreadPoolExecutor(count) as pool:
@@ -463,7 +469,7 @@ def test_everything_on_the_cpu_but_one() -> None:
 def test_drop_in_runs_on_the_kernels() -> None:
     """chunk_kda is the operator; under autocast fp32 activations become bf16, and so are covered."""
     inputs = make_inputs("random", lengths=[70, 0, 130], HV=4, with_state=True, device=DEVICE)
-    o, final_state, chunk_states = call(inputs)
+    o, final_state, chunk_states = run(inputs)
     arguments = {name: inputs[name] for name in ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")}
     arguments |= dict(
         cu_seqlens=inputs["cu_seqlens"],

@@ -53,9 +53,7 @@ def check(inputs: dict[str, Any], segment_chunks: int) -> tuple[Tensor, Tensor, 
 def test_every_instantiation(family: str, K: int, V: int, segment_chunks: int) -> None:
     """Ten chunks and a partial one, grouped heads, from a state, in both layouts."""
     for v_first in (False, True):
-        inputs = make_inputs(
-            family, T=650, H=2, HV=4, K=K, V=V, with_state=True, state_v_first=v_first, device=DEVICE
-        )
+        inputs = make_inputs(family, T=650, H=2, HV=4, K=K, V=V, with_state=True, state_v_first=v_first, device=DEVICE)
         check(inputs, segment_chunks)
 
 
