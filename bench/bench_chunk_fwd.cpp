@@ -54,6 +54,7 @@ kda::ChunkFwdProblem make_problem(const Shape& shape, const Device& device) {
   problem.value_dim = shape.options.value_dim;
   problem.activation_type = shape.options.fp16 ? kda::DataType::kFloat16 : kda::DataType::kBFloat16;
   problem.bounded_gate = !shape.options.log_gate && shape.options.gate != GateFamily::kUnbounded;
+  problem.aligned_inputs = has_aligned_inputs(shape, problem.activation_type);
   problem.compute_capability = device.compute_capability;
   problem.sm_count = device.properties.multiProcessorCount;
   return problem;
@@ -61,13 +62,30 @@ kda::ChunkFwdProblem make_problem(const Shape& shape, const Device& device) {
 
 // The planner's plan with what the options force.
 kda::ChunkFwdPlan make_plan(const kda::ChunkFwdProblem& problem, const Options& options) {
-  kda::ChunkFwdPlan plan = kda::plan_chunk_fwd(problem);
-  if (plan.path == kda::ChunkFwdPath::kComposite) {
-    const char* const what =
-        options.path == PathChoice::kStaged ? "--path: staged cannot run this case: " : "no kernel covers this case: ";
-    throw std::runtime_error(what + std::string(plan.reason));
+  kda::ChunkFwdPlanOptions forced;
+  if (options.path == PathChoice::kStaged) forced.path = kda::ChunkFwdPath::kStaged;
+  if (options.path == PathChoice::kFused) forced.path = kda::ChunkFwdPath::kFused;
+  const bool tile_fits = options.path == PathChoice::kStaged || is_fused_value_tile(options.value_tile);
+  if (options.value_tile != kAsPlanned && tile_fits) forced.value_tile = options.value_tile;
+  if (options.segment_chunks != kAsPlanned) forced.segment_chunks = options.segment_chunks;
+
+  kda::ChunkFwdPlan plan = kda::plan_chunk_fwd(problem, forced);
+  if (forced.path && plan.path != *forced.path) {
+    throw std::runtime_error(std::string("--path: ") + name_of(options.path) + " cannot run this case: " + plan.reason);
   }
-  if (options.value_tile != 0) plan.value_tile = options.value_tile;
+  if (plan.path == kda::ChunkFwdPath::kComposite) {
+    throw std::runtime_error(std::string("no kernel covers this case: ") + plan.reason);
+  }
+  if (plan.path == kda::ChunkFwdPath::kFused && options.segment_chunks != kAsPlanned) {
+    throw std::runtime_error("--segment-chunks: the plan takes the fused path, which cuts no sequences: --path staged");
+  }
+  if (options.value_tile != kAsPlanned && plan.value_tile != options.value_tile) {
+    if (plan.path == kda::ChunkFwdPath::kFused) {
+      throw std::runtime_error("--value-tile: expected 64 or 128 for the fused path, which the plan takes, got " +
+                               std::to_string(options.value_tile));
+    }
+    plan.value_tile = options.value_tile;  // one that the planner could not be given before it had chosen the path
+  }
   return plan;
 }
 
@@ -79,8 +97,10 @@ struct Errors {
   }
 };
 
-// Runs a small case with the sizes, types, gates and features of `options` and compares it with the host.
-Errors verify(Options options, const Device& device, cudaStream_t stream) {
+// Runs a small case with the sizes, types, gates and features of `options`, on the path and with the tile and the cut of the
+// plan that is `timed`, and compares it with the host.
+Errors verify(Options options, const kda::ChunkFwdPlan& timed, const Device& device, cudaStream_t stream) {
+  constexpr int64_t kMaxSegmentChunks = 2;  // so that the small case has several segments
   const kda::NvtxRange range("bench.verify");
   if (options.lengths.size() > 1) {
     options.lengths = {1, 64, 130, 0, 257};  // a lone token, a full chunk, partial chunks, an empty sequence
@@ -90,6 +110,13 @@ Errors verify(Options options, const Device& device, cudaStream_t stream) {
   }
   options.value_heads = options.value_heads / options.heads * 2;
   options.heads = 2;
+  options.value_tile = timed.value_tile;
+  if (timed.path == kda::ChunkFwdPath::kFused) {
+    options.path = PathChoice::kFused;
+  } else {
+    options.path = PathChoice::kStaged;
+    options.segment_chunks = static_cast<int>(std::min(timed.segment_chunks, kMaxSegmentChunks));
+  }
   const Shape shape(options);
   const kda::ChunkFwdProblem problem = make_problem(shape, device);
   const kda::ChunkFwdPlan plan = make_plan(problem, options);
@@ -188,11 +215,22 @@ std::string features_as_text(const Options& options) {
   return text.empty() ? "defaults" : text;
 }
 
+// What the options force upon the plan; empty if nothing.
+std::string forced_as_text(const Options& options) {
+  std::string text;
+  const auto add = [&](const std::string& part) { text += (text.empty() ? "" : ", ") + part; };
+  if (options.path != PathChoice::kAuto) add(std::string("path ") + name_of(options.path));
+  if (options.value_tile != kAsPlanned) add("value tile " + std::to_string(options.value_tile));
+  if (options.segment_chunks != kAsPlanned) add("segments of " + std::to_string(options.segment_chunks) + " chunks");
+  return text;
+}
+
 // What was measured and what came out, as one JSON object.
 std::string as_json(const Shape& shape, const Device& device, const std::string& plan, const Errors& errors,
                     const Timing& timing, const Rates& rates) {
   const Options& options = shape.options;
   const auto boolean = [](bool value) { return value ? "true" : "false"; };
+  const auto if_forced = [](int value) { return value == kAsPlanned ? "null" : std::to_string(value); };
   std::ostringstream json;
   json.precision(10);
   json << "{\"device\": \"" << json_escaped(device.properties.name) << "\", \"lengths\": ["
@@ -206,9 +244,9 @@ std::string as_json(const Shape& shape, const Device& device, const std::string&
        << ", \"final_state\": " << boolean(options.final_state)
        << ", \"chunk_states\": " << boolean(options.chunk_states)
        << ", \"state_v_first\": " << boolean(options.state_v_first) << ", \"forced\": {\"path\": \""
-       << name_of(options.path)
-       << "\", \"value_tile\": " << (options.value_tile == 0 ? "null" : std::to_string(options.value_tile))
-       << "}, \"plan\": " << plan << ", \"error_o\": " << errors.o << ", \"error_final_state\": " << errors.final_state
+       << name_of(options.path) << "\", \"value_tile\": " << if_forced(options.value_tile)
+       << ", \"segment_chunks\": " << if_forced(options.segment_chunks) << "}, \"plan\": " << plan
+       << ", \"error_o\": " << errors.o << ", \"error_final_state\": " << errors.final_state
        << ", \"error_chunk_states\": " << errors.chunk_states << ", \"median_us\": " << timing.us.median
        << ", \"min_us\": " << timing.us.min << ", \"p90_us\": " << timing.us.p90
        << ", \"iterations\": " << options.iterations << ", \"calls_per_replay\": " << timing.calls_per_replay
@@ -241,9 +279,11 @@ int run(const Options& options) {
               options.value_dim, options.fp16 ? "fp16" : "bf16", name_of(options.gate));
   std::printf("features      %s\n", features_as_text(options).c_str());
   std::printf("plan          %s\n", plan_json.c_str());
-  if (options.value_tile != 0) std::printf("forced        value tile %d\n", options.value_tile);
+  if (const std::string forced = forced_as_text(options); !forced.empty()) {
+    std::printf("forced        %s\n", forced.c_str());
+  }
 
-  const Errors errors = verify(options, device, stream);
+  const Errors errors = verify(options, plan, device, stream);
   print_errors(errors, options);
   if (!errors.within_limits()) {
     std::fprintf(stderr, "bench_chunk_fwd: the check FAILED: the error exceeds the contract; nothing was timed\n");

@@ -50,6 +50,10 @@ struct Shape {
   [[nodiscard]] int64_t v_elements() const { return tokens * options.value_heads * options.value_dim; }
   [[nodiscard]] int64_t g_elements() const { return tokens * options.value_heads * options.key_dim; }
   [[nodiscard]] int64_t beta_elements() const { return tokens * options.value_heads; }
+  // Of a packed tensor [B, T, heads, dim].
+  [[nodiscard]] kda::TokenStrides strides(int64_t heads, int64_t dim) const {
+    return {row_tokens() * heads * dim, heads * dim, dim};
+  }
   // Of the states of all value heads at one moment of one sequence.
   [[nodiscard]] int64_t head_states_elements() const {
     return int64_t{options.value_heads} * options.key_dim * options.value_dim;
@@ -133,6 +137,15 @@ class Generator {
   std::mt19937_64 engine_;
 };
 
+// Whether q, k, v and g of a set of inputs are aligned: a DeviceBuffer is, by 256 bytes, so their strides decide.
+inline bool has_aligned_inputs(const Shape& shape, kda::DataType activation_type) {
+  const Options& o = shape.options;
+  const kda::TokenStrides qk = shape.strides(o.heads, o.key_dim), v = shape.strides(o.value_heads, o.value_dim),
+                          g = shape.strides(o.value_heads, o.key_dim);
+  return kda::is_aligned(nullptr, qk, activation_type) && kda::is_aligned(nullptr, v, activation_type) &&
+         kda::is_aligned(nullptr, g, o.log_gate ? kda::DataType::kFloat32 : activation_type);
+}
+
 // One set of inputs and outputs on the device, and what was uploaded.
 class InputSet {
  public:
@@ -188,10 +201,10 @@ class InputSet {
     p.v = v_.get();
     p.g = g_.get();
     p.beta = beta_.get();
-    p.q_stride = p.k_stride = strides(o.heads, o.key_dim);
-    p.v_stride = strides(o.value_heads, o.value_dim);
-    p.g_stride = strides(o.value_heads, o.key_dim);
-    p.beta_stride = strides(o.value_heads, 1);
+    p.q_stride = p.k_stride = shape_.strides(o.heads, o.key_dim);
+    p.v_stride = shape_.strides(o.value_heads, o.value_dim);
+    p.g_stride = shape_.strides(o.value_heads, o.key_dim);
+    p.beta_stride = shape_.strides(o.value_heads, 1);
     p.gate_type = o.log_gate ? kda::DataType::kFloat32 : type;
     p.beta_type = type;
     p.A_log = static_cast<const float*>(A_log_.get());
@@ -269,9 +282,6 @@ class InputSet {
 
   [[nodiscard]] double scale() const { return 1.0 / std::sqrt(static_cast<double>(shape_.options.key_dim)); }
   [[nodiscard]] double beta_scale() const { return shape_.options.negative_eigenvalues ? 2.0 : 1.0; }
-  [[nodiscard]] kda::TokenStrides strides(int64_t heads, int64_t dim) const {
-    return {shape_.row_tokens() * heads * dim, heads * dim, dim};
-  }
 
   [[nodiscard]] HostGate family_gate() const {
     return shape_.options.gate == GateFamily::kUnbounded ? HostGate::kSoftplus : HostGate::kSigmoid;

@@ -11,13 +11,15 @@
 
 namespace bench {
 
+inline constexpr int kAsPlanned = -1;  // of a flag: the plan's own choice
+
 // A wrong flag or value; the message says which and what was expected.
 struct UsageError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
 enum class GateFamily { kRandom, kLong, kUnbounded };
-enum class PathChoice { kAuto, kStaged };
+enum class PathChoice { kAuto, kStaged, kFused };
 
 struct Options {
   std::vector<int64_t> lengths = {8192};
@@ -36,7 +38,8 @@ struct Options {
   bool chunk_states = false;
   bool state_v_first = false;
   PathChoice path = PathChoice::kAuto;
-  int value_tile = 0;  // 0: the plan's
+  int value_tile = kAsPlanned;
+  int segment_chunks = kAsPlanned;  // 0: sequences are not cut
   int iterations = 50;
   int warmup = 5;
   std::string json_path;
@@ -67,8 +70,11 @@ Inputs and features
   --state-v-first      states are [V, K]; else [K, V]
 
 Overrides of the plan
-  --path PATH          auto, or staged: fail if the plan takes another path                         (default auto)
-  --value-tile N       V columns of one CTA of the state recurrence: a multiple of 16, at most 128, that divides V
+  --path PATH          auto, staged or fused: fail if the kernels of that path do not cover the case (default auto)
+  --value-tile N       V columns of one CTA, a divisor of V, at most 128: of the state recurrence of the staged path, a
+                       multiple of 16; of the fused path, 64 or 128                                 (default: the plan's)
+  --segment-chunks N   chunks of 64 tokens of one segment of a cut sequence, of the staged path; 0: no cut
+                                                                                                    (default: the plan's)
 
 Measuring
   --iterations N       timed graph replays                                                          (default 50)
@@ -76,9 +82,10 @@ Measuring
   --json FILE          also write the result to FILE
   --help               this text
 
-First a small case with the same heads' grouping, sizes, types, gate, features and overrides is checked against a token
-recurrence in double precision on the host: uneven sequences, or two rows if there is no cu_seqlens. Inputs are random,
-and rotate through buffers that exceed the L2 cache.
+First a small case with the same heads' grouping, sizes, types, gate and features, on the path, with the value tile and
+with the cut (into short segments) that are timed, is checked against a token recurrence in double precision on the host:
+uneven sequences, or two rows if there is no cu_seqlens. Inputs are random, and rotate through buffers that exceed the L2
+cache.
 Exit status: 0; 1 if the check fails; 2 for wrong flags or no usable device.
 )";
 
@@ -135,8 +142,10 @@ struct IntegerFlag {
   int minimum, maximum;
 };
 inline constexpr int kMaxHeads = 1 << 16, kMaxDim = 1 << 12, kMaxIterations = 1 << 20, kMaxBatch = 1 << 16;
-// Of the state recurrence: a warp owns 16 rows of the transposed state, a CTA has up to 8 warps.
-inline constexpr int kValueRowsPerWarp = 16, kMaxValueTile = 8 * kValueRowsPerWarp;
+// Of the state recurrence: a warp owns 16 rows of the transposed state, a CTA has up to 8 warps. Of the fused kernel: a CTA has one
+// or two warpgroups with 64 rows each.
+inline constexpr int kValueRowsPerWarp = 16, kMaxValueTile = 8 * kValueRowsPerWarp, kFusedRowsPerGroup = 64;
+inline constexpr int kMaxSegmentChunks = 1 << 24;
 inline constexpr IntegerFlag kIntegerFlags[] = {
     {"--batch", &Options::batch, 1, kMaxBatch},
     {"--heads", &Options::heads, 1, kMaxHeads},
@@ -144,6 +153,7 @@ inline constexpr IntegerFlag kIntegerFlags[] = {
     {"--key-dim", &Options::key_dim, 1, kMaxDim},
     {"--value-dim", &Options::value_dim, 1, kMaxDim},
     {"--value-tile", &Options::value_tile, kValueRowsPerWarp, kMaxValueTile},
+    {"--segment-chunks", &Options::segment_chunks, 0, kMaxSegmentChunks},
     {"--iterations", &Options::iterations, 1, kMaxIterations},
     {"--warmup", &Options::warmup, 0, kMaxIterations},
 };
@@ -162,6 +172,13 @@ inline GateFamily parse_gate(const std::string& flag, const std::string& value) 
   if (value == "long") return GateFamily::kLong;
   if (value == "unbounded") return GateFamily::kUnbounded;
   throw UsageError(flag + ": expected random, long or unbounded, got '" + value + "'");
+}
+
+inline PathChoice parse_path(const std::string& flag, const std::string& value) {
+  if (value == "auto") return PathChoice::kAuto;
+  if (value == "staged") return PathChoice::kStaged;
+  if (value == "fused") return PathChoice::kFused;
+  throw UsageError(flag + ": expected auto, staged or fused, got '" + value + "'");
 }
 
 // Whether `value` is `second`; it must be that or `first`.
@@ -188,10 +205,26 @@ inline void parse_value_flag(Options& options, const std::string& flag, const st
   if (flag == "--lengths") options.lengths = parse_lengths(flag, value);
   if (flag == "--gate") options.gate = parse_gate(flag, value);
   if (flag == "--dtype") options.fp16 = parse_either(flag, value, "bf16", "fp16");
-  if (flag == "--path") {
-    options.path = parse_either(flag, value, "auto", "staged") ? PathChoice::kStaged : PathChoice::kAuto;
-  }
+  if (flag == "--path") options.path = parse_path(flag, value);
   if (flag == "--json") options.json_path = value;
+}
+
+[[nodiscard]] inline bool is_fused_value_tile(int value_tile) { return value_tile % kFusedRowsPerGroup == 0; }
+
+inline void check_overrides(const Options& options) {
+  if (options.value_tile != kAsPlanned &&
+      (options.value_tile % kValueRowsPerWarp != 0 || options.value_dim % options.value_tile != 0)) {
+    throw UsageError("--value-tile: expected a multiple of " + std::to_string(kValueRowsPerWarp) +
+                     " that divides --value-dim = " + std::to_string(options.value_dim) + ", got " +
+                     std::to_string(options.value_tile));
+  }
+  if (options.path != PathChoice::kFused) return;
+  if (options.value_tile != kAsPlanned && !is_fused_value_tile(options.value_tile)) {
+    throw UsageError("--value-tile: expected 64 or 128 with --path fused, got " + std::to_string(options.value_tile));
+  }
+  if (options.segment_chunks != kAsPlanned) {
+    throw UsageError("--segment-chunks: expected --path staged or auto, as the fused path cuts no sequences");
+  }
 }
 
 // What flags say about each other.
@@ -200,12 +233,7 @@ inline void check_together(const Options& options) {
     throw UsageError("--value-heads: expected a multiple of --heads = " + std::to_string(options.heads) + ", got " +
                      std::to_string(options.value_heads));
   }
-  if (options.value_tile % kValueRowsPerWarp != 0 ||
-      (options.value_tile != 0 && options.value_dim % options.value_tile != 0)) {
-    throw UsageError("--value-tile: expected a multiple of " + std::to_string(kValueRowsPerWarp) +
-                     " that divides --value-dim = " + std::to_string(options.value_dim) + ", got " +
-                     std::to_string(options.value_tile));
-  }
+  check_overrides(options);
   if (options.batch > 1 && options.lengths.size() != 1) {
     throw UsageError("--batch: expected one length, that of each row, got " + std::to_string(options.lengths.size()) +
                      " in --lengths");
@@ -233,7 +261,9 @@ inline Options parse_options(int argc, char** argv) {
   return options;
 }
 
-inline const char* name_of(PathChoice path) { return path == PathChoice::kAuto ? "auto" : "staged"; }
+inline const char* name_of(PathChoice path) {
+  return path == PathChoice::kAuto ? "auto" : path == PathChoice::kStaged ? "staged" : "fused";
+}
 
 inline const char* name_of(GateFamily gate) {
   return gate == GateFamily::kRandom ? "random" : gate == GateFamily::kLong ? "long" : "unbounded";

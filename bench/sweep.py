@@ -4,8 +4,10 @@
     python -m bench.sweep --check [FILE]       how good the plan's choices are on the newest (or this) sweep
     python -m bench.sweep --full               a finer grid
 
-Writes bench/results/sweep-*.json. A choice is a set of flags of the binary that override the plan. The plan's choice
-is good where it is within 5 % of the best one measured; --check asks for that on 95 % of the grid.
+Writes bench/results/sweep-*.json. A choice is a set of flags of the binary that override the plan; without any, the
+plan's own choice is measured. It is good where it is within 5 % of the best one measured; --check asks for that on 95 %
+of the grid. A sweep judges only between the paths that it measured: points for which the plan now takes another do not
+count, and are listed.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from bench.environment import ROOT, commit_state, describe
 from bench.implementations import forward_plan
 from bench.shapes import Shape
 
-__all__ = ["CHOICES", "Choice", "Quality", "main", "quality"]
+__all__ = ["CHOICES", "Choice", "PLANNED", "Quality", "main", "quality"]
 
 EXIT_GOOD, EXIT_POOR, EXIT_USAGE = 0, 1, 2
 BINARY = ROOT / "build" / "cmake" / "bench_chunk_fwd"
@@ -43,30 +45,55 @@ GOOD_SHARE = 0.95  # of the grid
 Json = dict[str, Any]
 
 
+# Entries of the plan's JSON that say what runs, and what a plan without them means.
+DECISIVE = {"path": None, "value_tile": 0, "segment_chunks": 0}
+
+
+def decisive(plan: Json) -> Json:
+    """The entries of a plan that tell it from other plans of the same call."""
+    return {name: plan.get(name, default) for name, default in DECISIVE.items()}
+
+
+def kind_of(plan: Json) -> tuple[Any, bool]:
+    """The kernels that a plan runs: its path, and whether sequences are cut."""
+    return plan["path"], plan.get("segment_chunks", 0) > 0
+
+
 @dataclass(frozen=True)
 class Choice:
     """One way to run a call."""
 
     name: str
     flags: tuple[str, ...]  # of the binary, to force it
-    plan: tuple[tuple[str, Any], ...]  # entries of the plan's JSON by which the planner says that it chose this
+    plan: tuple[tuple[str, Any], ...]  # decisive entries of the plan that the flags fix
 
     def is_choice_of(self, plan: Json) -> bool:
-        return all(plan.get(name) == value for name, value in self.plan)
+        found = decisive(plan)
+        return all(found[name] == value for name, value in self.plan)
 
 
-# Columns of V of one CTA of the state recurrence: the smaller, the more CTAs, and the more often a chunk's factors
-# are read.
-CHOICES = tuple(
-    Choice(f"staged, value tile {tile}", ("--value-tile", str(tile)), (("path", "staged"), ("value_tile", tile)))
-    for tile in (32, 64, 128)
+def _forced(name: str, **plan: Any) -> Choice:
+    flags = [part for entry, value in plan.items() for part in (f"--{entry.replace('_', '-')}", str(value))]
+    return Choice(name, tuple(flags), tuple(plan.items()))
+
+
+PLANNED = Choice("the plan's", (), ())
+
+# The value tile is the columns of V of one CTA, of the state recurrence or of the fused kernel: the smaller, the more
+# CTAs, and the more often factors are read or made. With a cut the recurrence's is left to the plan. The plan's own
+# choice comes last: its cut may have any length.
+CHOICES = (
+    *(_forced(f"staged, value tile {n}", path="staged", value_tile=n, segment_chunks=0) for n in (32, 64, 128)),
+    *(_forced(f"fused, value tile {n}", path="fused", value_tile=n) for n in (64, 128)),
+    *(_forced(f"staged, segments of {n} chunks", path="staged", segment_chunks=n) for n in (4, 16, 64)),
+    PLANNED,
 )
 
 GRID = ((1, 4), (2, 4, 8, 16, 32, 64, 96), (1024, 8192))  # N, H, T of one sequence
 FULL_GRID = ((1, 2, 4, 8, 16), (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96), (256, 1024, 4096, 16384))
 MOST_TOKEN_HEADS = 1 << 21  # of a point, so that the inputs fit and a run takes seconds
 
-FAMILY = "long"  # times of the staged path do not depend on the gates
+FAMILY = "long"  # bounded, as the fused path needs to be chosen; a cut is dearest where the memory is long
 ITERATIONS = 20
 TIMEOUT_S = 120
 
@@ -111,16 +138,18 @@ def time_point(binary: Path, point: Shape, choice: Choice, folder: Path) -> Json
     measured = json.loads(output.read_text())
     if not choice.is_choice_of(measured["plan"]):
         return {"error": f"the binary ran another plan: {measured['plan']}"}
-    return {name: measured[name] for name in ("median_us", "min_us", "p90_us", "error_o")}
+    times = {name: measured[name] for name in ("median_us", "min_us", "p90_us", "error_o")}
+    return {"plan": decisive(measured["plan"]), **times}
 
 
 @dataclass(frozen=True)
 class Quality:
     """How the plan's choices compare with the best ones measured."""
 
-    points: int
+    points: int  # that count
     poor: dict[str, float]  # by point: time of the plan's choice over the best, where that is beyond the tolerance
     unknown: list[str]  # points whose plan is none of the measured choices
+    not_swept: list[str]  # points whose plan takes kernels that this sweep measured nowhere; they do not count
 
     @property
     def good_share(self) -> float:
@@ -129,21 +158,38 @@ class Quality:
 
 def quality(sweep: Json) -> Quality:
     """Judges the planner as it is now by a sweep's times. Points at which nothing could be measured do not count."""
-    poor, unknown, points = {}, [], 0
+    poor, unknown, not_swept, points = {}, [], [], 0
+    kinds = {kind_of(plan) for case in sweep["cases"] for plan, _ in _measured(case)}
     environment = sweep["environment"]
     major, minor = map(int, environment["compute_capability"].split("."))
     for case in sweep["cases"]:
-        times = {name: m["median_us"] for name, m in case["measurements"].items() if "median_us" in m}
-        if not times:
+        if not (measured := _measured(case)):
+            continue
+        plan = _plan(case, major * 10 + minor, environment["sm_count"])
+        if kind_of(plan) not in kinds:
+            not_swept.append(case["shape"])
             continue
         points += 1
-        plan = _plan(case, major * 10 + minor, environment["sm_count"])
-        chosen = [c.name for c in CHOICES if c.is_choice_of(plan) and c.name in times]
+        chosen = [us for ran, us in measured if all(decisive(plan)[name] == value for name, value in ran.items())]
         if not chosen:
             unknown.append(case["shape"])
-        elif (ratio := times[chosen[0]] / min(times.values())) > 1 + TOLERANCE:
+        elif (ratio := chosen[0] / min(us for _, us in measured)) > 1 + TOLERANCE:
             poor[case["shape"]] = ratio
-    return Quality(points, poor, unknown)
+    return Quality(points, poor, unknown, not_swept)
+
+
+def _measured(case: Json) -> list[tuple[Json, float]]:
+    """What ran at a point, as decisive entries of its plan, and its time in microseconds; the plan's own choice last.
+
+    Sweeps of a time with fewer choices did not write down what ran: there the name of the choice says it.
+    """
+    forced = {choice.name: dict(choice.plan) for choice in CHOICES}
+    found = [
+        (m.get("plan", forced.get(name)), m["median_us"])
+        for name, m in sorted(case["measurements"].items(), key=lambda item: item[0] == PLANNED.name)
+        if "median_us" in m
+    ]
+    return [(ran, us) for ran, us in found if ran]
 
 
 def _plan(case: Json, capability: int, sm_count: int) -> Json:
@@ -205,6 +251,13 @@ def print_quality(found: Quality, console: Console) -> None:
         console.print(f"  {name}: {ratio:.2f} times the best", markup=False)
     for name in found.unknown:
         console.print(f"  {name}: the plan is none of the measured choices", markup=False)
+    if found.not_swept:
+        console.print(
+            f"not counted: {len(found.not_swept)} points whose plan takes kernels that were not swept: "
+            f"{', '.join(found.not_swept)}",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -241,7 +294,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     found = quality(sweep)
     print_quality(found, console)
-    return EXIT_GOOD if found.good_share >= GOOD_SHARE else EXIT_POOR
+    nothing_to_judge = found.not_swept and not found.points
+    return EXIT_GOOD if nothing_to_judge or found.good_share >= GOOD_SHARE else EXIT_POOR
 
 
 if __name__ == "__main__":

@@ -34,7 +34,9 @@ STAGE_NAMES = {
     "segment_compose": "segment composition",
     "state_recurrence": "state recurrence",
     "output_gemm": "output GEMM",
+    "fused_scan": "fused scan",
 }
+FUSED_STEP_TOKENS = 32  # kStepTokens in csrc/kda/forward/fused_params.h
 TYPICAL_CALL = {"heads": 1, "value_heads": 1, "key_dim": 128, "value_dim": 128, "activation_dtype": "bfloat16"}
 
 
@@ -57,12 +59,30 @@ def cuda_devices() -> list[Device]:
 
 
 def planned(
-    lengths: Sequence[int], batch: int, varlen: bool, capability: int, sm_count: int, sizes: dict[str, Any]
+    lengths: Sequence[int],
+    batch: int,
+    varlen: bool,
+    capability: int,
+    sm_count: int,
+    sizes: dict[str, Any],
+    bounded_gate: bool = True,
 ) -> dict[str, Any]:
     """``torch.ops.kda.plan_chunk_fwd`` as a dict; `sizes` holds heads to activation_dtype by name."""
     order = ("heads", "value_heads", "key_dim", "value_dim", "activation_dtype")
-    arguments = [sizes[name] for name in order]
-    return json.loads(torch.ops.kda.plan_chunk_fwd(list(lengths), batch, *arguments, varlen, capability, sm_count))
+    call = (list(lengths), batch, *(sizes[name] for name in order), varlen)
+    return json.loads(torch.ops.kda.plan_chunk_fwd(*call, capability, sm_count, bounded_gate))
+
+
+def cut_rows(plan: dict[str, Any], value_dim: int) -> list[tuple[str, str]]:
+    """How a path of kernels cuts its work, for `plan` as text."""
+    tile = f"{plan['value_tile']} of {value_dim} columns"
+    if plan["path"] == "fused":
+        steps = f"of {FUSED_STEP_TOKENS} tokens, one by one in the CTA of a sequence, value head and value tile"
+        return [("steps", steps), ("value tile", f"{tile} for each CTA")]
+    rows = [("chunks", f"{plan['chunk_slots']} slots of {plan['chunk_tokens']} tokens for each value head")]
+    if plan["segment_chunks"]:
+        rows.append(("segments", f"of {plan['segment_chunks']} chunks; {plan['segment_slots']} slots"))
+    return [*rows, ("value tile", f"{tile} for each CTA of the recurrence")]
 
 
 def why_no_kernels(device: Device | None) -> str | None:
@@ -186,10 +206,11 @@ def run_plan(args: argparse.Namespace) -> int:
         "value_dim": args.value_dim,
         "activation_dtype": DTYPES[args.dtype],
     }
-    plan = planned(args.lengths, args.batch, varlen, capability, sm_count, sizes)
+    bounded_gate = not args.unbounded_gate
+    plan = planned(args.lengths, args.batch, varlen, capability, sm_count, sizes, bounded_gate)
     here = why_no_kernels(devices[0] if devices else None)
     if args.json:
-        call = {"lengths": args.lengths, "batch": args.batch, "varlen": varlen, **sizes}
+        call = {"lengths": args.lengths, "batch": args.batch, "varlen": varlen, **sizes, "bounded_gate": bounded_gate}
         target = {"compute_capability": capability, "sm_count": sm_count, "assumed": not devices}
         print(json.dumps({"call": call, "device": target, "plan": plan, "kernels_usable_here": here is None}, indent=2))
         return EXIT_GOOD
@@ -201,14 +222,12 @@ def run_plan(args: argparse.Namespace) -> int:
     rows = [
         ("tokens", f"T = {tokens}, {layout}"),
         ("sizes", f"H = {args.heads}, HV = {value_heads}, K = {args.key_dim}, V = {args.value_dim}, {args.dtype}"),
+        ("gate", "bounded (use_gate with a lower_bound)" if bounded_gate else "not bounded"),
         ("device", f"{sm_count} SMs, compute capability {capability_text(capability)} ({source})"),
         ("path", f"{plan['path']}: {plan['reason']}"),
     ]
     if plan["path"] != "composite":
-        rows.append(("chunks", f"{plan['chunk_slots']} slots of {plan['chunk_tokens']} tokens for each value head"))
-        rows.append(("value tile", f"{plan['value_tile']} of {args.value_dim} columns for each CTA of the recurrence"))
-        if plan["segment_chunks"] > 0:
-            rows.append(("segments", f"of {plan['segment_chunks']} chunks; {plan['segment_slots']} slots"))
+        rows += cut_rows(plan, args.value_dim)
         for stage, ctas in plan["stage_ctas"].items():
             name = STAGE_NAMES.get(stage, stage)
             rows.append((f"grid of {name}", f"{ctas} CTAs, {ctas / max(sm_count, 1):.1f} for each SM"))
@@ -239,6 +258,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--key-dim", type=size, default=128, help="K (default 128)")
     add("--value-dim", type=size, default=128, help="V (default 128)")
     add("--dtype", choices=sorted(DTYPES), default="bf16", help="of q, k, v (default bf16)")
+    add("--unbounded-gate", action="store_true", help="log-gates, or softplus without lower_bound; else a bounded gate")
     add("--device-sms", type=size, help=f"multiprocessors (default: this GPU's; {H200_SM_COUNT} without one)")
     add("--compute-capability", type=integer_in(0, 999), help="major * 10 + minor, 0: no GPU (default: this GPU's; 90)")
     add("--json", action="store_true", help="print JSON")

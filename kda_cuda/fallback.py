@@ -1,8 +1,8 @@
 """The operators' Python implementations, for every call that no kernel covers, on any device.
 
 They are registered for ``CompositeExplicitAutograd``: below autograd, and for all backends that have no kernel of their
-own. The CUDA implementations, and that of ``kda::chunk_fwd`` for the CPU, come here, through ``kda::chunk_fwd_composite``
-and ``kda::chunk_bwd_composite``, with what their kernels do not cover.
+own. The CUDA implementations, and that of ``kda::chunk_fwd`` for the CPU, come here with what their kernels do not
+cover, through ``kda::chunk_fwd_composite`` and ``kda::chunk_bwd_composite``.
 """
 
 from __future__ import annotations

@@ -85,7 +85,8 @@ class TestCMake:
         shape = ("--lengths", "--batch", "--heads", "--value-heads", "--key-dim", "--value-dim", "--dtype")
         features = ("--gate", "--log-gate", "--no-l2norm", "--negative-eigenvalues", "--state-v-first")
         states = ("--no-initial-state", "--no-final-state", "--chunk-states")
-        assert {*shape, *features, *states, "--path", "--value-tile", "--iterations", "--json"} <= set(text.split())
+        overrides = ("--path", "--value-tile", "--segment-chunks")
+        assert {*shape, *features, *states, *overrides, "--iterations", "--json"} <= set(text.split())
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -93,7 +94,10 @@ class TestCMake:
             (["--lengths", "12,x"], "--lengths: expected an integer"),
             (["--heads", "3", "--value-heads", "4"], "--value-heads: expected a multiple of --heads = 3, got 4"),
             (["--gate", "steep"], "--gate: expected random, long or unbounded, got 'steep'"),
-            (["--path", "composite"], "--path: expected auto or staged, got 'composite'"),
+            (["--path", "composite"], "--path: expected auto, staged or fused, got 'composite'"),
+            (["--path", "fused", "--value-tile", "32"], "--value-tile: expected 64 or 128 with --path fused, got 32"),
+            (["--path", "fused", "--segment-chunks", "4"], "--segment-chunks: expected --path staged or auto"),
+            (["--segment-chunks", "-1"], "--segment-chunks: expected an integer in [0, "),
             (["--value-tile", "48"], "--value-tile: expected a multiple of 16 that divides --value-dim = 128, got 48"),
             (["--value-tile", "20"], "--value-tile: expected a multiple of 16"),
             (["--value-tile", "256", "--value-dim", "256"], "--value-tile: expected an integer in [16, 128]"),
@@ -242,6 +246,14 @@ arch = sm_90a
         problems = report.check(kernels, self.changed(kernel, **limits), True)
         assert len(problems) == 1 and message in problems[0] and kernel in problems[0]
 
+    def test_an_instantiation_may_have_limits_of_its_own(self, report, kernels):
+        own = {"solve_kernelILi64E": {"registers": 160, "instructions": ["HGMMA"]}}
+        problems = report.check(kernels, self.changed("solve_kernel", instantiations=own), True)
+        assert len(problems) == 2 and "registers 168, allowed 160" in problems[0] and "no HGMMA" in problems[1]
+        other = {"solve_kernelILi128E": {"registers": 160}}
+        problems = report.check(kernels, self.changed("solve_kernel", instantiations=other), True)
+        assert len(problems) == 1 and "no such instantiation: solve_kernelILi128E" in problems[0]
+
     def test_instructions_are_not_checked_without_a_disassembler(self, report, kernels):
         assert report.check(kernels, self.changed("gemm_kernel", instructions=["LDSM"]), False) == []
 
@@ -253,5 +265,7 @@ arch = sm_90a
 
     def test_checked_in_budget_allows_no_spill_by_default(self, report):
         budgets = json.loads(report.BUDGET_FILE.read_text())["kernels"]
-        assert budgets and all(budget["registers"] <= 255 and budget["why"] for budget in budgets.values())
+        own = [limits for budget in budgets.values() for limits in budget.get("instantiations", {}).values()]
+        assert budgets and all(limits["registers"] <= 255 and limits["why"] for limits in [*budgets.values(), *own])
+        assert "HGMMA" in budgets["fused_scan_kernel"]["instructions"]
         assert report.DEFAULT_LIMITS["stack_bytes"] == report.DEFAULT_LIMITS["spill_instructions"] == 0

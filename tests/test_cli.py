@@ -79,13 +79,33 @@ class TestInfo:
 
 
 class TestPlan:
+    H200 = ("--device-sms", "132", "--compute-capability", "90")
+
     def test_assumes_an_h200_without_gpu_and_says_so(self, capsys, monkeypatch):
         without_gpu(monkeypatch)
         text = run(capsys, "plan", "--lengths", "8192", "--heads", "96")
         assert "132 SMs, compute capability 9.0 (an H200 is assumed, there is no GPU here)" in text
-        assert "staged: " in text and "GiB" in text
+        assert "fused: " in text and "grid of fused scan" in text and "96 CTAs" in text
+
+    def test_fused(self, capsys):
+        text = run(capsys, "plan", *self.H200, "--lengths", "8192", "--heads", "96")
+        assert "steps" in text and "of 32 tokens" in text and "128 of 128 columns for each CTA\n" in text
+        assert "0 B (0 bytes)" in text and "gate" in text and "bounded (use_gate" in text
+        assert "slots" not in text and "recurrence" not in text
+
+    def test_staged(self, capsys):
+        text = run(capsys, "plan", *self.H200, "--lengths", "8192", "--heads", "96", "--unbounded-gate")
+        assert "staged: " in text and "GiB" in text and "not bounded" in text
+        assert "128 slots of 64 tokens" in text and "columns for each CTA of the recurrence" in text
         for stage in ("intra-chunk solve", "state recurrence", "output GEMM"):
             assert f"grid of {stage}" in text
+
+    def test_cut(self):
+        plan = {"path": "staged", "chunk_slots": 128, "chunk_tokens": 64, "value_tile": 64}
+        rows = dict(cli.cut_rows(plan | {"segment_chunks": 16, "segment_slots": 8}, 128))
+        assert rows["segments"] == "of 16 chunks; 8 slots"
+        assert "segments" not in dict(cli.cut_rows(plan | {"segment_chunks": 0, "segment_slots": 1}, 128))
+        assert {"segment_summary", "segment_compose"} < set(cli.STAGE_NAMES)
 
     def test_uses_the_gpu_that_is_there(self, capsys, monkeypatch):
         with_gpu(monkeypatch, 90, 78)
@@ -105,7 +125,9 @@ class TestPlan:
         content = json.loads(run(capsys, "plan", *arguments.split()))
         expected = torch.ops.kda.plan_chunk_fwd([100], 3, 2, 2, 128, 128, "bfloat16", False, 90, 132)
         assert content["plan"] == json.loads(expected)
-        assert content["plan"]["chunk_slots"] == 6
+        assert content["plan"]["chunk_slots"] == 6 and content["call"]["bounded_gate"] is True
+        unbounded = json.loads(run(capsys, "plan", *arguments.split(), "--unbounded-gate"))
+        assert unbounded["call"]["bounded_gate"] is False and "no bound" in unbounded["plan"]["reason"]
 
     def test_odd_sizes_take_the_composite(self, capsys):
         hopper = ("--compute-capability", "90")

@@ -292,6 +292,97 @@ class TestWorkspace:
         assert plan.workspace.total_bytes == tiles * sum(size(128, 128) for size in self.REGIONS.values()) > 2**40
 
 
+class TestFused:
+    """The choice between the fused and the staged path, for calls that kernels cover. Elsewhere gates have no bound."""
+
+    @staticmethod
+    def plan(options: dict[str, Any] | None = None, **changes: Any):
+        return planner.plan_chunk_fwd(problem(**{"bounded_gate": True, **changes}), **(options or {}))
+
+    PACKED = {"tokens": 8192, "sequences": 8, "varlen": True}  # 8 x 1024
+    ROWS = {"tokens": 1024, "batch": 8, "sequences": 8}
+
+    @pytest.mark.parametrize(
+        ("change", "value_tile"),
+        [
+            ({"heads": 96}, 128),
+            ({"heads": 64}, 64),  # 128 CTAs, a turn on 132 multiprocessors
+            ({"heads": 96, **PACKED}, 128),
+            ({"heads": 96, **ROWS}, 128),
+            ({"heads": 96, "key_dim": 64}, 128),
+            ({"heads": 96, "value_dim": 64}, 64),
+            ({"heads": 48, "value_heads": 96}, 128),
+            ({"heads": 96, "activation_type": planner.DataType.float16}, 128),
+        ],
+    )
+    def test_many_chains_are_fused(self, change, value_tile):
+        plan = self.plan(**change)
+        assert plan.path == planner.ChunkFwdPath.fused and plan.reason
+        assert plan.value_tile == value_tile
+        assert plan.workspace.total_bytes == 0
+        assert plan.segment_chunks == 0
+
+    @pytest.mark.parametrize(
+        "change", [{"heads": 16}, {"heads": 8, "tokens": 65536}, {"heads": 4, "tokens": 32768}, {"heads": 8}]
+    )
+    def test_few_chains_are_staged(self, change):
+        plan = self.plan(**change)
+        assert plan.path == planner.ChunkFwdPath.staged and "too few chains" in plan.reason
+        assert plan.workspace.total_bytes > 0
+
+    @pytest.mark.parametrize(
+        ("change", "clause"),
+        [
+            ({"aligned_inputs": False}, "16 bytes"),
+            ({"bounded_gate": False}, "no bound"),
+            ({"tokens": 2**31, "heads": 96}, "more tokens"),
+        ],
+    )
+    def test_staged_says_why(self, change, clause):
+        plan = self.plan(**change)
+        assert plan.path == planner.ChunkFwdPath.staged and clause in plan.reason
+
+    @pytest.mark.parametrize("change", [{"heads": 1, "tokens": 64}, {"bounded_gate": False}, {"heads": 16}])
+    def test_forced(self, change):
+        plan = self.plan({"path": planner.ChunkFwdPath.fused}, **change)
+        assert plan.path == planner.ChunkFwdPath.fused and plan.workspace.total_bytes == 0
+
+    def test_staged_can_be_forced(self):
+        plan = self.plan({"path": planner.ChunkFwdPath.staged})
+        assert plan.path == planner.ChunkFwdPath.staged and plan.reason == "asked for"
+        assert plan.workspace.total_bytes > 0
+
+    def test_what_it_does_not_cover_cannot_be_forced(self):
+        forced = {"path": planner.ChunkFwdPath.fused}
+        plan = self.plan(forced, aligned_inputs=False)
+        assert plan.path == planner.ChunkFwdPath.staged and "16 bytes" in plan.reason
+        plan = self.plan(forced, key_dim=60)
+        assert plan.path == planner.ChunkFwdPath.composite and "K in" in plan.reason
+
+    @pytest.mark.parametrize("value_tile", [64, 128])
+    @pytest.mark.parametrize("heads", [1, 64, 96])
+    def test_value_tile_can_be_forced(self, value_tile, heads):
+        plan = self.plan({"path": planner.ChunkFwdPath.fused, "value_tile": value_tile}, heads=heads)
+        assert plan.path == planner.ChunkFwdPath.fused and plan.value_tile == value_tile
+
+    @settings(deadline=None)
+    @given(
+        st.integers(0, 2**20), st.integers(0, 300), st.integers(1, 128), st.sampled_from([64, 128]),
+        st.sampled_from([64, 128]), st.booleans(), st.integers(1, 200),
+    )  # fmt: skip
+    def test_any_choice_is_sound(self, tokens, sequences, heads, key_dim, value_dim, varlen, sm_count):
+        p = problem(
+            tokens=tokens, sequences=sequences, batch=1 if varlen else sequences, varlen=varlen, heads=heads,
+            key_dim=key_dim, value_dim=value_dim, sm_count=sm_count, bounded_gate=True,
+        )  # fmt: skip
+        plan = planner.plan_chunk_fwd(p)
+        if plan.path == planner.ChunkFwdPath.fused:
+            assert plan.value_tile in (64, 128) and plan.value_tile <= value_dim
+            assert plan.workspace.total_bytes == 0
+            ctas = json.loads(planner.to_json(p, plan))["stage_ctas"]
+            assert ctas == {"fused_scan": sequences * heads * (value_dim // plan.value_tile)}
+
+
 class TestJson:
     def test_states_the_plan(self):
         p = problem(heads=8, value_heads=16, tokens=1000)
@@ -318,6 +409,12 @@ class TestJson:
             "state_recurrence": 4 * 4 * 2,
             "output_gemm": 16 * 4,
         }
+
+    def test_fused(self):
+        p = problem(bounded_gate=True)
+        content = json.loads(planner.to_json(p, planner.plan_chunk_fwd(p)))
+        assert content["path"] == "fused" and content["value_tile"] == 128
+        assert content["stage_ctas"] == {"fused_scan": 96} and content["workspace_bytes"] == 0
 
     def test_composite(self):
         p = problem(key_dim=7)

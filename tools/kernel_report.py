@@ -92,6 +92,12 @@ def budget_of(symbol: str, budgets: dict[str, Any]) -> str | None:
     return next((name for name in budgets if re.search(rf"(?<!\d){len(name)}{name}(?=[IEv])", symbol)), None)
 
 
+def limits_of(symbol: str, budget: dict[str, Any]) -> dict[str, Any]:
+    """What a kernel may use: its budget, with what the budget states for this instantiation alone."""
+    own = [limits for part, limits in budget.get("instantiations", {}).items() if part in symbol]
+    return {**DEFAULT_LIMITS, **budget, **{name: limit for limits in own for name, limit in limits.items()}}
+
+
 def check(kernels: list[Kernel], budgets: dict[str, Any], with_instructions: bool) -> list[str]:
     """One line for each violation."""
     problems, used = [], set()
@@ -101,7 +107,7 @@ def check(kernels: list[Kernel], budgets: dict[str, Any], with_instructions: boo
             problems.append(f"{kernel.symbol}: no budget in {BUDGET_FILE.name}")
             continue
         used.add(name)
-        limits = {**DEFAULT_LIMITS, **budgets[name]}
+        limits = limits_of(kernel.symbol, budgets[name])
         for what in ("registers", *DEFAULT_LIMITS):
             if (value := getattr(kernel, what)) > limits[what]:
                 problems.append(f"{kernel.symbol} ({kernel.architecture}): {what} {value}, allowed {limits[what]}")
@@ -109,6 +115,10 @@ def check(kernels: list[Kernel], budgets: dict[str, Any], with_instructions: boo
             missing = [i for i in limits.get("instructions", []) if kernel.instructions[i] == 0]
             problems += [f"{kernel.symbol} ({kernel.architecture}): no {i} instruction" for i in missing]
     problems += [f"{BUDGET_FILE.name}: {name}: no such kernel" for name in budgets if name not in used]
+    for name, budget in budgets.items():
+        for part in budget.get("instantiations", {}):
+            if not any(part in kernel.symbol and budget_of(kernel.symbol, budgets) == name for kernel in kernels):
+                problems.append(f"{BUDGET_FILE.name}: {name}: no such instantiation: {part}")
     return problems
 
 
@@ -127,7 +137,7 @@ def print_table(kernels: list[Kernel], budgets: dict[str, Any], with_instruction
     header = ("kernel", "arch", "registers", "limit", "stack B", "spills", "static smem B", "instructions")
     rows: list[tuple[str, ...]] = [header]
     for kernel, name in zip(kernels, readable([kernel.symbol for kernel in kernels]), strict=True):
-        budget = budgets.get(budget_of(kernel.symbol, budgets) or "", {})
+        budget = limits_of(kernel.symbol, budgets.get(budget_of(kernel.symbol, budgets) or "", {}))
         counts = [f"{i} {kernel.instructions[i]}" for i in budget.get("instructions", [])]
         figures = [kernel.registers, budget.get("registers", "-"), kernel.stack_bytes]
         figures += [kernel.spill_instructions if with_instructions else "-", kernel.static_shared_bytes]

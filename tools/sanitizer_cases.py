@@ -60,7 +60,9 @@ class Case:
     features: dict[str, Any] = field(default_factory=dict)
     odd: bool = False  # inputs at odd offsets with odd strides: kernels that load single elements
     contents: tuple[int, ...] | None = None  # of cu_seqlens, instead of those of the lengths
+    path: str = "staged"  # of kernels, whatever the planner would choose; empty: its choice
     segment_chunks: int | None = None  # of a cut into segments, instead of the planner's choice
+    value_tile: int | None = None  # of the fused path, instead of the planner's choice
     zero_beta: bool = False  # every third token writes nothing
     is_wrong: bool = False  # the contents are no cu_seqlens: nothing to compare, and unwritten workspace may be read
 
@@ -124,8 +126,11 @@ def cases() -> list[Case]:
         Case("gate_log_odd", {"family": "unbounded_log", "T": 80, "gate_dtype": torch.float32, "K": 128}, odd=True),
         Case("beta_of_zero", {"T": 80, "K": 128, "use_beta_sigmoid": False}, zero_beta=True),
         Case("negative_eigenvalues", {"T": 80, "allow_neg_eigval": True, "scale": -0.5}),
+        Case("not_normalised", {"family": "unbounded", "T": 80, "use_qk_l2norm": False}),
         Case("fused_projection", {"B": 2, "T": 70, "HV": 4, "strided": "fused"}),
         Case("head_major", {"B": 2, "T": 70, "HV": 4, "strided": "head_major"}),
+        Case("as_planned", {**packed, "K": 128, "V": 128}, path=""),
+        *fused_cases(),
     ]
     wrong = {
         "decreasing": (0, 200, 100, 260),
@@ -142,7 +147,61 @@ def cases() -> list[Case]:
         Case(f"wrong_segments_{name}", features, contents=contents, segment_chunks=1, is_wrong=True)
         for name, contents in wrong.items()
     ]
+    result += [
+        fused_case(f"wrong_{name}", 64, features, contents=contents, is_wrong=True) for name, contents in wrong.items()
+    ]
     return result
+
+
+def fused_case(name: str, value_tile: int, features: dict[str, Any], **changes: Any) -> Case:
+    return Case(f"fused_{name}", features, path="fused", value_tile=value_tile, **changes)
+
+
+def fused_cases() -> list[Case]:
+    """The fused kernel: steps of 32 tokens through a ring of three stages, by two producer groups in turn."""
+    packed = {"lengths": [1, 0, 31, 33, 0, 130, 64], "with_state": True}
+    tiles = [(64, 64), (128, 64), (128, 128)]  # V, value tile
+    result = [
+        # More steps than the ring has stages, and the last one not full.
+        fused_case(
+            f"K{K}_V{V}_tile{tile}_{str(dtype).removeprefix('torch.')}",
+            tile,
+            {"T": 199, "H": 1, "HV": 2, "K": K, "V": V, "dtype": dtype, "with_state": True},
+        )
+        for K in (64, 128)
+        for V, tile in tiles
+        for dtype in (torch.bfloat16, torch.float16)
+    ]
+    # All kinds of gates, in fp32 and in 16 bits. Pairs take one reference where the gate is bounded, levels elsewhere;
+    # those are in fp16 where q and k are normalised, in bf16 elsewhere.
+    result += [
+        fused_case(f"{family}_{dtype_name}_K{K}", 64, {"family": family, "T": 80, "K": K, "gate_dtype": dtype})
+        for family in ("random", "unbounded", "unbounded_log")
+        for dtype_name, dtype in (("fp32", torch.float32), ("fp16", torch.float16))
+        for K in (64, 128)
+    ]
+    result += [
+        fused_case(f"not_normalised_{family}_K{K}", 64, {"family": family, "T": 80, "K": K, "use_qk_l2norm": False})
+        for family in ("long", "unbounded")
+        for K in (64, 128)
+    ]
+    batch = {"B": 2, "T": 65, "V": 128, "with_state": True, "state_dtype": torch.bfloat16}
+    return [
+        *result,
+        fused_case("packed_int32", 64, {**packed, "index_dtype": torch.int32}),
+        fused_case("packed_int64_v_first", 128, {**packed, "state_v_first": True, "K": 128, "V": 128}),
+        fused_case("padded", 64, {"lengths": [50, 50, 50, 50]}, contents=(0, 70, 100, 100, 100)),
+        fused_case("padded_to_nothing", 128, {"lengths": [64, 64], "V": 128}, contents=(0, 0, 0)),
+        fused_case("batch_v_first_bf16_state", 128, {**batch, "state_v_first": True}),
+        fused_case("one_token", 64, {"T": 1, "with_state": True}),
+        fused_case("only_o", 64, {"T": 65, "output_final_state": False, "output_chunk_states": False}),
+        fused_case("no_tokens", 64, {"B": 2, "T": 0, "with_state": True}),
+        fused_case("no_sequences", 64, {"lengths": []}),
+        fused_case("empty_sequences", 64, {"lengths": [0, 0], "with_state": True}),
+        fused_case("negative_eigenvalues", 64, {"T": 80, "allow_neg_eigval": True, "scale": -0.5}),
+        fused_case("fused_projection", 64, {"B": 2, "T": 70, "HV": 4, "strided": "fused"}),
+        fused_case("head_major", 64, {"B": 2, "T": 70, "HV": 4, "strided": "head_major"}),
+    ]
 
 
 def odd_layout(x: Tensor) -> Tensor:
@@ -169,6 +228,8 @@ def make_call(case: Case) -> dict[str, Any]:
     if case.zero_beta:
         inputs["beta"] = inputs["beta"].float().sigmoid()
         inputs["beta"][:, ::3] = 0.0
+    if not inputs["use_qk_l2norm"]:
+        inputs |= {name: torch.nn.functional.normalize(inputs[name].float(), dim=-1).to(inputs[name]) for name in "qk"}
     if case.odd:
         inputs |= {name: odd_layout(inputs[name]) for name in ACTIVATIONS}
     return inputs
@@ -209,10 +270,11 @@ def run_case(case: Case, device: str) -> str:
         return ""
     if reason := torch.ops.kda.composite_reason(**moved):
         return f"no kernel takes this call: {reason}"
-    if case.segment_chunks is None or device == "cpu":
+    if case.path == "" or device == "cpu":
         outputs = kda_cuda.chunk_fwd(**moved)
     else:
-        outputs = torch.ops.kda.chunk_fwd_planned(**moved, path="staged", segment_chunks=case.segment_chunks)
+        cut = {"segment_chunks": case.segment_chunks, "value_tile": case.value_tile}
+        outputs = torch.ops.kda.chunk_fwd_planned(**moved, path=case.path, **cut)
     outputs = tuple(x.cpu() for x in outputs)
     if case.is_wrong:
         return run_backward(inputs, moved, device, is_wrong=True)

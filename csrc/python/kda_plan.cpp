@@ -24,29 +24,32 @@ PYBIND11_MODULE(kda_plan, m) {
 
   const kda::ChunkFwdProblem defaults;
   py::class_<kda::ChunkFwdProblem>(m, "ChunkFwdProblem")
-      .def(
-          py::init([](int64_t batch, int64_t tokens, int64_t sequences, bool varlen, int heads, int value_heads,
-                      int key_dim, int value_dim, kda::DataType activation_type, int compute_capability, int sm_count) {
-            kda::ChunkFwdProblem p;
-            p.batch = batch;
-            p.tokens = tokens;
-            p.sequences = sequences;
-            p.varlen = varlen;
-            p.heads = heads;
-            p.value_heads = value_heads;
-            p.key_dim = key_dim;
-            p.value_dim = value_dim;
-            p.activation_type = activation_type;
-            p.compute_capability = compute_capability;
-            p.sm_count = sm_count;
-            return p;
-          }),
-          py::kw_only(), py::arg("batch") = defaults.batch, py::arg("tokens") = defaults.tokens,
-          py::arg("sequences") = defaults.sequences, py::arg("varlen") = defaults.varlen,
-          py::arg("heads") = defaults.heads, py::arg("value_heads") = defaults.value_heads,
-          py::arg("key_dim") = defaults.key_dim, py::arg("value_dim") = defaults.value_dim,
-          py::arg("activation_type") = defaults.activation_type,
-          py::arg("compute_capability") = defaults.compute_capability, py::arg("sm_count") = defaults.sm_count)
+      .def(py::init([](int64_t batch, int64_t tokens, int64_t sequences, bool varlen, int heads, int value_heads,
+                       int key_dim, int value_dim, kda::DataType activation_type, bool bounded_gate,
+                       bool aligned_inputs, int compute_capability, int sm_count) {
+             kda::ChunkFwdProblem p;
+             p.batch = batch;
+             p.tokens = tokens;
+             p.sequences = sequences;
+             p.varlen = varlen;
+             p.heads = heads;
+             p.value_heads = value_heads;
+             p.key_dim = key_dim;
+             p.value_dim = value_dim;
+             p.activation_type = activation_type;
+             p.bounded_gate = bounded_gate;
+             p.aligned_inputs = aligned_inputs;
+             p.compute_capability = compute_capability;
+             p.sm_count = sm_count;
+             return p;
+           }),
+           py::kw_only(), py::arg("batch") = defaults.batch, py::arg("tokens") = defaults.tokens,
+           py::arg("sequences") = defaults.sequences, py::arg("varlen") = defaults.varlen,
+           py::arg("heads") = defaults.heads, py::arg("value_heads") = defaults.value_heads,
+           py::arg("key_dim") = defaults.key_dim, py::arg("value_dim") = defaults.value_dim,
+           py::arg("activation_type") = defaults.activation_type, py::arg("bounded_gate") = defaults.bounded_gate,
+           py::arg("aligned_inputs") = defaults.aligned_inputs,
+           py::arg("compute_capability") = defaults.compute_capability, py::arg("sm_count") = defaults.sm_count)
       .def_readwrite("batch", &kda::ChunkFwdProblem::batch)
       .def_readwrite("tokens", &kda::ChunkFwdProblem::tokens)
       .def_readwrite("sequences", &kda::ChunkFwdProblem::sequences)
@@ -56,6 +59,8 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readwrite("key_dim", &kda::ChunkFwdProblem::key_dim)
       .def_readwrite("value_dim", &kda::ChunkFwdProblem::value_dim)
       .def_readwrite("activation_type", &kda::ChunkFwdProblem::activation_type)
+      .def_readwrite("bounded_gate", &kda::ChunkFwdProblem::bounded_gate)
+      .def_readwrite("aligned_inputs", &kda::ChunkFwdProblem::aligned_inputs)
       .def_readwrite("compute_capability", &kda::ChunkFwdProblem::compute_capability)
       .def_readwrite("sm_count", &kda::ChunkFwdProblem::sm_count);
 

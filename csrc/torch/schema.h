@@ -30,6 +30,7 @@ inline constexpr const char* kSchemas[] = {
 
     // The forward by CUDA kernels and nothing else, as planned with what is fixed here; for tests and measurements.
     // path: staged or fused; empty: as chunk_fwd. segment_chunks: chunks of a segment of the staged path; 0: no cut.
+    // value_tile: V columns of a CTA of the fused kernel, or of the recurrence of the staged path.
     "chunk_fwd_planned(" KDA_CHUNK_FWD_ARGUMENTS
     ", str path=\"\", int? segment_chunks=None, int? value_tile=None) -> "
     "(Tensor o, Tensor final_state, Tensor chunk_states)",

@@ -26,34 +26,68 @@ SM_COUNT = 132
 
 
 def plan_of(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Of the staged path, as for gates without a bound."""
     (B, T, H, K), (HV, V) = inputs["q"].shape, inputs["v"].shape[2:]
     packed = "cu_seqlens" in inputs
     lengths = inputs["cu_seqlens"].diff().tolist() if packed else [T]
     dtype = str(inputs["q"].dtype).removeprefix("torch.")
-    return json.loads(torch.ops.kda.plan_chunk_fwd(lengths, B, H, HV, K, V, dtype, packed, 90, SM_COUNT))
+    return json.loads(torch.ops.kda.plan_chunk_fwd(lengths, B, H, HV, K, V, dtype, packed, 90, SM_COUNT, False))
+
+
+def longest_sequence(inputs: dict[str, Any]) -> int:
+    return int(inputs["cu_seqlens"].diff().max()) if "cu_seqlens" in inputs else inputs["q"].shape[1]
+
+
+def covering_cases(path: str) -> list[tuple[sanitizer_cases.Case, dict[str, Any]]]:
+    """Cases of a path whose results are checked and that have tokens, with their inputs."""
+    chosen = [case for case in sanitizer_cases.cases() if case.path == path and not case.is_wrong]
+    calls = [(case, sanitizer_cases.make_call(case)) for case in chosen]
+    return [(case, inputs) for case, inputs in calls if inputs["q"].numel()]
 
 
 def test_cases_cover_every_instantiation() -> None:
     solve, recurrence = set(), set()
     names = [case.name for case in sanitizer_cases.cases()]
     assert len(names) == len(set(names))
-    for case in sanitizer_cases.cases():
-        if case.is_wrong:
-            continue
-        inputs = sanitizer_cases.make_call(case)
+    for case, inputs in covering_cases("staged"):
         plan = plan_of(inputs)
         assert plan["path"] == "staged", case.name
-        K, V, longest = inputs["q"].shape[3], inputs["v"].shape[3], inputs["q"].shape[1]
-        if inputs["q"].numel() == 0:
-            continue
+        K, V = inputs["q"].shape[3], inputs["v"].shape[3]
         solve.add((K, V, inputs["q"].dtype, case.odd))
-        if "cu_seqlens" in inputs:
-            longest = int(inputs["cu_seqlens"].diff().max())
-        if longest > 4 * 64:  # the ring has four stages at most
+        if longest_sequence(inputs) > 4 * 64:  # the ring has four stages at most
             recurrence.add((K, plan["value_tile"]))
     head_sizes, dtypes = (64, 128), (torch.bfloat16, torch.float16)
     assert solve == {(K, V, d, odd) for K in head_sizes for V in head_sizes for d in dtypes for odd in (False, True)}
     assert recurrence == {(K, tile) for K in head_sizes for tile in (32, 64, 128)}
+
+
+def test_cases_cover_every_instantiation_of_the_fused_kernel() -> None:
+    """Each goes round its ring of three stages and ends with a step that is not full."""
+    step_tokens, stages = 32, 3
+    scan, gates, levels = set(), set(), set()
+    for case, inputs in covering_cases("fused"):
+        K, V, longest = inputs["q"].shape[3], inputs["v"].shape[3], longest_sequence(inputs)
+        assert case.value_tile in (64, 128) and case.value_tile <= V, case.name
+        if longest > 2 * stages * step_tokens and longest % step_tokens:
+            scan.add((K, V, case.value_tile, inputs["q"].dtype))
+        kind = "log" if not inputs.get("use_gate") else "softplus" if "lower_bound" not in inputs else "sigmoid"
+        gates.add((kind, K, inputs["g"].dtype == torch.float32))
+        if kind != "sigmoid":  # steps that decay too far for one reference
+            levels.add((K, inputs["use_qk_l2norm"]))
+    head_sizes, dtypes, tiles = (64, 128), (torch.bfloat16, torch.float16), ((64, 64), (128, 64), (128, 128))
+    assert scan == {(K, V, tile, dtype) for K in head_sizes for V, tile in tiles for dtype in dtypes}
+    kinds = ("log", "softplus", "sigmoid")
+    assert gates == {(kind, K, is_fp32) for kind in kinds for K in head_sizes for is_fp32 in (False, True)}
+    assert levels == {(K, normalised) for K in head_sizes for normalised in (False, True)}
+
+
+def test_cases_of_the_fused_kernel_are_aligned() -> None:
+    """Others it does not take: rows of q, k, v and g start at multiples of 16 bytes."""
+    for case, inputs in covering_cases("fused"):
+        for name in ("q", "k", "v", "g"):
+            x = inputs[name]
+            places = (x.storage_offset(), *x.stride()[:-1])
+            assert all(place * x.element_size() % 16 == 0 for place in places), f"{case.name}: {name}"
 
 
 def test_copies_keep_strides_and_own_their_storage() -> None:
@@ -66,11 +100,11 @@ def test_copies_keep_strides_and_own_their_storage() -> None:
 
 
 def test_cases_run_on_the_cpu() -> None:
-    names = "K64_V128_float16_odd,packed_int32,no_tokens,gate_unbounded,wrong_beyond"
+    names = "K64_V128_float16_odd,packed_int32,no_tokens,gate_unbounded,wrong_beyond,fused_not_normalised_unbounded_K64"
     command = [sys.executable, TOOLS / "sanitizer_cases.py", "--device", "cpu", "--only", names]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "5 of 5 cases right" in result.stdout
+    assert "6 of 6 cases right" in result.stdout
 
 
 def test_a_wrong_result_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
