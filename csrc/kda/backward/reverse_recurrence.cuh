@@ -34,7 +34,9 @@ struct ReverseRecurrenceConfig {
   using KeyTile = SwizzledTile<K>;
   using PairTile = SwizzledTile<C>;
   static constexpr int kRowsPerWarp = 16;
-  static constexpr int kMaxWarps = 8, kMaxRowTiles = kMaxWarps / kKeyParts;
+  // Four row tiles give each quarter of a multiprocessor a warp; to halve their work gains nothing then, and the
+  // exchange costs a stage of the ring.
+  static constexpr int kMaxWarps = kKeyParts == 1 ? 8 : 4, kMaxRowTiles = kMaxWarps / kKeyParts;
   static constexpr int kMaxThreads = 32 * kMaxWarps;
   static constexpr int kMinStages = 2, kMaxStages = 3;
 
