@@ -4,17 +4,6 @@
 
 namespace kda::binding {
 
-namespace {
-
-const void* data_or_null(const std::optional<Tensor>& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
-
-// A small tensor as the kernels read it: packed. Copies it only if it is not.
-void make_packed(std::optional<Tensor>& tensor) {
-  if (tensor && !tensor->is_contiguous()) tensor = torch::stable::contiguous(*tensor);
-}
-
-}  // namespace
-
 void make_parameters_packed(ChunkFwdArguments& args) {
   make_packed(args.A_log);
   make_packed(args.dt_bias);
