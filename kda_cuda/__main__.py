@@ -1,8 +1,8 @@
 """The command line: ``python -m kda_cuda {info,plan,demo}``.
 
-    info    versions, compiled architectures, devices, and whether the kernels can be used here (and if not, why)
-    plan    which path a call of a given shape takes, how its grid is cut and how large its workspace is
-    demo    the main job on a text; see kda_cuda.demo
+info    versions, compiled architectures, devices, and whether the kernels can be used here (and if not, why)
+plan    which path a call of a given shape takes, how its grid is cut and how large its workspace is
+demo    the main job on a text; see kda_cuda.demo
 """
 
 from __future__ import annotations

@@ -7,6 +7,18 @@ from torch import Tensor
 O_RELATIVE_RMSE = 4.5e-3
 STATE_RELATIVE_RMSE = 4.0e-3
 
+# The same for the gradients, by the input that they belong to.
+GRADIENT_RELATIVE_RMSE = {
+    "q": 6e-3,
+    "k": 6e-3,
+    "v": 6e-3,
+    "g": 1e-2,
+    "beta": 6e-3,
+    "A_log": 6e-3,
+    "dt_bias": 6e-3,
+    "initial_state": 6e-3,
+}
+
 
 def relative_rmse(actual: Tensor, expected: Tensor) -> float:
     """RMS of ``actual - expected`` over RMS of ``expected``, in fp64 on the CPU.

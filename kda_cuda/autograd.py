@@ -198,6 +198,7 @@ _grad_mode_is_on = torch.is_grad_enabled
 _register("chunk_fwd", _save_inputs, _backward)
 _register("chunk_fwd_composite", _save_inputs, _backward)
 _register("chunk_bwd", _save_nothing, _no_double_backward)
+_register("chunk_bwd_composite", _save_nothing, _no_double_backward)
 
 _inference = torch.ops.kda.inference_chunk_fwd.default.op
 _differentiable = torch.ops.kda.chunk_fwd.default.op

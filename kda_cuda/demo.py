@@ -197,9 +197,7 @@ class _Demo:
             properties = torch.cuda.get_device_properties(self.device)
             capability, sm_count = properties.major * 10 + properties.minor, properties.multi_processor_count
         sizes = (layer.num_heads, layer.num_v_heads, layer.head_k_dim, layer.head_v_dim)
-        return json.loads(
-            torch.ops.kda.plan_chunk_fwd([self.tokens], 1, *sizes, dtype, False, capability, sm_count)
-        )
+        return json.loads(torch.ops.kda.plan_chunk_fwd([self.tokens], 1, *sizes, dtype, False, capability, sm_count))
 
     # ---- the runs ----
 

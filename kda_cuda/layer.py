@@ -53,8 +53,6 @@ class KDAInputs(NamedTuple):
     beta: torch.Tensor  # [B, T, HV], logits
 
 
-
-
 class KimiDeltaAttention(nn.Module):
     """Kimi Delta Attention. Arguments, parameter names and initialisation as in flash-linear-attention 0.6.0.
 

@@ -18,7 +18,6 @@ from .conventions import CHUNK_TOKENS, L2NORM_EPS
 __all__ = ["O_RELATIVE_RMSE", "STATE_RELATIVE_RMSE", "log_gate", "recurrent_kda", "relative_rmse"]
 
 
-
 def log_gate(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None) -> Tensor:
     """Log-gate of raw gate logits ``g`` [B, T, HV, K], in the dtype of ``g``.
 

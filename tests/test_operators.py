@@ -62,7 +62,8 @@ def test_opcheck_of_backward() -> None:
     inputs = make_inputs(gate="softplus", with_state=True, use_qk_l2norm=True)
     do, dfinal_state = torch.randn_like(inputs["v"]), torch.randn_like(inputs["initial_state"])
     tensors = tuple(inputs.get(name) for name in ARGUMENTS[:9])
-    torch.library.opcheck(torch.ops.kda.chunk_bwd, (do, dfinal_state, *tensors, None, None, True, True))
+    for operator in (torch.ops.kda.chunk_bwd, torch.ops.kda.chunk_bwd_composite):
+        torch.library.opcheck(operator, (do, dfinal_state, *tensors, None, None, True, True))
 
 
 @cases(CASES)

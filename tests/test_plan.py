@@ -49,6 +49,16 @@ def slots_of(cu_seqlens: list[int]) -> list[list[int]]:
     ]
 
 
+def segments_of(cu_seqlens: list[int], segment_chunks: int) -> list[int]:
+    """The slots of the segments of all sequences, as the kernels compute them from cu_seqlens."""
+    tokens = segment_chunks * C
+    return [
+        begin // tokens + n + s
+        for n, (begin, end) in enumerate(pairwise(cu_seqlens))
+        for s in range(max(1, -(-(end - begin) // tokens)))
+    ]
+
+
 lengths_of_sequences = st.lists(
     st.one_of(st.just(0), st.integers(1, 3), st.sampled_from([63, 64, 65, 127, 128, 129]), st.integers(0, 2000)),
     max_size=40,
@@ -86,6 +96,33 @@ class TestSlots:
     def test_cu_seqlens(self, sequences, tokens, expected):
         assert planner.chunk_slots(problem(sequences=sequences, tokens=tokens, varlen=True)) == expected
 
+    @settings(deadline=None, max_examples=300)
+    @given(lengths_of_sequences, st.integers(1, 40), st.integers(0, 500))
+    def test_segments_never_meet_and_fit(self, lengths, segment_chunks, padding):
+        """Every sequence has its slots, an empty one too."""
+        cu_seqlens = list(accumulate(lengths, initial=0))
+        p = problem(tokens=cu_seqlens[-1] + padding, sequences=len(lengths), varlen=True)
+        used = segments_of(cu_seqlens, segment_chunks)
+        assert len(used) == len(set(used))
+        assert all(0 <= slot < planner.segment_slots(p, segment_chunks) for slot in used)
+
+    @pytest.mark.parametrize(
+        ("change", "segment_chunks", "expected"),
+        [
+            ({"tokens": 640}, 0, 1),
+            ({"tokens": 640}, 5, 2),
+            ({"tokens": 641}, 5, 3),
+            ({"tokens": 0}, 5, 1),
+            ({"tokens": 641, "batch": 3, "sequences": 3}, 5, 9),
+            ({"tokens": 641, "varlen": True, "sequences": 3}, 5, 5),
+            ({"tokens": 641, "varlen": True, "sequences": 3}, 0, 3),
+            ({"tokens": 641, "varlen": True, "sequences": 0}, 5, 0),
+            ({"tokens": 2**36, "varlen": True}, 1, 2**30 + 1),
+        ],
+    )
+    def test_segment_slots(self, change, segment_chunks, expected):
+        assert planner.segment_slots(problem(**change), segment_chunks) == expected
+
     def test_chunk_size_is_the_one_of_the_kernels(self):
         assert planner.CHUNK_TOKENS == C
 
@@ -117,6 +154,12 @@ class TestPath:
         assert clause in plan.reason
         assert plan.workspace.total_bytes == 0
 
+    def test_a_path_can_be_fixed(self):
+        plan = planner.plan_chunk_fwd(problem(), path=planner.ChunkFwdPath.fused)
+        assert plan.path == planner.ChunkFwdPath.fused and plan.reason
+        refused = planner.plan_chunk_fwd(problem(key_dim=7), path=planner.ChunkFwdPath.fused)
+        assert refused.path == planner.ChunkFwdPath.composite
+
     @pytest.mark.parametrize("change", [{"tokens": 0}, {"tokens": 0, "sequences": 0}, {"batch": 0, "sequences": 0}])
     def test_empty_calls_have_a_plan(self, change):
         plan = planner.plan_chunk_fwd(problem(**change))
@@ -130,7 +173,7 @@ class TestValueTile:
     @given(st.integers(1, 64), st.integers(1, 128), st.sampled_from([64, 128]), st.integers(1, 200))
     def test_cut_is_the_least_that_fills_the_device(self, sequences, heads, value_dim, sm_count):
         p = problem(sequences=sequences, batch=sequences, heads=heads, value_dim=value_dim, sm_count=sm_count)
-        tile = planner.plan_chunk_fwd(p).value_tile
+        tile = planner.plan_chunk_fwd(p, segment_chunks=0).value_tile
         assert value_dim % tile == 0 and 32 <= tile <= value_dim
 
         def ctas(tile: int) -> int:
@@ -138,6 +181,65 @@ class TestValueTile:
 
         assert ctas(tile) >= sm_count or tile == 32
         assert tile == value_dim or ctas(2 * tile) < sm_count
+
+
+class TestCut:
+    """The cut of sequences into segments."""
+
+    @pytest.mark.parametrize(
+        ("heads", "lengths"),
+        [(8, [65536]), (4, [32768]), (16, [8192]), (8, [4096]), (12, [2048]), (1, [2**20]), (2, [16384] * 2)],
+        ids=str,
+    )
+    @pytest.mark.parametrize("varlen", [False, True])
+    def test_few_heads_and_long_sequences_are_cut(self, heads, lengths, varlen):
+        N, T = len(lengths), lengths[0]
+        shape = {"tokens": T * N, "varlen": True} if varlen else {"tokens": T, "batch": N}
+        plan = planner.plan_chunk_fwd(problem(heads=heads, sequences=N, **shape))
+        segments = -(-T // C // plan.segment_chunks)
+        assert 3 <= segments <= 64
+        assert plan.segment_slots == N * segments + (N if varlen and T % (plan.segment_chunks * C) == 0 else 0)
+        assert plan.segment_tile == plan.value_tile == 64
+
+    @pytest.mark.parametrize(
+        ("heads", "sequences", "tokens"),
+        [(96, 1, 8192), (96, 8, 1024), (64, 1, 8192), (32, 1, 8192), (16, 8, 2048), (4, 1, 1024), (1, 1, 64), (1, 1, 0)]
+        + [(64, 0, 0), (96, 256, 8192), (4, 64, 500)],
+    )
+    @pytest.mark.parametrize("varlen", [False, True])
+    def test_a_full_device_and_short_sequences_are_not(self, heads, sequences, tokens, varlen):
+        shape = {"tokens": tokens * sequences, "varlen": True} if varlen else {"tokens": tokens, "batch": sequences}
+        plan = planner.plan_chunk_fwd(problem(heads=heads, sequences=sequences, **shape))
+        assert plan.segment_chunks == 0 and plan.segment_tile == 0
+        assert plan.segment_slots == sequences
+        assert plan.workspace.segment_map == plan.workspace.segment_state == 0
+
+    def test_a_packed_batch_counts_as_equally_long_sequences(self):
+        """The host does not know the lengths: eight sequences of 1024 tokens, or one of 8000 and seven short ones."""
+        assert planner.plan_chunk_fwd(problem(heads=2, tokens=8192, varlen=True)).segment_chunks > 0
+        assert planner.plan_chunk_fwd(problem(heads=2, tokens=8192, sequences=8, varlen=True)).segment_chunks == 0
+
+    @settings(deadline=None)
+    @given(
+        st.integers(0, 2**22), st.integers(0, 300), st.integers(1, 128), st.sampled_from([64, 128]),
+        st.sampled_from([64, 128]), st.booleans(), st.integers(1, 200),
+    )  # fmt: skip
+    def test_any_choice_is_sound(self, tokens, sequences, heads, key_dim, value_dim, varlen, sm_count):
+        p = problem(
+            tokens=tokens, sequences=sequences, batch=1 if varlen else sequences, varlen=varlen, heads=heads,
+            key_dim=key_dim, value_dim=value_dim, sm_count=sm_count,
+        )  # fmt: skip
+        plan = planner.plan_chunk_fwd(p)
+        assert plan.segment_slots == planner.segment_slots(p, plan.segment_chunks)
+        if plan.segment_chunks:
+            longest = -(-(-(-tokens // sequences) if varlen else tokens) // C)
+            assert 3 <= -(-longest // plan.segment_chunks) <= 64
+
+    @pytest.mark.parametrize("segment_chunks", [0, 1, 7, 10**6])
+    def test_a_cut_can_be_fixed(self, segment_chunks):
+        plan = planner.plan_chunk_fwd(problem(), segment_chunks=segment_chunks)
+        assert plan.segment_chunks == segment_chunks
+        assert plan.segment_slots == (-(-128 // segment_chunks) if segment_chunks else 1)
 
 
 class TestWorkspace:
@@ -185,7 +287,7 @@ class TestWorkspace:
         }
 
     def test_sizes_are_64_bit(self):
-        plan = planner.plan_chunk_fwd(problem(tokens=2**24, heads=64))
+        plan = planner.plan_chunk_fwd(problem(tokens=2**24, heads=64), segment_chunks=0)
         tiles = 2**18 * 64
         assert plan.workspace.total_bytes == tiles * sum(size(128, 128) for size in self.REGIONS.values()) > 2**40
 
@@ -296,6 +398,18 @@ class TestJson:
         ctas = json.loads(planner.to_json(p, planner.plan_chunk_fwd(p)))["stage_ctas"]
         assert ctas == {"intra_chunk_solve": 18 * 4, "state_recurrence": 3 * 4 * 4, "output_gemm": 19 * 4}
 
+    def test_ctas_of_a_cut(self):
+        p = problem(heads=4, tokens=1000, key_dim=64)
+        content = json.loads(planner.to_json(p, planner.plan_chunk_fwd(p, segment_chunks=5)))
+        assert content["segment_chunks"] == 5 and content["segment_slots"] == 4 and content["segment_tile"] == 64
+        assert content["stage_ctas"] == {
+            "intra_chunk_solve": 16 * 4,
+            "segment_summary": 4 * 4 * 3,
+            "segment_compose": 4 * 8,
+            "state_recurrence": 4 * 4 * 2,
+            "output_gemm": 16 * 4,
+        }
+
     def test_fused(self):
         p = problem(bounded_gate=True)
         content = json.loads(planner.to_json(p, planner.plan_chunk_fwd(p)))
@@ -306,3 +420,39 @@ class TestJson:
         p = problem(key_dim=7)
         content = json.loads(planner.to_json(p, planner.plan_chunk_fwd(p)))
         assert content["path"] == "composite" and content["stage_ctas"] == {} and content["reason"]
+
+
+class TestBackward:
+    @pytest.mark.parametrize("activated_gate", [False, True])
+    @pytest.mark.parametrize("changes", [{}, {"heads": 4, "value_heads": 12}, {"key_dim": 64, "tokens": 100}])
+    def test_workspace(self, changes: dict[str, Any], activated_gate: bool) -> None:
+        """Every region has its size, starts aligned, and meets no other."""
+        p = problem(**changes)
+        plan = planner.plan_chunk_bwd(p, activated_gate)
+        K, V, tiles = p.key_dim, p.value_dim, plan.chunk_slots * p.value_heads
+        sizes = dict.fromkeys(("W", "K_decayed", "Q_gated"), 2 * C * K) | dict.fromkeys(("Aqk", "inverse"), 2 * C * C)
+        sizes |= {"U": 4 * V * C, "dU": 4 * V * C, "state": 2 * V * K, "dstate": 2 * V * K, "chunk_decay": 4 * K}
+        if activated_gate:
+            sizes |= {"dA_log": 4 * K, "ddt_bias": 4 * K}
+        regions = [(getattr(plan.workspace, name), tiles * size) for name, size in sizes.items()]
+        if p.value_heads > p.heads:
+            regions += [(getattr(plan.workspace, name), 4 * p.tokens * p.value_heads * K) for name in ("dq", "dk")]
+        regions.sort()
+        assert all(begin % ALIGNMENT == 0 for begin, _ in regions)
+        for (begin, size), (following, _) in pairwise([*regions, (plan.workspace.total_bytes, 0)]):
+            assert begin + size <= following < begin + size + ALIGNMENT
+
+    def test_memory_of_a_token(self) -> None:
+        """As documented for K = V = 128: 3080 bytes for each token and head, and 16 with a gate's parameters."""
+        p = problem()
+        for activated_gate, expected in ((False, 3080), (True, 3096)):
+            total = planner.plan_chunk_bwd(p, activated_gate).workspace.total_bytes
+            assert total == expected * p.tokens * p.heads
+
+    def test_paths(self) -> None:
+        """The backward takes the kernels where the forward does."""
+        for changes in ({}, {"key_dim": 96}, {"compute_capability": 80}, {"tokens": 0}):
+            p = problem(**changes)
+            forward, backward = planner.plan_chunk_fwd(p), planner.plan_chunk_bwd(p, True)
+            assert (backward.path, backward.reason) == (forward.path, forward.reason)
+            assert backward.value_tile == forward.value_tile

@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Small calls that reach every kernel instantiation and feature once, for compute-sanitizer. Each is checked as well.
+"""Small calls that reach every kernel instantiation and feature once, forward and backward, for compute-sanitizer.
+
+Each is checked as well.
 
     compute-sanitizer --tool memcheck python tools/sanitizer_cases.py
     python tools/sanitizer_cases.py [--list] [--only NAME,NAME] [--skip-wrong-contents] [--device cpu]
@@ -34,6 +36,19 @@ from kda_cuda.accuracy import O_RELATIVE_RMSE, STATE_RELATIVE_RMSE, relative_rms
 
 HOST_THREADS = 2  # four tools run this at once
 ACTIVATIONS = ("q", "k", "v", "g", "beta")
+DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
+BACKWARD_OPTIONS = (
+    "scale",
+    "lower_bound",
+    "use_qk_l2norm",
+    "use_gate",
+    "use_beta_sigmoid",
+    "allow_neg_eigval",
+    "state_v_first",
+)
+# Of gradients: what a wrong element would exceed. They are of few tokens, and their accuracy is the GPU tests' matter.
+GRADIENT_LIMIT = 2e-2
+GRADIENT_LIMIT_OF_SUMS = 0.3  # dA_log, dbeta: few numbers, whose terms cancel
 OUTPUTS = {"o": O_RELATIVE_RMSE, "final_state": STATE_RELATIVE_RMSE, "chunk_states": STATE_RELATIVE_RMSE}
 
 
@@ -48,6 +63,7 @@ class Case:
     path: str = "staged"  # of kernels, whatever the planner would choose; empty: its choice
     segment_chunks: int | None = None  # of a cut into segments, instead of the planner's choice
     value_tile: int | None = None  # of the fused path, instead of the planner's choice
+    zero_beta: bool = False  # every third token writes nothing
     is_wrong: bool = False  # the contents are no cu_seqlens: nothing to compare, and unwritten workspace may be read
 
 
@@ -94,11 +110,21 @@ def cases() -> list[Case]:
         Case("no_rows", {"B": 0, "T": 70, "with_state": True}),
         Case("no_sequences", {"lengths": []}),
         Case("empty_sequences", {"lengths": [0, 0], "with_state": True}),
+        # The cut into segments: both parts of a map, a map given up, its composition over several segments.
+        *(
+            Case(f"segments_K{K}_V{V}", {"T": 460, "H": 1, "K": K, "V": V, "with_state": True}, segment_chunks=2)
+            for K in (64, 128)
+            for V in (64, 128)
+        ),
+        Case("segments_faded", {"family": "random", "T": 460, "H": 1, "K": 128}, segment_chunks=3),
+        Case("segments_packed", {**packed, "lengths": [0, 1, 330, 0, 64, 200]}, segment_chunks=1),
+        Case("segments_padded", {"lengths": [100, 100, 100]}, contents=(0, 200, 210, 210), segment_chunks=1),
         # Gates, types and layouts.
         Case("gate_random_fp32", {"family": "random", "T": 80, "gate_dtype": torch.float32}),
         Case("gate_unbounded", {"family": "unbounded", "T": 80, "gate_dtype": torch.float16, "HV": 4}),
         Case("gate_log_fp32", {"family": "unbounded_log", "T": 80, "gate_dtype": torch.float32}),
         Case("gate_log_odd", {"family": "unbounded_log", "T": 80, "gate_dtype": torch.float32, "K": 128}, odd=True),
+        Case("beta_of_zero", {"T": 80, "K": 128, "use_beta_sigmoid": False}, zero_beta=True),
         Case("negative_eigenvalues", {"T": 80, "allow_neg_eigval": True, "scale": -0.5}),
         Case("not_normalised", {"family": "unbounded", "T": 80, "use_qk_l2norm": False}),
         Case("fused_projection", {"B": 2, "T": 70, "HV": 4, "strided": "fused"}),
@@ -117,6 +143,10 @@ def cases() -> list[Case]:
     }
     features = {"lengths": [60, 100, 100], "with_state": True}
     result += [Case(f"wrong_{name}", features, contents=contents, is_wrong=True) for name, contents in wrong.items()]
+    result += [
+        Case(f"wrong_segments_{name}", features, contents=contents, segment_chunks=1, is_wrong=True)
+        for name, contents in wrong.items()
+    ]
     result += [
         fused_case(f"wrong_{name}", 64, features, contents=contents, is_wrong=True) for name, contents in wrong.items()
     ]
@@ -195,11 +225,41 @@ def make_call(case: Case) -> dict[str, Any]:
     inputs = make_inputs(**{"family": "long", "H": 2, **case.features})
     if case.contents is not None:
         inputs["cu_seqlens"] = torch.tensor(case.contents, dtype=inputs["cu_seqlens"].dtype)
+    if case.zero_beta:
+        inputs["beta"] = inputs["beta"].float().sigmoid()
+        inputs["beta"][:, ::3] = 0.0
     if not inputs["use_qk_l2norm"]:
         inputs |= {name: torch.nn.functional.normalize(inputs[name].float(), dim=-1).to(inputs[name]) for name in "qk"}
     if case.odd:
         inputs |= {name: odd_layout(inputs[name]) for name in ACTIVATIONS}
     return inputs
+
+
+def run_backward(inputs: dict[str, Any], moved: dict[str, Any], device: str, is_wrong: bool) -> str:
+    """The gradients of a call. Returns what is wrong with them."""
+    names = (*DIFFERENTIABLE, "cu_seqlens", *BACKWARD_OPTIONS)
+    generator = torch.Generator().manual_seed(1)
+    do = torch.randn(inputs["v"].shape, generator=generator).to(inputs["v"].dtype)
+    N = inputs["q"].shape[0] if "cu_seqlens" not in inputs else inputs["cu_seqlens"].numel() - 1
+    K, V = inputs["q"].shape[-1], inputs["v"].shape[-1]
+    matrix = (V, K) if inputs["state_v_first"] else (K, V)
+    dstate = torch.randn(N, inputs["v"].shape[2], *matrix, generator=generator)
+    results = torch.ops.kda.chunk_bwd(
+        do.to(device), dstate.to(device), **{name: moved[name] for name in names if name in moved}
+    )
+    gradients = [x.cpu() for x in results]
+    if is_wrong:
+        return ""
+    wide = {name: inputs[name].float() for name in ("q", "k", "v")}
+    arguments = {name: x for name, x in {**inputs, **wide}.items() if name in names}
+    expected = composite.chunk_bwd(do.float(), dstate, **arguments)
+    for name, actual, e in zip(DIFFERENTIABLE, gradients, expected, strict=True):
+        if actual.shape != e.shape:
+            return f"d{name} has shape {list(actual.shape)}, not {list(e.shape)}"
+        limit = GRADIENT_LIMIT_OF_SUMS if name in ("A_log", "beta") else GRADIENT_LIMIT
+        if (error := relative_rmse(actual, e)) > limit:
+            return f"d{name} misses by {error:.2e}, allowed are {limit:.1e}"
+    return ""
 
 
 def run_case(case: Case, device: str) -> str:
@@ -217,7 +277,7 @@ def run_case(case: Case, device: str) -> str:
         outputs = torch.ops.kda.chunk_fwd_planned(**moved, path=case.path, **cut)
     outputs = tuple(x.cpu() for x in outputs)
     if case.is_wrong:
-        return ""
+        return run_backward(inputs, moved, device, is_wrong=True)
     wide = {name: inputs[name].float() for name in ("q", "k", "v")}
     with torch.no_grad():
         expected = composite.chunk_fwd(**{**inputs, **wide})
@@ -226,7 +286,7 @@ def run_case(case: Case, device: str) -> str:
             return f"{name} has shape {list(actual.shape)}, not {list(e.shape)}"
         if (error := relative_rmse(actual, e)) > limit:
             return f"{name} misses by {error:.2e}, allowed are {limit:.1e}"
-    return ""
+    return run_backward(inputs, moved, device, is_wrong=False)
 
 
 def main() -> int:

@@ -57,4 +57,25 @@ struct ChunkFwdParams {
 // graph; the contents of cu_seqlens may change between replays. Returns cudaErrorNotSupported if the plan is not a kernel path.
 [[nodiscard]] cudaError_t chunk_fwd(const ChunkFwdParams& params, const ChunkFwdPlan& plan, cudaStream_t stream);
 
+// All pointers are device pointers. Gradients are contiguous, each in the shape and type of its input.
+struct ChunkBwdParams {
+  ChunkFwdParams inputs;  // those of the forward; its outputs and workspace are not used
+
+  const void* dO = nullptr;             // [B, T, HV, V] contiguous, 16-byte aligned, activation_type
+  const float* dfinal_state = nullptr;  // as final_state of the forward, contiguous; or null: zeros
+
+  void* dq = nullptr;              // [B, T, H, K]   activation_type
+  void* dk = nullptr;              // [B, T, H, K]   activation_type
+  void* dv = nullptr;              // [B, T, HV, V]  activation_type
+  void* dg = nullptr;              // [B, T, HV, K]  gate_type
+  void* dbeta = nullptr;           // [B, T, HV]     beta_type
+  float* dA_log = nullptr;         // [HV], or null
+  float* ddt_bias = nullptr;       // [HV, K], or null
+  void* dinitial_state = nullptr;  // [N, HV, K, V] or [N, HV, V, K], state_type; or null
+  void* workspace = nullptr;       // plan.workspace.total_bytes, 256-byte aligned
+};
+
+// Enqueues the backward on `stream`, with the promises of chunk_fwd.
+[[nodiscard]] cudaError_t chunk_bwd(const ChunkBwdParams& params, const ChunkBwdPlan& plan, cudaStream_t stream);
+
 }  // namespace kda

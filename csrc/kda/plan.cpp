@@ -2,20 +2,25 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 
 namespace kda {
 
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
 int64_t chunk_slots(const ChunkFwdProblem& p) {
   if (p.varlen) return p.tokens / kChunkTokens + p.sequences;
-  return p.batch * ((p.tokens + kChunkTokens - 1) / kChunkTokens);
+  return p.batch * ceil_div(p.tokens, kChunkTokens);
 }
 
 int64_t segment_slots(const ChunkFwdProblem& p, int64_t segment_chunks) {
   if (segment_chunks == 0 || p.sequences == 0) return p.sequences;
   const int64_t segment_tokens = segment_chunks * kChunkTokens;
   if (p.varlen) return p.tokens / segment_tokens + p.sequences;
-  return p.batch * std::max((p.tokens + segment_tokens - 1) / segment_tokens, int64_t{1});
+  return p.batch * std::max(ceil_div(p.tokens, segment_tokens), int64_t{1});
 }
 
 namespace {
@@ -23,7 +28,8 @@ namespace {
 constexpr size_t kAlignment = 256;  // of every workspace region; also what cudaMalloc guarantees
 
 // Reserves `bytes` at the end of the workspace and returns their offset.
-size_t reserve(ChunkFwdWorkspace& workspace, size_t bytes) {
+template <typename Workspace>
+size_t reserve(Workspace& workspace, size_t bytes) {
   const size_t offset = workspace.total_bytes;
   workspace.total_bytes += (bytes + kAlignment - 1) / kAlignment * kAlignment;
   return offset;
@@ -38,17 +44,109 @@ const char* reason_for_composite(const ChunkFwdProblem& p) {
   return nullptr;
 }
 
-// A pass of the recurrence runs one CTA for each of `items` (segment slots and value heads, or the like) and tile of `rows` rows. Cut
-// rows only as far as it takes to give every multiprocessor a CTA: each further cut reads the factors of a chunk once more. Within 5 %
-// of the best tile at every point of the sweep in bench/results (python -m bench.sweep).
-int choose_tile(const ChunkFwdProblem& p, int64_t items, int rows) {
+// Without a cut, the recurrence runs one CTA for each (sequence, value head, value tile). Cut V only as far as it takes
+// to give every multiprocessor a CTA: each further cut reads the factors of a chunk once more. Within 5 % of the best
+// tile at every point of the sweep in bench/results (python -m bench.sweep).
+int choose_value_tile(const ChunkFwdProblem& p) {
   constexpr int kSmallestTile = 32;
-  int tile = rows;
-  while (tile > kSmallestTile && items * (rows / tile) < p.sm_count) tile /= 2;
+  int tile = p.value_dim;
+  while (tile > kSmallestTile && p.sequences * p.value_heads * (p.value_dim / tile) < p.sm_count) tile /= 2;
   return tile;
 }
 
-int64_t choose_segment_chunks(const ChunkFwdProblem& p) { return getenv("KDA_L") ? atoi(getenv("KDA_L")) : 0; }
+// Rows of S^T or M^T of a CTA of a cut, in both passes: the best, or within 3 % of it, at every point of the sweep in
+// docs/lab-notebook.md.
+constexpr int kSegmentTile = 64;
+
+// Rows of S^T of a CTA that composes the maps.
+constexpr int kComposeRows = 16;
+
+// What the recurrence costs, in microseconds, with and without a cut. The constants were measured on an H200
+// (docs/lab-notebook.md) and give its kernels to 15 %.
+class RecurrenceModel {
+ public:
+  // The host knows T and N alone: sequences of a packed batch are taken as equally long.
+  explicit RecurrenceModel(const ChunkFwdProblem& p)
+      : chunks_(ceil_div(p.varlen ? ceil_div(p.tokens, p.sequences) : p.tokens, kChunkTokens)),
+        items_(static_cast<double>(p.sequences) * p.value_heads),
+        key_dim_(p.key_dim),
+        value_dim_(p.value_dim),
+        rows_of_device_(static_cast<double>(kSegmentTile) * p.sm_count) {}
+
+  // Chunks of the longest sequence.
+  [[nodiscard]] int64_t chunks() const { return chunks_; }
+
+  [[nodiscard]] double uncut() const { return outputs(chunks_, 1); }
+
+  // What no cut can save.
+  [[nodiscard]] double least() const { return 3 * kLaunch + traffic(); }
+
+  // Of `segments` segments of `chunks` chunks. Maps of steep gates are 0 after a chunk, those of gates with a long
+  // memory never are: the mean of both.
+  [[nodiscard]] double cut(int64_t chunks, int64_t segments) const {
+    const double offset_rows = items_ * (segments - 1) * value_dim_, map_rows = items_ * (segments - 2) * key_dim_;
+    const double summary = (pass(chunks, offset_rows + map_rows) + pass(chunks, offset_rows)) / 2;
+    const double rows_of_compose = rows_of_device_ / kSegmentTile * kComposeRows;
+    const double compose = (segments - 2) * kComposeSegment * std::ceil(items_ * value_dim_ / rows_of_compose);
+    return summary + kLaunch + compose + outputs(chunks, segments);
+  }
+
+ private:
+  static constexpr double kLaunch = 4.0;          // a kernel more: its launch, first loads and last stores
+  static constexpr double kChainChunk = 1.3;      // a chunk in a CTA that has a multiprocessor to itself
+  static constexpr double kSharedChunk = 1.15;    // a chunk and kSegmentTile rows, of several on a multiprocessor
+  static constexpr double kComposeSegment = 0.9;  // a segment in a CTA of the composition
+  static constexpr double kResident = 2;          // CTAs of kSegmentTile rows on a multiprocessor at the same time
+  static constexpr double kBytesPerMicrosecond = 3.7e6;
+
+  // CTAs that go through `chunks` chunks and have `rows` rows in all. Up to two a multiprocessor run from the beginning
+  // to the end; of more, the later ones fill gaps.
+  [[nodiscard]] double pass(int64_t chunks, double rows) const {
+    const double share = rows / rows_of_device_;
+    return kLaunch + chunks * std::max(kChainChunk, kSharedChunk * (share <= kResident ? std::ceil(share) : share));
+  }
+
+  // W, K_decayed and U0 are read; U and the state are written.
+  [[nodiscard]] double traffic() const {
+    constexpr double C = kChunkTokens;
+    const double bytes = 2 * C * key_dim_ * 2 + value_dim_ * C * (4 + 4) + value_dim_ * key_dim_ * 2;
+    return items_ * chunks_ * bytes / kBytesPerMicrosecond;
+  }
+
+  // Where traffic bounds it, CTAs that share a multiprocessor take longer than those that do not, and what is left over
+  // after the last full round leaves multiprocessors idle: a third of the difference to full rounds was measured.
+  [[nodiscard]] double outputs(int64_t chunks, int64_t segments) const {
+    constexpr double kUnevenness = 1.0 / 3;
+    const double rows = items_ * segments * value_dim_, share = rows / rows_of_device_;
+    const double full = std::ceil(share / kResident) * kResident;
+    const double uneven = share > 1 ? 1 + kUnevenness * (full / share - 1) : 1.0;
+    return std::max(pass(chunks, rows), kLaunch + traffic() * uneven);
+  }
+
+  int64_t chunks_;
+  double items_, key_dim_, value_dim_;
+  double rows_of_device_;  // one CTA of kSegmentTile on each multiprocessor
+};
+
+// Chunks of one segment, 0 for no cut: that which costs least, if it saves a tenth.
+int64_t choose_segment_chunks(const ChunkFwdProblem& p) {
+  constexpr int64_t kMostSegments = 64;  // beyond, their composition eats up what they gain
+  constexpr double kWorthwhile = 0.9;
+  if (p.sequences == 0) return 0;
+  const RecurrenceModel model(p);
+  double best = kWorthwhile * model.uncut();
+  if (model.least() >= best) return 0;
+  int64_t chosen = 0;
+  for (int64_t segments = 3; segments <= kMostSegments && segments < model.chunks(); ++segments) {
+    const int64_t chunks = ceil_div(model.chunks(), segments);
+    const double cost = model.cut(chunks, ceil_div(model.chunks(), chunks));
+    if (cost < best) {
+      best = cost;
+      chosen = chunks;
+    }
+  }
+  return chosen;
+}
 
 // Tokens of the longest sequence. The lengths in cu_seqlens are not known on the host: taken as equal.
 double longest_sequence(const ChunkFwdProblem& p) {
@@ -83,13 +181,15 @@ FusedEstimate estimate_fused(const ChunkFwdProblem& p, std::optional<int> value_
   return wide.us <= narrow.us ? wide : narrow;
 }
 
-// Time of the three stages without a cut: their launches, work for every token, value head and channel, and a chain of chunks if that takes
-// longer than its share of the work.
+// Time of the three stages: their launches, two of them parallel over chunks, and the recurrence, cut or not.
 double estimate_staged_us(const ChunkFwdProblem& p) {
-  constexpr double kLaunchesUs = 30.0, kParallelUs = 6.2e-6, kRecurrenceUs = 2.6e-6, kChunkUs = 1.3;
+  constexpr double kLaunchesUs = 25.0, kParallelUs = 6.2e-6;  // the latter for each token, value head and channel
+  if (p.sequences == 0) return 0.0;
   const double work = static_cast<double>(p.batch) * p.tokens * p.value_heads * (p.key_dim + p.value_dim);
-  const double chain = std::ceil(longest_sequence(p) / kChunkTokens) * kChunkUs;
-  return kLaunchesUs + kParallelUs * work + std::max(kRecurrenceUs * work, chain);
+  const RecurrenceModel model(p);
+  const int64_t chunks = choose_segment_chunks(p);
+  const double recurrence = chunks == 0 ? model.uncut() : model.cut(chunks, ceil_div(model.chunks(), chunks));
+  return kLaunchesUs + kParallelUs * work + recurrence;
 }
 
 // Why a call that kernels cover does not take the fused one; null if it does.
@@ -145,7 +245,6 @@ JsonObject stage_ctas(const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
   ctas.add("intra_chunk_solve", tiles);
   const int64_t segments = plan.segment_slots * p.value_heads;
   if (plan.segment_chunks > 0) {
-    constexpr int kComposeRows = 16;
     ctas.add("segment_summary", segments * ((p.value_dim + p.key_dim) / plan.segment_tile));
     ctas.add("segment_compose", p.sequences * p.value_heads * (p.value_dim / kComposeRows));
   }
@@ -176,8 +275,9 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p, const ChunkFwdPlanOptions&
   plan.path = ChunkFwdPath::kStaged;
   plan.segment_chunks = options.segment_chunks ? *options.segment_chunks : choose_segment_chunks(p);
   plan.segment_slots = segment_slots(p, plan.segment_chunks);
-  const int64_t segments = plan.segment_slots * p.value_heads;
-  plan.value_tile = options.value_tile ? *options.value_tile : choose_tile(p, segments, p.value_dim);
+  plan.value_tile = options.value_tile        ? *options.value_tile
+                    : plan.segment_chunks > 0 ? kSegmentTile
+                                              : choose_value_tile(p);
 
   constexpr size_t kBf16 = 2, kFp32 = 4, C = kChunkTokens;
   const size_t tiles = static_cast<size_t>(plan.chunk_slots) * p.value_heads;
@@ -191,10 +291,40 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p, const ChunkFwdPlanOptions&
   w.state = reserve(w, tiles * V * K * kBf16);
   w.chunk_decay = reserve(w, tiles * K * kFp32);
   if (plan.segment_chunks > 0) {
-    plan.segment_tile =
-        getenv("KDA_ST") ? atoi(getenv("KDA_ST")) : choose_tile(p, 2 * segments, std::min(p.key_dim, p.value_dim));
+    const size_t segments = static_cast<size_t>(plan.segment_slots) * p.value_heads;
+    plan.segment_tile = kSegmentTile;
     w.segment_map = reserve(w, segments * K * K * kFp32);
     w.segment_state = reserve(w, segments * V * K * kFp32);
+  }
+  return plan;
+}
+
+ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate) {
+  ChunkBwdPlan plan;
+  plan.chunk_slots = chunk_slots(p);
+  if (const char* reason = reason_for_composite(p)) {
+    plan.reason = reason;
+    return plan;
+  }
+  plan.path = ChunkFwdPath::kStaged;
+  plan.reason = "K, V and the types are covered by the kernels";
+  plan.value_tile = choose_value_tile(p);
+
+  constexpr size_t kBf16 = 2, kFp32 = 4, C = kChunkTokens;
+  const size_t tiles = static_cast<size_t>(plan.chunk_slots) * p.value_heads;
+  const size_t K = p.key_dim, V = p.value_dim;
+  ChunkBwdWorkspace& w = plan.workspace;
+  for (size_t* region : {&w.W, &w.K_decayed, &w.Q_gated}) *region = reserve(w, tiles * C * K * kBf16);
+  for (size_t* region : {&w.Aqk, &w.inverse}) *region = reserve(w, tiles * C * C * kBf16);
+  for (size_t* region : {&w.U, &w.dU}) *region = reserve(w, tiles * V * C * 2 * kBf16);
+  for (size_t* region : {&w.state, &w.dstate}) *region = reserve(w, tiles * V * K * kBf16);
+  w.chunk_decay = reserve(w, tiles * K * kFp32);
+  if (activated_gate) {
+    for (size_t* region : {&w.dA_log, &w.ddt_bias}) *region = reserve(w, tiles * K * kFp32);
+  }
+  if (p.value_heads > p.heads) {
+    const size_t elements = static_cast<size_t>(p.batch) * p.tokens * p.value_heads * K;
+    for (size_t* region : {&w.dq, &w.dk}) *region = reserve(w, elements * kFp32);
   }
   return plan;
 }

@@ -1,4 +1,5 @@
-// Host-only planning of kda::chunk_fwd: which path a call takes, how its grid is cut, and how its workspace is laid out.
+// Host-only planning of kda::chunk_fwd: which path a call takes, how its grid is cut, and how its workspace is laid
+// out.
 //
 // Pure functions over plain structs: no CUDA header, no global state, so that they are tested by tables on any machine.
 #pragma once
@@ -66,7 +67,8 @@ struct ChunkFwdPlan {
   int64_t chunk_slots = 0;  // grid extent over chunks; see chunk_slot()
   int value_tile = 0;       // V columns of one CTA of the state recurrence, or of the fused kernel
 
-  // The cut of sequences into segments, whose affine maps S -> M S + B are computed side by side before the recurrence proper.
+  // The cut of sequences into segments, whose affine maps S -> M S + B are computed side by side before the recurrence
+  // proper.
   int64_t segment_chunks = 0;  // chunks of one segment; 0: sequences are not cut
   int64_t segment_slots =
       0;                 // grid extent over segments; see segment_slots(). The number of sequences if they are not cut
@@ -75,16 +77,40 @@ struct ChunkFwdPlan {
   ChunkFwdWorkspace workspace;
 };
 
-// Slots that hold the chunks of all sequences. For equal lengths chunk c of sequence n has slot n * ceil(T / C) + c. With
-// cu_seqlens it has slot cu_seqlens[n] / C + n + c: slots of different sequences never meet, whatever the lengths are, and no
-// host code needs to read them. T / C + N slots always suffice; some stay unused.
+// Slots that hold the chunks of all sequences. For equal lengths chunk c of sequence n has slot n * ceil(T / C) + c.
+// With cu_seqlens it has slot cu_seqlens[n] / C + n + c: slots of different sequences never meet, whatever the lengths
+// are, and no host code needs to read them. T / C + N slots always suffice; some stay unused.
 [[nodiscard]] int64_t chunk_slots(const ChunkFwdProblem& problem);
 
-// Slots that hold the segments of all sequences, as chunk_slots() does for chunks: a slot for every segment_chunks * C tokens, and one more
-// for each sequence. Without a cut (0) a slot for each sequence.
+// Slots that hold the segments of all sequences, as chunk_slots() does for chunks: a slot for every segment_chunks * C
+// tokens, and one more for each sequence. Without a cut (0) a slot for each sequence.
 [[nodiscard]] int64_t segment_slots(const ChunkFwdProblem& problem, int64_t segment_chunks);
 
 [[nodiscard]] ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& problem, const ChunkFwdPlanOptions& options = {});
+
+// Byte offsets of the regions of the workspace of the backward, in the order of its stages. A region holds one tile for
+// each (chunk slot, value head), slot-major, but for the gradients at the end.
+struct ChunkBwdWorkspace {
+  size_t W = 0, K_decayed = 0, Q_gated = 0, Aqk = 0, U = 0, state = 0, chunk_decay = 0;  // as in ChunkFwdWorkspace
+  size_t inverse = 0;  // (I + Akk)^-1                           [slots, HV, C, C]     bf16, swizzled tile
+  size_t dstate = 0;   // dS', gradient of the state at the exit of a chunk  [slots, HV, V, K]  bf16, fragment order
+  size_t dU = 0;       // gradient of U as two bf16 operands      [slots, HV, V, C]
+  size_t dA_log = 0;  // sums over each chunk, by channel        [slots, HV, K]        fp32; only with an activated gate
+  size_t ddt_bias = 0;    // likewise
+  size_t dq = 0, dk = 0;  // of each value head                     [B, T, HV, K]         fp32; only if HV > H
+  size_t total_bytes = 0;
+};
+
+struct ChunkBwdPlan {
+  ChunkFwdPath path = ChunkFwdPath::kComposite;
+  const char* reason = "";  // one clause: why this path
+  int64_t chunk_slots = 0;  // as in ChunkFwdPlan
+  int value_tile = 0;       // V columns of one CTA of both recurrences
+  ChunkBwdWorkspace workspace;
+};
+
+// activated_gate: the log-gate is computed from A_log or dt_bias, whose gradients need room.
+[[nodiscard]] ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& problem, bool activated_gate);
 
 // The plan as one JSON object, for the command line and for logs.
 [[nodiscard]] std::string to_json(const ChunkFwdProblem& problem, const ChunkFwdPlan& plan);

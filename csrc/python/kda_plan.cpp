@@ -86,6 +86,30 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("segment_tile", &kda::ChunkFwdPlan::segment_tile)
       .def_readonly("workspace", &kda::ChunkFwdPlan::workspace);
 
+  py::class_<kda::ChunkBwdWorkspace>(m, "ChunkBwdWorkspace")
+      .def_readonly("W", &kda::ChunkBwdWorkspace::W)
+      .def_readonly("K_decayed", &kda::ChunkBwdWorkspace::K_decayed)
+      .def_readonly("Q_gated", &kda::ChunkBwdWorkspace::Q_gated)
+      .def_readonly("Aqk", &kda::ChunkBwdWorkspace::Aqk)
+      .def_readonly("U", &kda::ChunkBwdWorkspace::U)
+      .def_readonly("state", &kda::ChunkBwdWorkspace::state)
+      .def_readonly("chunk_decay", &kda::ChunkBwdWorkspace::chunk_decay)
+      .def_readonly("inverse", &kda::ChunkBwdWorkspace::inverse)
+      .def_readonly("dstate", &kda::ChunkBwdWorkspace::dstate)
+      .def_readonly("dU", &kda::ChunkBwdWorkspace::dU)
+      .def_readonly("dA_log", &kda::ChunkBwdWorkspace::dA_log)
+      .def_readonly("ddt_bias", &kda::ChunkBwdWorkspace::ddt_bias)
+      .def_readonly("dq", &kda::ChunkBwdWorkspace::dq)
+      .def_readonly("dk", &kda::ChunkBwdWorkspace::dk)
+      .def_readonly("total_bytes", &kda::ChunkBwdWorkspace::total_bytes);
+
+  py::class_<kda::ChunkBwdPlan>(m, "ChunkBwdPlan")
+      .def_readonly("path", &kda::ChunkBwdPlan::path)
+      .def_readonly("reason", &kda::ChunkBwdPlan::reason)
+      .def_readonly("chunk_slots", &kda::ChunkBwdPlan::chunk_slots)
+      .def_readonly("value_tile", &kda::ChunkBwdPlan::value_tile)
+      .def_readonly("workspace", &kda::ChunkBwdPlan::workspace);
+
   m.def("chunk_slots", &kda::chunk_slots, py::arg("problem"));
   m.def("segment_slots", &kda::segment_slots, py::arg("problem"), py::arg("segment_chunks"));
   m.def(
@@ -96,6 +120,7 @@ PYBIND11_MODULE(kda_plan, m) {
       },
       py::arg("problem"), py::kw_only(), py::arg("path") = py::none(), py::arg("value_tile") = py::none(),
       py::arg("segment_chunks") = py::none());
+  m.def("plan_chunk_bwd", &kda::plan_chunk_bwd, py::arg("problem"), py::arg("activated_gate"));
   m.def("to_json", &kda::to_json, py::arg("problem"), py::arg("plan"));
   m.def(
       "shared_items",

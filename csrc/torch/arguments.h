@@ -88,6 +88,35 @@ inline ChunkFwdArguments read_arguments(StableIValue* stack) {
   };
 }
 
+// The arguments of kda::chunk_bwd: gradients of the outputs, and the call that they belong to.
+struct ChunkBwdArguments {
+  Tensor dO;                           // [B, T, HV, V]
+  std::optional<Tensor> dfinal_state;  // as final_state
+  ChunkFwdArguments forward;           // without requests of outputs
+};
+
+inline constexpr uint64_t kChunkBwdArguments = 18;
+
+// As read_arguments, for kda::chunk_bwd.
+inline ChunkBwdArguments read_bwd_arguments(StableIValue* stack) {
+  using torch::stable::detail::to;
+  using OptionalTensor = std::optional<Tensor>;
+  using OptionalDouble = std::optional<double>;
+  int i = 0;
+  ChunkBwdArguments args{
+      to<Tensor>(stack[i++]),
+      to<OptionalTensor>(stack[i++]),
+      {to<Tensor>(stack[i++]), to<Tensor>(stack[i++]), to<Tensor>(stack[i++]), to<Tensor>(stack[i++]),
+       to<Tensor>(stack[i++]), to<OptionalTensor>(stack[i++]), to<OptionalTensor>(stack[i++]),
+       to<OptionalTensor>(stack[i++]), to<OptionalTensor>(stack[i++]), to<OptionalDouble>(stack[i++]),
+       to<OptionalDouble>(stack[i++]), to<bool>(stack[i++]), to<bool>(stack[i++]), to<bool>(stack[i++]),
+       to<bool>(stack[i++]), /*output_final_state=*/false, /*state_v_first=*/false, /*output_chunk_states=*/false,
+       /*check_cu_seqlens=*/false},
+  };
+  args.forward.state_v_first = to<bool>(stack[i++]);
+  return args;
+}
+
 // Sizes that the checks have found consistent.
 struct ChunkFwdSizes {
   int64_t batch;        // B

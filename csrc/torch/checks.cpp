@@ -18,11 +18,16 @@ constexpr double kSmallestLowerBound = -5.0;
 // --- Messages: only built once something is wrong -------------------------------------------------------------------
 
 template <typename... Parts>
-[[noreturn]] void fail(const char* argument, const Parts&... parts) {
+[[noreturn]] void fail_in(const char* name, const char* argument, const Parts&... parts) {
   std::ostringstream message;
-  message << "kda::chunk_fwd: argument `" << argument << "`: ";
+  message << "kda::" << name << ": argument `" << argument << "`: ";
   (message << ... << parts);
   throw std::runtime_error(message.str());
+}
+
+template <typename... Parts>
+[[noreturn]] void fail(const char* argument, const Parts&... parts) {
+  fail_in("chunk_fwd", argument, parts...);
 }
 
 template <typename Range>
@@ -292,6 +297,24 @@ void check_initial_state(const ChunkFwdArguments& args, const DeviceId& device) 
   check_device("initial_state", state, device);
 }
 
+// The gradient of an output: in the output's shape, of any floating type that can be converted to the output's.
+void check_gradient(const char* argument, const Tensor& gradient, const char* shape,
+                    std::initializer_list<int64_t> expected, const DeviceId& device) {
+  constexpr const char* kName = "chunk_bwd";
+  const auto sizes = gradient.sizes();
+  bool same = sizes.size() == expected.size();
+  for (size_t i = 0; same && i < expected.size(); ++i) same = sizes[i] == expected.begin()[i];
+  if (!same) fail_in(kName, argument, "expected shape ", shape, " = ", join(expected), ", got ", join(sizes));
+  const DeviceId actual = device_of(gradient);
+  if (!(actual == device)) {
+    fail_in(kName, argument, "expected device ", name_of(device), " as `q` is, got ", name_of(actual));
+  }
+  if (!is_activation_type(gradient.scalar_type())) {
+    fail_in(kName, argument, "expected dtype bfloat16, float16, float32 or float64, got ",
+            name_of(gradient.scalar_type()));
+  }
+}
+
 }  // namespace
 
 void check_cu_seqlens(const Tensor& cu_seqlens, int64_t tokens) {
@@ -315,6 +338,21 @@ void check_chunk_fwd(const ChunkFwdArguments& args, bool padding_allowed) {
   }
   if (args.cu_seqlens) check_sequences(args, device, padding_allowed);
   if (args.initial_state) check_initial_state(args, device);
+}
+
+void check_chunk_bwd(const ChunkBwdArguments& args) {
+  check_chunk_fwd(args.forward);
+  const ChunkFwdSizes n = sizes_of(args.forward);
+  const DeviceId device = device_of(args.forward.q);
+  check_gradient("do", args.dO, "[B, T, HV, V]", {n.batch, n.tokens, n.value_heads, n.value_dim}, device);
+  if (!args.dfinal_state) return;
+  if (args.forward.state_v_first) {
+    check_gradient("dfinal_state", *args.dfinal_state, "[N, HV, V, K] (state_v_first)",
+                   {n.sequences, n.value_heads, n.value_dim, n.key_dim}, device);
+  } else {
+    check_gradient("dfinal_state", *args.dfinal_state, "[N, HV, K, V]",
+                   {n.sequences, n.value_heads, n.key_dim, n.value_dim}, device);
+  }
 }
 
 }  // namespace kda::binding

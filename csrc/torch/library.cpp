@@ -21,6 +21,8 @@ using torch::stable::detail::from;
 
 void boxed_check_chunk_fwd(StableIValue* stack, uint64_t, uint64_t) { check_chunk_fwd(read_arguments(stack)); }
 
+void boxed_check_chunk_bwd(StableIValue* stack, uint64_t, uint64_t) { check_chunk_bwd(read_bwd_arguments(stack)); }
+
 void boxed_composite_reason(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = from(std::string(composite_reason(read_arguments(stack))));
 }
@@ -80,6 +82,7 @@ STABLE_TORCH_LIBRARY(kda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(kda, CompositeExplicitAutograd, m) {
   m.impl("check_chunk_fwd", &kda::binding::boxed_check_chunk_fwd);
+  m.impl("check_chunk_bwd", &kda::binding::boxed_check_chunk_bwd);
   m.impl("composite_reason", &kda::binding::boxed_composite_reason);
   m.impl("check_cu_seqlens", TORCH_BOX(&kda::binding::check_cu_seqlens));
   m.impl("plan_chunk_fwd", TORCH_BOX(&kda::binding::plan_chunk_fwd_json));

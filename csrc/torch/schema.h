@@ -11,6 +11,16 @@ namespace kda::binding {
   "bool output_final_state=False, bool state_v_first=False, bool output_chunk_states=False, "                 \
   "bool check_cu_seqlens=False"
 
+// What all variants of the backward take and return. The order is that of ChunkBwdArguments.
+#define KDA_CHUNK_BWD_ARGUMENTS                                                                                \
+  "Tensor do, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log=None, " \
+  "Tensor? dt_bias=None, Tensor? initial_state=None, Tensor? cu_seqlens=None, float? scale=None, "             \
+  "float? lower_bound=None, bool use_qk_l2norm=False, bool use_gate=False, bool use_beta_sigmoid=False, "      \
+  "bool allow_neg_eigval=False, bool state_v_first=False"
+#define KDA_CHUNK_BWD_RETURNS                                                                   \
+  "(Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dA_log, Tensor ddt_bias, " \
+  "Tensor dinitial_state)"
+
 inline constexpr const char* kSchemas[] = {
     // The forward: by kernels where they cover the call, on CUDA and on the CPU, else by the composite implementation.
     "chunk_fwd(" KDA_CHUNK_FWD_ARGUMENTS ") -> (Tensor o, Tensor final_state, Tensor chunk_states)",
@@ -43,13 +53,15 @@ inline constexpr const char* kSchemas[] = {
     // Refuses cu_seqlens on the host that do not cut `tokens` tokens into sequences.
     "check_cu_seqlens(Tensor cu_seqlens, SymInt tokens) -> ()",
 
-    // The gradients of chunk_fwd. Those of absent inputs are empty, of shape [0].
-    "chunk_bwd(Tensor do, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, "
-    "Tensor? A_log=None, Tensor? dt_bias=None, Tensor? initial_state=None, Tensor? cu_seqlens=None, "
-    "float? scale=None, float? lower_bound=None, bool use_qk_l2norm=False, bool use_gate=False, "
-    "bool use_beta_sigmoid=False, bool allow_neg_eigval=False, bool state_v_first=False) -> "
-    "(Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dA_log, Tensor ddt_bias, "
-    "Tensor dinitial_state)",
+    // The gradients of chunk_fwd, by kernels where they cover the call, else by the composite implementation. Those of
+    // absent inputs are empty, of shape [0].
+    "chunk_bwd(" KDA_CHUNK_BWD_ARGUMENTS ") -> " KDA_CHUNK_BWD_RETURNS,
+
+    // The gradients by PyTorch operators, on every device.
+    "chunk_bwd_composite(" KDA_CHUNK_BWD_ARGUMENTS ") -> " KDA_CHUNK_BWD_RETURNS,
+
+    // Refuses arguments that chunk_bwd must refuse; does nothing else.
+    "check_chunk_bwd(" KDA_CHUNK_BWD_ARGUMENTS ") -> ()",
 
     // The path and the cut that the planner chooses, as JSON, for inputs that are aligned. With varlen `lengths` are those
     // of the sequences, else it is the one length of all `batch` sequences. compute_capability is major * 10 + minor, 0

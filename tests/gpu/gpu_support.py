@@ -49,15 +49,14 @@ _REFERENCE_ARGUMENTS = frozenset(inspect.signature(recurrent_kda).parameters)
 
 
 @contextlib.contextmanager
-def kernels_only(warnings_too: bool = True) -> Iterator[None]:
+def kernels_only() -> Iterator[None]:
     """Within it a forward that falls back to the composite implementation fails; so does a warning of this project."""
     if not ON_CUDA:
         yield
         return
     refusal = AssertionError("the composite implementation was called where the kernels must be")
     with mock.patch.object(composite, "chunk_fwd", side_effect=refusal), warnings.catch_warnings():
-        if warnings_too:
-            warnings.filterwarnings("error", message="kda:")
+        warnings.filterwarnings("error", message="kda:")
         yield
 
 

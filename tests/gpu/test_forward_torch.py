@@ -1,4 +1,4 @@
-"""The CUDA forward as PyTorch sees it: opcheck, torch.compile, and training with the kernels in the forward pass."""
+"""The CUDA operators as PyTorch sees them: opcheck, torch.compile, and training with the kernels in both passes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from gpu_support import (
     gpu_tests,
     kernels_only,
     needs_cuda,
-    reference,
 )
+from gradient_support import DIFFERENTIABLE, backward, backward_kernels_only, output_gradients
 from operator_inputs import make_inputs as make_operator_inputs
 from operator_inputs import positional
 from torch import Tensor
@@ -25,14 +25,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import kda_cuda
-from kda_cuda import composite
 from kda_cuda.accuracy import relative_rmse
 
 pytestmark = gpu_tests
 
-# Of gradients in bf16: their own rounding is 1.7e-3, the backward pass itself computes in fp32 from the inputs.
+# Between gradients in bf16 of two ways to the same call: their own rounding is 1.7e-3.
 BF16_GRADIENT_RELATIVE_RMSE = 3e-3
-DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
 
 # --- opcheck --------------------------------------------------------------------------------------------------------
 
@@ -171,34 +169,24 @@ TRAINING: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("features", TRAINING.values(), ids=TRAINING)
 def test_gradients(family: str, features: dict[str, Any]) -> None:
-    """Forward by the kernels, backward by the composite, on the GPU: against autograd through the fp64 recurrence."""
+    """Autograd gives each input the gradient that the kernels of the backward give it (test_backward.py: how exact)."""
     inputs = make_inputs(family, output_chunk_states=False, device=DEVICE, **features)
-    names = [name for name in DIFFERENTIABLE if name in inputs]
-    generator = torch.Generator(DEVICE).manual_seed(1)
-    leaves = {name: inputs[name].detach().requires_grad_() for name in names}
+    leaves = {name: inputs[name].detach().requires_grad_() for name in DIFFERENTIABLE if name in inputs}
     o, final_state, _ = call({**inputs, **leaves})
-    do = torch.randn(o.shape, generator=generator, device=DEVICE).to(o.dtype)
-    dstate = torch.randn(final_state.shape, generator=generator, device=DEVICE)
-    actual = torch.autograd.grad((o, final_state), tuple(leaves.values()), (do, dstate))
-
-    wide = {name: inputs[name].detach().double().requires_grad_() for name in names}
-    o_wide, state_wide, _ = reference({**inputs, **wide})
-    expected = torch.autograd.grad((o_wide, state_wide), tuple(wide.values()), (do.double(), dstate.double()))
-    for name, a, e in zip(names, actual, expected, strict=True):
-        assert a.dtype == inputs[name].dtype and a.shape == inputs[name].shape
-        error = relative_rmse(a, e)
-        assert error <= BF16_GRADIENT_RELATIVE_RMSE, f"d{name}: relative RMSE {error:.2e}"
+    do, dstate = output_gradients(inputs)
+    with backward_kernels_only():
+        actual = torch.autograd.grad((o, final_state), tuple(leaves.values()), (do, dstate))
+    expected = backward(inputs, do, dstate)
+    for name, gradient in zip(leaves, actual, strict=True):
+        assert_same_bits(gradient, expected[name], name)
 
 
 @needs_cuda
-def test_backward_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(composite, "_warned", set())
+def test_backward_does_not_warn() -> None:
     inputs = make_inputs("long", T=70, device=DEVICE)
     inputs["v"].requires_grad_()
-    with pytest.warns(UserWarning, match="chunk_bwd has no kernel yet") as caught:
-        for _ in range(2):
-            call(inputs)[0].float().sum().backward()
-    assert len([w for w in caught if "kda" in str(w.message)]) == 1
+    with backward_kernels_only():
+        call(inputs)[0].float().sum().backward()
 
 
 def test_forward_is_the_same_with_and_without_gradients() -> None:
@@ -234,7 +222,7 @@ def test_training_lowers_a_loss() -> None:
         target = teacher(x).float()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     losses = []
-    with kernels_only(warnings_too=False):  # the backward pass, which has no kernel yet, may warn
+    with kernels_only(), backward_kernels_only():
         for _ in range(20):
             loss = (student(x).float() - target).square().mean()
             optimizer.zero_grad()

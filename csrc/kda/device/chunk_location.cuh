@@ -38,7 +38,8 @@ __device__ __forceinline__ int64_t first_chunk_slot(const ChunkFwdParams& p, int
   return range.begin / kChunkTokens + sequence;
 }
 
-// The last sequence whose first slot is <= slot, found by the whole warp: 32 probes a round. A slot holds slot_tokens tokens.
+// The last sequence whose first slot is <= slot, found by the whole warp: 32 probes a round. A slot holds slot_tokens
+// tokens.
 __device__ __forceinline__ int64_t find_sequence(const ChunkFwdParams& p, int64_t slot, int64_t slot_tokens, int lane) {
   int64_t low = 0, high = p.problem.sequences;
   while (high - low > 1) {
@@ -57,7 +58,9 @@ __device__ __forceinline__ ChunkLocation locate_chunk(const ChunkFwdParams& p, i
   if (p.problem.sequences == 0) return {0, 0, 0};
   int64_t sequence;
   if (p.cu_seqlens == nullptr) {
-    sequence = slot / ((p.problem.tokens + kChunkTokens - 1) / kChunkTokens);
+    // A grid has fewer than 2^31 slots; divisions of 64 bits take a hundred instructions.
+    const int64_t chunks = (p.problem.tokens + kChunkTokens - 1) / kChunkTokens;
+    sequence = static_cast<uint32_t>(slot) / static_cast<uint32_t>(chunks);
   } else {
     sequence = find_sequence(p, slot, kChunkTokens, lane);
   }
@@ -67,13 +70,15 @@ __device__ __forceinline__ ChunkLocation locate_chunk(const ChunkFwdParams& p, i
   return {range.batch, first_token, static_cast<int>(max(tokens, int64_t{0}))};
 }
 
-// The segments of one sequence: slots first_slot .. first_slot + segments - 1. Every sequence has one, also if it is empty.
+// The segments of one sequence: slots first_slot .. first_slot + segments - 1. Every sequence has one, also if it is
+// empty.
 struct SegmentRange {
   int64_t first_slot;
   int64_t segments;
 };
 
-// Segments have segment_chunks chunks, the last one of a sequence the rest; 0: a sequence is one segment, and a slot a sequence.
+// Segments have segment_chunks chunks, the last one of a sequence the rest; 0: a sequence is one segment, and a slot a
+// sequence.
 __device__ __forceinline__ SegmentRange segment_range(const ChunkFwdParams& p, int64_t sequence,
                                                       int64_t segment_chunks) {
   if (segment_chunks == 0) return {sequence, 1};

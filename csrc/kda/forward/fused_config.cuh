@@ -17,6 +17,10 @@ struct BlockedTile : TileOperands<BlockedTile<Rows>> {
   static __device__ __forceinline__ uint32_t unit_offset(int row, int unit) {
     return (unit >> 3) * kBlockBytes + row * 128 + (((unit & 7) ^ (row & 7)) << 4);
   }
+
+  static __device__ __forceinline__ uint32_t unit_address(uint32_t tile, int row, int half, int column) {
+    return tile + unit_offset(row, (column >> 3) + half);
+  }
 };
 
 // K: channels of a key. V: width of a value row in memory. kRows: rows of the transposed state of one CTA, 64 a consumer warpgroup.

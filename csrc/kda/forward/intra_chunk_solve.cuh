@@ -60,6 +60,22 @@ struct IntraChunkSolve : IntraChunkPairs<Config> {
     }
   }
 
+  // The inverse itself, for the backward, straight to the workspace: row tile `warp`, columns of the tiles up to it.
+  // One bf16 is enough there (docs/lab-notebook.md).
+  __device__ __forceinline__ void store_inverse() const {
+    const SolveMatrix T = this->Akk();
+    uint8_t* const destination = params.inverse + tile * Config::kPairTileBytes;
+    for (int n = 0; n < 2 * (warp + 1); ++n) {
+      const int column = 8 * n + 2 * member;
+#pragma unroll
+      for (int hi = 0; hi < 2; ++hi) {
+        const float2 t = *reinterpret_cast<const float2*>(&T.at(row(hi), column));
+        *reinterpret_cast<uint32_t*>(destination + Config::PairTile::pair_offset(row(hi), column)) =
+            pack_bf16(row(hi) >= column ? t.x : 0.0f, row(hi) > column ? t.y : 0.0f);
+      }
+    }
+  }
+
   // Tinv without its diagonal, as the sum of two bf16 operands: row tile `warp`, columns of the tiles up to it. The high part goes
   // to region B; the low part takes the place of the inverse, row by row. Entries of Tinv are up to beta in magnitude and
   // cancel in its products where the gates hardly decay and keys repeat: one bf16 is not enough there.
@@ -219,6 +235,7 @@ struct IntraChunkSolve : IntraChunkPairs<Config> {
       store_tile(params.Aqk + tile * Config::kPairTileBytes, Config::kAqkOffset, Config::kPairTileBytes);
 
     invert_unit_lower_64x64(this->Akk(), warp, lane);
+    if (params.inverse != nullptr) store_inverse();
     store_inverse_operands();
     ptx::cp_async_wait_all();
     __syncthreads();

@@ -17,13 +17,14 @@ struct ChunkFwdKernelParams {
   uint8_t* Aqk;        // [slots, HV] tiles [C, C], bf16, swizzled
   uint4* U;      // [slots, HV, V / 16, C / 8, 32 lanes]: U0 = Tinv V as accumulator fragments (fp32), n-tile by n-tile,
                  // replaced by U as operand fragments (bf16), a high and a low one for each 16 tokens
-  uint4* state;  // [slots, HV, V / 16, K / 16, 32 lanes] operand fragments
+  uint4* state;  // [slots, HV, V / 16, K / 16, 32 lanes] operand fragments of S^T; of S if `inverse` is wanted
   float* chunk_decay;  // [slots, HV, K]
+  uint8_t* inverse;    // [slots, HV] tiles [C, C], bf16, swizzled: (I + Akk)^-1 on and below the diagonal; null in the
+                       // forward, written for the backward
 
   // Workspace regions of a cut, one tile for each (segment slot, value head); see segment_compose.cuh.
-  float* segment_map;  // [segment slots, HV, K / 16, K / 8] tiles of M^T [16, 8], column by column
-  float4*
-      segment_state;  // [segment slots, HV, V / 16, K / 8, 32 lanes] accumulator fragments of S^T at the end of a segment
+  float* segment_map;     // [segment slots, HV, K / 16, K / 8] tiles of M^T [16, 8], column by column
+  float4* segment_state;  // [segment slots, HV, V / 16, K / 8, 32 lanes] fragments of S^T at the end of a segment
 
   int64_t chunk_slots;
   int64_t segment_chunks;  // chunks of one segment; 0: sequences are not cut

@@ -1,12 +1,13 @@
 // The states at the ends of the segments of a cut sequence, from the affine map of each segment (state_recurrence.cuh):
 //   S_end[0] as it is,      S_end[s] = M_s S_end[s - 1] + B_s,
-// at fp32-like accuracy. segment_state holds B and is replaced by S_end, which is the entry of the next segment. The end of the last
-// segment is the final state and is left to the recurrence.
+// at fp32-like accuracy. segment_state holds B and is replaced by S_end, which is the entry of the next segment. The
+// end of the last segment is the final state and is left to the recurrence.
 //
-// Grid: one CTA for each (sequence, value head, 16 columns of V); K / 16 warps. A CTA keeps 16 rows of S^T and goes through the segments:
+// Grid: one CTA for each (sequence, value head, 16 columns of V); K / 16 warps. A CTA keeps 16 rows of S^T and goes
+// through the segments:
 //   S_end^T [16, K] = S^T [16, K] M^T [K, K] + B^T
-// Each warp computes 16 of the K columns; the rows meet in shared memory. The products run on tensor cores in tf32, each fp32
-// operand split in two (three products). M^T goes from global memory to registers, a segment ahead.
+// Each warp computes 16 of the K columns; the rows meet in shared memory. The products run on tensor cores in tf32,
+// each fp32 operand split in two (three products). M^T goes from global memory to registers, a segment ahead.
 //
 // Bound by the chain over segments: its products, and 4 K^2 bytes of M^T a CTA from the second-level cache.
 #pragma once
@@ -22,16 +23,19 @@ struct SegmentComposeConfig {
   static constexpr int K = K_;
   static constexpr int kRows = 16;
   static constexpr int kWarps = K / 16, kThreads = 32 * kWarps;
-  static constexpr int kStride = K + 16;  // of a row of S^T in shared memory: two rows of float4 touch all banks once
-  static constexpr int kRowsBytes = kRows * kStride * 4;
-  static constexpr int kSharedBytes = 2 * kRowsBytes;  // the state before and after a segment
+  // S^T in shared memory as operands: its high parts, then its low parts (SplitTf32), rows r and r + 8 element by
+  // element beside each other. With the padding, eight lanes that load 16 bytes each touch all banks once.
+  static constexpr int kPairStride = 2 * K + 4;
+  static constexpr int kPartWords = kRows / 2 * kPairStride;
+  static constexpr int kStateWords = 2 * kPartWords;
+  static constexpr int kSharedBytes = 2 * kStateWords * 4;  // the state before and after a segment
 };
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     segment_compose_kernel(const __grid_constant__ ChunkFwdKernelParams params) {
-  constexpr int K = Config::K, kStride = Config::kStride;
-  extern __shared__ __align__(16) float rows_shared[];
+  constexpr int K = Config::K, kPartWords = Config::kPartWords;
+  extern __shared__ __align__(16) uint32_t states[];
   const ChunkFwdParams& call = params.call;
   const int value_heads = call.problem.value_heads, row_tiles = call.problem.value_dim / Config::kRows;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = lane >> 2, member = lane & 3;
@@ -63,49 +67,51 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
     for (int n = 0; n < 2; ++n) inputs.offset[n] = state_at(s)[n * 32];
   };
-  const auto share = [&](float* rows, int n, const float4& fragment) {
-    float* const upper = rows + group * kStride + 16 * warp + 8 * n + 2 * member;
-    *reinterpret_cast<float2*>(upper) = {fragment.x, fragment.y};
-    *reinterpret_cast<float2*>(upper + 8 * kStride) = {fragment.z, fragment.w};
+  const auto share = [&](uint32_t* state, int n, const float4& fragment) {
+    const SplitTf32 x(fragment.x), y(fragment.y), z(fragment.z), w(fragment.w);
+    uint32_t* const place = state + group * Config::kPairStride + 2 * (16 * warp + 8 * n + 2 * member);
+    *reinterpret_cast<uint4*>(place) = {x.high, z.high, y.high, w.high};
+    *reinterpret_cast<uint4*>(place + kPartWords) = {x.low, z.low, y.low, w.low};
   };
 
-  float* before = rows_shared;
-  float* after = rows_shared + Config::kRows * kStride;
-#pragma unroll
-  for (int n = 0; n < 2; ++n) share(before, n, state_at(0)[n * 32]);
-  Inputs inputs;
-  load(inputs, 1);
-  for (int64_t s = 1; s < ends; ++s) {
+  // The state at the end of segment s, from that before it in shared memory.
+  const auto advance = [&](int64_t s, const Inputs& inputs, const uint32_t* before, uint32_t* after) {
     __syncthreads();
-    Inputs next;
-    if (s + 1 < ends) load(next, s + 1);
-
-    // Two sums for each fragment, so that half as many products wait for each other. Inside 16 channels the contraction takes them in
-    // the order of the lanes' float4: product `half` takes 4 member + 2 half and the next.
+    // Two sums for each fragment, and of the three products of a sum none right after another: they would wait for each
+    // other. Inside 16 channels the contraction takes them in the order of the lanes' float4: `half` takes 4 member + 2
+    // half and the next.
     float acc[2][2][4] = {};
 #pragma unroll
     for (int kt = 0; kt < K / 16; ++kt) {
-      const float4 upper = *reinterpret_cast<const float4*>(before + group * kStride + 16 * kt + 4 * member);
-      const float4 lower = *reinterpret_cast<const float4*>(before + (group + 8) * kStride + 16 * kt + 4 * member);
-      const float a[2][4] = {{upper.x, lower.x, upper.y, lower.y}, {upper.z, lower.z, upper.w, lower.w}};
+      uint32_t a[2][2][4];  // [high, low][half]
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t a_high[4], a_low[4];
+      for (int part = 0; part < 2; ++part) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const SplitTf32 split(a[half][i]);
-          a_high[i] = split.high, a_low[i] = split.low;
-        }
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          const float4& b = inputs.map[kt][n];
-          const SplitTf32 b0(half == 0 ? b.x : b.z), b1(half == 0 ? b.y : b.w);
-          const uint32_t b_high[2] = {b0.high, b1.high}, b_low[2] = {b0.low, b1.low};
-          ptx::mma_m16n8k8_tf32(acc[n][half], a_low, b_high);
-          ptx::mma_m16n8k8_tf32(acc[n][half], a_high, b_low);
-          ptx::mma_m16n8k8_tf32(acc[n][half], a_high, b_high);
+        for (int half = 0; half < 2; ++half) {
+          const uint4 operand = *reinterpret_cast<const uint4*>(
+              before + part * kPartWords + group * Config::kPairStride + 2 * (16 * kt + 4 * member + 2 * half));
+          a[part][half][0] = operand.x, a[part][half][1] = operand.y;
+          a[part][half][2] = operand.z, a[part][half][3] = operand.w;
         }
       }
+      uint32_t b[2][2][2][2];  // [high, low][n][half]
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const float4& map = inputs.map[kt][n];
+        const SplitTf32 x(map.x), y(map.y), z(map.z), w(map.w);
+        b[0][n][0][0] = x.high, b[0][n][0][1] = y.high, b[0][n][1][0] = z.high, b[0][n][1][1] = w.high;
+        b[1][n][0][0] = x.low, b[1][n][0][1] = y.low, b[1][n][1][0] = z.low, b[1][n][1][1] = w.low;
+      }
+      const auto multiply = [&](int part_of_a, int part_of_b) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int n = 0; n < 2; ++n) ptx::mma_m16n8k8_tf32(acc[n][half], a[part_of_a][half], b[part_of_b][n][half]);
+        }
+      };
+      multiply(1, 0);
+      multiply(0, 1);
+      multiply(0, 0);
     }
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
@@ -115,10 +121,21 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       state_at(s)[n * 32] = end;
       share(after, n, end);
     }
-    float* const swapped = before;
-    before = after;
-    after = swapped;
-    inputs = next;
+  };
+
+  // States and inputs change places after every segment: two at a time, so that registers are not copied.
+  uint32_t* const even = states;
+  uint32_t* const odd = states + Config::kStateWords;
+#pragma unroll
+  for (int n = 0; n < 2; ++n) share(even, n, state_at(0)[n * 32]);
+  Inputs inputs, next;
+  load(inputs, 1);
+  for (int64_t s = 1; s < ends; s += 2) {
+    if (s + 1 < ends) load(next, s + 1);
+    advance(s, inputs, even, odd);
+    if (s + 1 == ends) break;
+    if (s + 2 < ends) load(inputs, s + 2);
+    advance(s + 1, next, odd, even);
   }
 }
 

@@ -2,19 +2,20 @@
 //   U = U0 - W S,      S' = Diag(e^{G_C}) S + (K ⊙ e^{G_C - G})^T U,
 // writing, for stage 3, the state at the entry of each chunk and U as bf16 MMA operands, U in the place of U0.
 //
-// A long sequence may be cut into segments. Over a segment the state goes through an affine map, S -> M S + B, and the same body
-// computes its two parts (RecurrencePass::kSummary): B from U0 and S = 0, and M from U0 = 0 and S = I, whose K columns take the part
-// of values. The first segment starts from the initial state instead, and needs no M; the last needs neither. Then
-// segment_compose.cuh finds the state at the entry of each segment, and kOutputs runs all segments side by side from there.
+// A long sequence may be cut into segments. Over a segment the state goes through an affine map, S -> M S + B, and the
+// same body computes its two parts (RecurrencePass::kSummary): B from U0 and S = 0, and M from U0 = 0 and S = I, whose
+// K columns take the part of values. The first segment starts from the initial state instead, and needs no M; the last
+// needs neither. Then segment_compose.cuh finds the state at the entry of each segment, and kOutputs runs all segments
+// side by side from there.
 //
-// Grid: one CTA for each (segment slot, value head, tile of rows); tile / 16 warps. Rows are the V columns of S and, in kSummary, the K
-// columns of M behind them.
-// The state is kept transposed, S^T [V, K], in fp32 accumulator fragments for the whole sequence. Each warp owns 16 rows
-// of V and all of K, so that it needs nothing from the other warps:
+// Grid: one CTA for each (segment slot, value head, tile of rows); tile / 16 warps. Rows are the V columns of S and, in
+// kSummary, the K columns of M behind them.
+// The state is kept transposed, S^T [V, K], in fp32 accumulator fragments for the whole sequence. Each warp owns 16
+// rows of V and all of K, so that it needs nothing from the other warps:
 //   U^T  = U0^T - S^T W^T                      A = S^T, its accumulators rounded to bf16;  B = W [C, K]
 //   S'^T = S^T Diag(e^{G_C}) + U^T K_decayed   A = U^T, as a sum of two bf16 operands;     B = K_decayed [C, K]
-// U is split because its rounding is what the state's error mostly consists of, and because a delta rule that hardly forgets
-// (beta up to 2, repeated keys) sums values of U that cancel.
+// U is split because its rounding is what the state's error mostly consists of, and because a delta rule that hardly
+// forgets (beta up to 2, repeated keys) sums values of U that cancel.
 // Thread 0 keeps a ring of stages filled by bulk copies: everything a chunk needs is contiguous in the workspace. A
 // warp of its own for that would cost registers: nine warps leave 168 for each thread, eight leave 255, and the state
 // with its operands needs 200.
@@ -63,9 +64,9 @@ enum class RecurrencePass {
   kSummary,  // M and B of a segment
 };
 
-// M is taken as 0 once all of it is below this, and the rest of its segment is left out. For normalised keys and beta in [0, 2] its norm
-// never grows again, so what is dropped is below 2^-93 of the state at the entry: less than fp32 resolves of any
-// state to which the segment adds something.
+// M is taken as 0 once all of it is below this, and the rest of its segment is left out. For normalised keys and beta
+// in [0, 2] its norm never grows again, so what is dropped is below 2^-93 of the state at the entry: less than fp32
+// resolves of any state to which the segment adds something.
 constexpr float kNegligibleMap = 0x1p-100f;
 
 // Which stage of the ring, and the parity of its barriers in this turn.
@@ -98,7 +99,9 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
   const bool is_map = kSummary && first_tile_of_cta >= value_row_tiles;               // rows of M^T, not of S^T
   const int first_row_tile = is_map ? first_tile_of_cta - value_row_tiles : first_tile_of_cta;
   const int value_head = static_cast<int>(blockIdx.x / ctas_of_head % value_heads);
-  const int64_t segment_slot = blockIdx.x / ctas_of_head / value_heads;
+  // M is that of the next slot, so that where there is one sequence the CTAs that have nothing to do come last.
+  const int64_t segment_slot = blockIdx.x / ctas_of_head / value_heads + (is_map ? 1 : 0);
+  if (kSummary && segment_slot == params.segment_slots) return;
   const SegmentLocation segment = locate_segment(call, segment_slot, params.segment_chunks, lane);
   if (!segment.is_used || (kSummary && (segment.is_last || (is_map && segment.is_first)))) return;
   const int64_t sequence = segment.sequence, first_slot = segment.first_chunk_slot, chunks = segment.chunks;
@@ -187,7 +190,9 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
     state.to_operands(s);
     if constexpr (!kSummary) {
 #pragma unroll
-      for (int kt = 0; kt < K / 16; ++kt) state_operands[kt * 32] = {s[kt][0], s[kt][1], s[kt][2], s[kt][3]};
+      for (int kt = 0; kt < K / 16; ++kt) {
+        if (params.inverse == nullptr) state_operands[kt * 32] = {s[kt][0], s[kt][1], s[kt][2], s[kt][3]};
+      }
     }
 
     ptx::mbarrier_wait_parity(full(ring.stage), ring.parity);
@@ -203,6 +208,13 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
         Config::KeyTile::load_b(b, stage + Config::kW, 16 * n, 16 * kt, lane);
         ptx::mma_m16n8k16_bf16(u[2 * n], s[kt][0], s[kt][1], s[kt][2], s[kt][3], b[0], b[1]);
         ptx::mma_m16n8k16_bf16(u[2 * n + 1], s[kt][0], s[kt][1], s[kt][2], s[kt][3], b[2], b[3]);
+      }
+    }
+
+    if (!kSummary && params.inverse != nullptr) {  // S rather than its transpose, for the backward
+#pragma unroll
+      for (int kt = 0; kt < K / 16; ++kt) {
+        state_operands[kt * 32] = transposed_fragment({s[kt][0], s[kt][1], s[kt][2], s[kt][3]});
       }
     }
 
@@ -236,22 +248,32 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
       state.acc[n][2] *= factor.x;
       state.acc[n][3] *= factor.y;
     }
+    // Products that add to the same accumulators wait for each other: the high parts of four operands, then the low
+    // ones.
+    constexpr int kGroup = 4;
 #pragma unroll
     for (int kt = 0; kt < C / 16; ++kt) {
 #pragma unroll
-      for (int n = 0; n < K / 16; ++n) {
-        uint32_t b[4];
-        Config::KeyTile::load_b_trans(b, stage + Config::kKeyDecayed, 16 * kt, 16 * n, lane);
+      for (int first = 0; first < K / 16; first += kGroup) {
+        uint32_t b[kGroup][4];
+#pragma unroll
+        for (int n = 0; n < kGroup; ++n) {
+          Config::KeyTile::load_b_trans(b[n], stage + Config::kKeyDecayed, 16 * kt, 16 * (first + n), lane);
+        }
         const auto multiply = [&](const uint32_t(&a)[4]) {
-          ptx::mma_m16n8k16_bf16(state.acc[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
-          ptx::mma_m16n8k16_bf16(state.acc[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+#pragma unroll
+          for (int n = 0; n < kGroup; ++n) {
+            float(&even)[4] = state.acc[2 * (first + n)], (&odd)[4] = state.acc[2 * (first + n) + 1];
+            ptx::mma_m16n8k16_bf16(even, a[0], a[1], a[2], a[3], b[n][0], b[n][1]);
+            ptx::mma_m16n8k16_bf16(odd, a[0], a[1], a[2], a[3], b[n][2], b[n][3]);
+          }
         };
         multiply(ut_high[kt]);
         multiply(ut_low[kt]);
       }
     }
-    // Every thread says that it has read the stage: one lane could say so for its warp after a __syncwarp(), but racecheck does
-    // not see that order, and a clean report is worth more than 31 arrivals.
+    // Every thread says that it has read the stage: one lane could say so for its warp after a __syncwarp(), but
+    // racecheck does not see that order, and a clean report is worth more than 31 arrivals.
     ptx::mbarrier_arrive(empty(ring.stage));
     state_operands += operand_tiles_per_chunk * (K / 16) * 32;
     u_operands += operand_tiles_per_chunk * (C / 8) * 32;

@@ -1,0 +1,30 @@
+// What the backward kernels receive: the checked call and the addresses that the plan gave to its intermediates.
+#pragma once
+
+#include "../forward/kernel_params.h"
+
+namespace kda {
+
+struct ChunkBwdKernelParams {
+  // The call of the forward and the intermediates of its first two stages, which the backward runs again.
+  ChunkFwdKernelParams forward;
+
+  const void* dO;             // [B, T, HV, V] contiguous, activation type
+  const float* dfinal_state;  // or null
+  void *dq, *dk, *dv, *dg, *dbeta;
+  float *dA_log, *ddt_bias;  // or null
+  void* dinitial_state;      // or null
+
+  // Workspace regions; see ChunkBwdWorkspace.
+  uint4* dstate;  // [slots, HV, V / 16, K / 16, 32 lanes] operand fragments
+  uint4* dU;      // [slots, HV, V / 16, C / 8, 32 lanes] operand fragments, a high and a low one for each 16 tokens
+  float *dA_log_parts, *ddt_bias_parts;  // [slots, HV, K], or null
+  float *dq_parts, *dk_parts;            // [B, T, HV, K], or null: a key head has one value head
+};
+
+// Launches of the stages, for the K, V and types of the call. Each returns the error of its launch.
+cudaError_t launch_reverse_recurrence(const ChunkBwdKernelParams& params, int value_tile, cudaStream_t stream);
+cudaError_t launch_intra_chunk_gradients(const ChunkBwdKernelParams& params, cudaStream_t stream);
+cudaError_t launch_reduce_gradients(const ChunkBwdKernelParams& params, cudaStream_t stream);
+
+}  // namespace kda

@@ -1,0 +1,163 @@
+// kda::chunk_bwd on CUDA: tensors -> checked ChunkBwdParams -> plan -> kernels on the current stream.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <cstdint>
+
+#include "checks.h"
+#include "coverage.h"
+#include "kda/kda.h"
+#include "outputs.h"
+#include "params_cuda.h"
+#include "runtime_cuda.h"
+
+namespace kda::binding {
+
+namespace {
+
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+constexpr size_t kGradients = 8;  // dq, dk, dv, dg, dbeta, dA_log, ddt_bias, dinitial_state
+using Gradients = std::array<Tensor, kGradients>;
+
+int32_t dtype_of(const Tensor& tensor) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
+// A contiguous tensor like `input`.
+template <size_t kRank>
+Tensor empty_like_packed(const Tensor& input, int32_t device) {
+  std::array<int64_t, kRank> sizes;
+  for (size_t i = 0; i < kRank; ++i) sizes[i] = input.size(i);
+  return empty_tensor(sizes, dtype_of(input), aoti_torch_device_type_cuda(), device);
+}
+
+Tensor absent_gradient(const ChunkFwdArguments& args, int32_t device) {
+  return empty_tensor(std::array<int64_t, 1>{0}, dtype_of(args.q), aoti_torch_device_type_cuda(), device);
+}
+
+// A_log and dt_bias come in several shapes; their gradients are packed alike.
+Tensor parameter_gradient(const std::optional<Tensor>& parameter, const ChunkFwdArguments& args, int32_t device) {
+  if (!parameter) return absent_gradient(args, device);
+  switch (parameter->dim()) {
+    case 1:
+      return empty_like_packed<1>(*parameter, device);
+    case 2:
+      return empty_like_packed<2>(*parameter, device);
+    case 3:
+      return empty_like_packed<3>(*parameter, device);
+    case 4:
+      return empty_like_packed<4>(*parameter, device);
+    default: {
+      const Tensor flat = empty_tensor(std::array<int64_t, 1>{parameter->numel()}, dtype_of(*parameter),
+                                       aoti_torch_device_type_cuda(), device);
+      return torch::stable::view(flat, parameter->sizes());
+    }
+  }
+}
+
+Gradients make_gradients(const ChunkFwdArguments& args, int32_t device) {
+  return {empty_like_packed<4>(args.q, device),
+          empty_like_packed<4>(args.k, device),
+          empty_like_packed<4>(args.v, device),
+          empty_like_packed<4>(args.g, device),
+          empty_like_packed<3>(args.beta, device),
+          parameter_gradient(args.A_log, args, device),
+          parameter_gradient(args.dt_bias, args, device),
+          args.initial_state ? empty_like_packed<4>(*args.initial_state, device) : absent_gradient(args, device)};
+}
+
+// As the kernels read it: of the given type, packed, and at a multiple of 16 bytes.
+Tensor make_readable(const Tensor& gradient, ScalarType type) {
+  constexpr uintptr_t kAlignment = 16;
+  Tensor result = gradient;
+  if (result.scalar_type() != type) result = torch::stable::to(result, type);
+  if (!result.is_contiguous()) result = torch::stable::contiguous(result);
+  if (reinterpret_cast<uintptr_t>(result.data_ptr()) % kAlignment != 0) result = torch::stable::clone(result);
+  return result;
+}
+
+void call_composite(StableIValue* stack) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("kda::chunk_bwd_composite", "", stack, TORCH_ABI_VERSION));
+}
+
+std::array<StableIValue, kChunkBwdArguments> to_stack(const ChunkBwdArguments& args) {
+  const ChunkFwdArguments& f = args.forward;
+  return {from(args.dO),
+          from(args.dfinal_state),
+          from(f.q),
+          from(f.k),
+          from(f.v),
+          from(f.g),
+          from(f.beta),
+          from(f.A_log),
+          from(f.dt_bias),
+          from(f.initial_state),
+          from(f.cu_seqlens),
+          from(f.scale),
+          from(f.lower_bound),
+          from(f.use_qk_l2norm),
+          from(f.use_gate),
+          from(f.use_beta_sigmoid),
+          from(f.allow_neg_eigval),
+          from(f.state_v_first)};
+}
+
+Gradients chunk_bwd_by_composite(const ChunkBwdArguments& args) {
+  auto stack = to_stack(args);
+  call_composite(stack.data());
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2]), to<Tensor>(stack[3]),
+          to<Tensor>(stack[4]), to<Tensor>(stack[5]), to<Tensor>(stack[6]), to<Tensor>(stack[7])};
+}
+
+Gradients chunk_bwd_cuda(ChunkBwdArguments args) {
+  check_chunk_bwd(args);
+  ChunkFwdArguments& inputs = args.forward;
+  const int32_t device = inputs.q.get_device_index();
+  if (layout_reason(inputs)) return chunk_bwd_by_composite(args);
+  const ChunkFwdProblem problem = problem_of(inputs, cuda_device(device));
+  const ChunkBwdPlan plan = plan_chunk_bwd(problem, inputs.use_gate);
+  if (plan.path == ChunkFwdPath::kComposite) return chunk_bwd_by_composite(args);
+
+  const DeviceScope scope(device);
+  make_parameters_packed(inputs);
+  Gradients gradients = make_gradients(inputs, device);
+  const Tensor dO = make_readable(args.dO, inputs.v.scalar_type());
+  std::optional<Tensor> dfinal_state;
+  if (args.dfinal_state) dfinal_state = make_readable(*args.dfinal_state, ScalarType::Float);
+
+  ChunkBwdParams params;
+  params.inputs = input_params(inputs, problem);
+  params.dO = dO.data_ptr();
+  if (dfinal_state) params.dfinal_state = static_cast<const float*>(dfinal_state->data_ptr());
+  params.dq = gradients[0].data_ptr();
+  params.dk = gradients[1].data_ptr();
+  params.dv = gradients[2].data_ptr();
+  params.dg = gradients[3].data_ptr();
+  params.dbeta = gradients[4].data_ptr();
+  if (inputs.A_log) params.dA_log = static_cast<float*>(gradients[5].data_ptr());
+  if (inputs.dt_bias) params.ddt_bias = static_cast<float*>(gradients[6].data_ptr());
+  if (inputs.initial_state) params.dinitial_state = gradients[7].data_ptr();
+
+  const ScratchMemory workspace(plan.workspace.total_bytes);
+  params.workspace = workspace.data();
+  check_cuda(chunk_bwd(params, plan, current_stream(device)), "kda::chunk_bwd: launching the kernels");
+  return gradients;
+}
+
+void boxed_chunk_bwd_cuda(StableIValue* stack, uint64_t, uint64_t) {
+  const Gradients gradients = chunk_bwd_cuda(read_bwd_arguments(stack));
+  for (size_t i = 0; i < kGradients; ++i) stack[i] = from(gradients[i]);
+}
+
+}  // namespace
+
+}  // namespace kda::binding
+
+STABLE_TORCH_LIBRARY_IMPL(kda, CUDA, m) { m.impl("chunk_bwd", &kda::binding::boxed_chunk_bwd_cuda); }
