@@ -5,9 +5,11 @@
 // each 64 rows of V (fused_consumer.cuh) carries the state through the steps, in fp32 accumulators for the whole sequence.
 // They meet in a ring of three stages with a full and an empty barrier each.
 //
-// Shared memory (bytes, K = V = kRows = 128): 3 stages of 43008 (operands 3 x 8192, Tinv and Aqk 2 x 4096, V 8704, vectors);
-// for each producer group 41 K (rows of q, k, g, then pair operands in their place; the solve); for each consumer group 4608 (O).
-// Registers: producers 88, consumers 168 a thread (K = 128: the state takes 64 of them, its bf16 copy 32).
+// Shared memory (bytes, K = V = kRows = 128): 3 stages of 41984 (gated operands 16384 and 8192, Tinv and Aqk 8192, V 8192, vectors);
+// for each producer group 32768 (rows of q, k, g, then gates and pair operands in their place) and 6400 (the solve, values of
+// the rows); for each consumer group 9216 (O).
+// Registers: producers 96, consumers 160 a thread (K = 128: the state takes 64 of them, its bf16 copy 32).
+// Bound by the latency of the producers, of which registers allow eight warps: docs/performance.md.
 #pragma once
 
 #include "fused_consumer.cuh"
