@@ -64,8 +64,9 @@ struct FusedConfig {
   static constexpr int kSolveBytes = C * SolveMatrix32::kStride * 4;
   static constexpr int kTotals = kSolve + kSolveBytes;  // log-decay of each group of tokens   [groups, K] fp32
   static constexpr int kTokenGroups = kGroupThreads / (K / 2), kTokensPerThread = C / kTokenGroups;
-  static constexpr int kRowValues = kTotals + kTokenGroups * K * 4;  // see RowValues
-  static constexpr int kProducerBytes = (kRowValues + 6 * C * 4 + 127) / 128 * 128;
+  static constexpr int kRowValues = kTotals + kTokenGroups * K * 4;  // see RowValues; of even and of odd turns
+  static constexpr int kRowValuesBytes = 6 * C * 4;
+  static constexpr int kProducerBytes = (kRowValues + 2 * kRowValuesBytes + 127) / 128 * 128;
 
   // What a consumer group works on: O of its 64 columns on its way out, of even and of odd steps.
   using OutputTile = PitchedTile<2 * 64 + 16>;

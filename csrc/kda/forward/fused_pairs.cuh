@@ -32,7 +32,6 @@ struct RowValues {
         key_norm(key_power + kStepTokens),
         output_scale(key_norm + kStepTokens) {}
 };
-inline constexpr int kRowValueArrays = 6;
 
 // What decides about the pairs: log2 range on either side of the middle that bf16 and fp32 hold with operands up to
 // 2^kMaxNormLog2.

@@ -341,7 +341,8 @@ struct FusedProducer {
     uint8_t* const stage = shared + stage_index * Config::kStageBytes;
     uint8_t* const raw = this->raw();
     const uint32_t full = Config::full(shared_base, stage_index), empty = Config::empty(shared_base, stage_index);
-    const RowValues rows(scratch() + Config::kRowValues);
+    // Those of the step before are read until its inverse is stored, by warps that may be behind.
+    const RowValues rows(scratch() + Config::kRowValues + turn % 2 * Config::kRowValuesBytes);
 
     ptx::mbarrier_wait_parity(Config::raw_full(shared_base, producer), turn & 1);
     FusedOperands<Config> operands{raw, stage, scratch(), channel(), token_group, tokens, constants.gate_unit};
