@@ -10,6 +10,7 @@ import torch
 from cases import CHUNK_TOKENS, make_inputs, slice_tokens
 from gpu_support import (
     DEVICE,
+    all_paths,  # noqa: F401  (a fixture)
     assert_all_same_bits,
     assert_contract,
     assert_same_bits,
@@ -184,6 +185,7 @@ def test_seventy_thousand_sequences() -> None:
 
 
 @needs_cuda
+@pytest.mark.usefixtures("all_paths")
 def test_many_heads_in_a_batch() -> None:
     """2^17 CTAs of a batch: rows of equal contents have equal bits."""
     B, HV = 512, 256
