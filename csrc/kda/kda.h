@@ -53,6 +53,13 @@ struct ChunkFwdParams {
   void* workspace = nullptr;  // plan.workspace.total_bytes, 256-byte aligned
 };
 
+// Whether 16-byte accesses can read q, k, v and g: what problem.aligned_inputs must say before a plan is made.
+[[nodiscard]] inline bool inputs_are_aligned(const ChunkFwdParams& p) {
+  const DataType type = p.problem.activation_type;
+  return is_aligned(p.q, p.q_stride, type) && is_aligned(p.k, p.k_stride, type) && is_aligned(p.v, p.v_stride, type) &&
+         is_aligned(p.g, p.g_stride, p.gate_type);
+}
+
 // Enqueues the forward on `stream`: no synchronisation, no allocation, no host read of device memory. Capturable in a CUDA
 // graph; the contents of cu_seqlens may change between replays. Returns cudaErrorNotSupported if the plan is not a kernel path.
 [[nodiscard]] cudaError_t chunk_fwd(const ChunkFwdParams& params, const ChunkFwdPlan& plan, cudaStream_t stream);

@@ -28,7 +28,7 @@ struct ChunkFwdProblem {
   int value_dim = 128;                             // V
   DataType activation_type = DataType::kBFloat16;  // of q, k, v and o
   bool bounded_gate = false;                       // no log-gate is below kMinLowerBound
-  bool aligned_inputs = true;                      // is_aligned() of q, k, v and g
+  bool aligned_inputs = true;                      // inputs_are_aligned(): the fused path needs it
   int compute_capability = 0;                      // major * 10 + minor of the device; 0: no CUDA device
   int sm_count = 0;                                // multiprocessors of the device
 };

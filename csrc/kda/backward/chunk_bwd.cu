@@ -28,7 +28,7 @@ ChunkBwdKernelParams kernel_params(const ChunkBwdParams& call, const ChunkBwdPla
   params.forward.inverse = base + workspace.inverse;
   params.forward.chunk_slots = plan.chunk_slots;
   params.forward.segment_slots = problem.sequences;  // sequences are not cut
-  params.forward.vectorized = problem.aligned_inputs;
+  params.forward.vectorized = inputs_are_aligned(call.inputs);
 
   params.dO = call.dO;
   params.dfinal_state = call.dfinal_state;

@@ -25,7 +25,7 @@ ChunkFwdKernelParams kernel_params(const ChunkFwdParams& call, const ChunkFwdPla
   params.chunk_slots = plan.chunk_slots;
   params.segment_chunks = plan.segment_chunks;
   params.segment_slots = plan.segment_slots;
-  params.vectorized = call.problem.aligned_inputs;
+  params.vectorized = inputs_are_aligned(call);
   return params;
 }
 
