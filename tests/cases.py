@@ -24,6 +24,18 @@ CHUNK_TOKENS = 64
 #   unbounded_log  log-gates as they are, from 0 through -1e4 to -inf, with tokens that reset a whole head
 FAMILIES = ("random", "long", "unbounded", "unbounded_log")
 
+# The inputs that have a gradient, in the order in which kda::chunk_bwd returns them.
+DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
+_BACKWARD_OPTIONS = (
+    "scale",
+    "lower_bound",
+    "use_qk_l2norm",
+    "use_gate",
+    "use_beta_sigmoid",
+    "allow_neg_eigval",
+    "state_v_first",
+)
+
 LOWER_BOUND = -5.0
 LONGEST_DT, SHORTEST_DT = 0.001, 0.1  # of the softplus^-1 initialisation: the smaller the longer the memory
 LARGEST_RATE = 201.0  # exp(A_log) seen in a checkpoint
@@ -172,3 +184,20 @@ def slice_tokens(inputs: dict[str, Any], begin: int, end: int) -> dict[str, Any]
     """The inputs of the tokens begin .. end - 1 of every row, without cu_seqlens and initial_state."""
     cut = {name: inputs[name][:, begin:end] for name in ("q", "k", "v", "g", "beta")}
     return {name: x for name, x in (inputs | cut).items() if name not in ("cu_seqlens", "initial_state")}
+
+
+def backward_arguments(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of kda::chunk_bwd, without the gradients, from those of kda::chunk_fwd."""
+    names = (*DIFFERENTIABLE, "cu_seqlens", *_BACKWARD_OPTIONS)
+    return {name: inputs[name] for name in names if name in inputs}
+
+
+def output_gradients(inputs: dict[str, Any], seed: int = 1) -> tuple[Tensor, Tensor]:
+    """do and dfinal_state, drawn at random."""
+    q, v = inputs["q"], inputs["v"]
+    generator = torch.Generator(q.device).manual_seed(seed)
+    sequences = inputs["cu_seqlens"].numel() - 1 if "cu_seqlens" in inputs else q.shape[0]
+    K, V = q.shape[-1], v.shape[-1]
+    matrix = (V, K) if inputs.get("state_v_first") else (K, V)
+    do = torch.randn(v.shape, generator=generator, device=q.device).to(v.dtype)
+    return do, torch.randn(sequences, v.shape[2], *matrix, generator=generator, device=q.device)

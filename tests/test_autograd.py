@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from cases import DIFFERENTIABLE
 from operator_inputs import ARGUMENTS, make_inputs, positional
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import kda_cuda
-
-DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
 
 
 class Operators(TorchDispatchMode):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FAMILIES, make_inputs, run, run_reference, slice_tokens
+from cases import DIFFERENTIABLE, FAMILIES, make_inputs, run, run_reference, slice_tokens
 from torch import Tensor
 
 import kda_cuda
@@ -162,7 +162,6 @@ def test_sequences_behind_the_last_offset_are_not_computed() -> None:
 
 # --- Gradients --------------------------------------------------------------------------------------------------------
 
-DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
 GRADIENT_FEATURES: dict[str, dict[str, Any]] = {
     "plain": dict(T=150),
     "grouped_state": dict(T=100, H=1, HV=3, K=20, V=36, with_state=True, state_v_first=True, allow_neg_eigval=True),

@@ -41,6 +41,25 @@ def problem(**changes: Any):
     return planner.ChunkFwdProblem(**values)
 
 
+def problems(tokens: int, sequences: tuple[int, int] = (0, 300), **fixed: Any) -> st.SearchStrategy[Any]:
+    """Any shape that kernels cover, of up to ``tokens`` tokens, on a device of any size."""
+
+    def build(sequences: int, varlen: bool, **shape: int) -> Any:
+        batch = 1 if varlen else sequences
+        return problem(sequences=sequences, batch=batch, varlen=varlen, **{**shape, **fixed})
+
+    return st.builds(
+        build,
+        tokens=st.integers(0, tokens),
+        sequences=st.integers(*sequences),
+        varlen=st.booleans(),
+        heads=st.integers(1, 128),
+        key_dim=st.sampled_from([64, 128]),
+        value_dim=st.sampled_from([64, 128]),
+        sm_count=st.integers(1, 200),
+    )
+
+
 def slots_of(cu_seqlens: list[int]) -> list[list[int]]:
     """The slots of the chunks of each sequence, as the kernels compute them from cu_seqlens."""
     return [
@@ -220,19 +239,12 @@ class TestCut:
         assert planner.plan_chunk_fwd(problem(heads=2, tokens=8192, sequences=8, varlen=True)).segment_chunks == 0
 
     @settings(deadline=None)
-    @given(
-        st.integers(0, 2**22), st.integers(0, 300), st.integers(1, 128), st.sampled_from([64, 128]),
-        st.sampled_from([64, 128]), st.booleans(), st.integers(1, 200),
-    )  # fmt: skip
-    def test_any_choice_is_sound(self, tokens, sequences, heads, key_dim, value_dim, varlen, sm_count):
-        p = problem(
-            tokens=tokens, sequences=sequences, batch=1 if varlen else sequences, varlen=varlen, heads=heads,
-            key_dim=key_dim, value_dim=value_dim, sm_count=sm_count,
-        )  # fmt: skip
+    @given(problems(tokens=2**22))
+    def test_any_choice_is_sound(self, p):
         plan = planner.plan_chunk_fwd(p)
         assert plan.segment_slots == planner.segment_slots(p, plan.segment_chunks)
         if plan.segment_chunks:
-            longest = -(-(-(-tokens // sequences) if varlen else tokens) // C)
+            longest = -(-(-(-p.tokens // p.sequences) if p.varlen else p.tokens) // C)
             assert 3 <= -(-longest // plan.segment_chunks) <= 64
 
     @pytest.mark.parametrize("segment_chunks", [0, 1, 7, 10**6])
@@ -257,23 +269,15 @@ class TestWorkspace:
     SEGMENT_REGIONS = {"segment_map": lambda K, V: K * K * 4, "segment_state": lambda K, V: V * K * 4}
 
     @settings(deadline=None)
-    @given(
-        st.integers(0, 2**34), st.integers(1, 300), st.integers(1, 128), st.sampled_from([64, 128]),
-        st.sampled_from([64, 128]), st.booleans(), st.sampled_from([None, 0, 1, 50]),
-    )  # fmt: skip
-    def test_regions_are_aligned_and_disjoint(
-        self, tokens, sequences, heads, key_dim, value_dim, varlen, segment_chunks
-    ):
-        p = problem(
-            tokens=tokens, sequences=sequences, batch=1 if varlen else sequences, varlen=varlen, heads=heads,
-            key_dim=key_dim, value_dim=value_dim,
-        )  # fmt: skip
+    @given(problems(tokens=2**34, sequences=(1, 300)), st.sampled_from([None, 0, 1, 50]))
+    def test_regions_are_aligned_and_disjoint(self, p, segment_chunks):
         plan = planner.plan_chunk_fwd(p, segment_chunks=segment_chunks)
-        tiles = plan.chunk_slots * heads
-        regions = [(name, tiles * size(key_dim, value_dim)) for name, size in self.REGIONS.items()]
+        K, V = p.key_dim, p.value_dim
+        tiles = plan.chunk_slots * p.heads
+        regions = [(name, tiles * size(K, V)) for name, size in self.REGIONS.items()]
         if plan.segment_chunks:
-            tiles = plan.segment_slots * heads
-            regions += [(name, tiles * size(key_dim, value_dim)) for name, size in self.SEGMENT_REGIONS.items()]
+            tiles = plan.segment_slots * p.heads
+            regions += [(name, tiles * size(K, V)) for name, size in self.SEGMENT_REGIONS.items()]
         spans = sorted((getattr(plan.workspace, name), size) for name, size in regions)
         assert all(offset % ALIGNMENT == 0 for offset, _ in spans)
         assert all(offset + size <= following for (offset, size), (following, _) in pairwise(spans))
@@ -366,21 +370,14 @@ class TestFused:
         assert plan.path == planner.ChunkFwdPath.fused and plan.value_tile == value_tile
 
     @settings(deadline=None)
-    @given(
-        st.integers(0, 2**20), st.integers(0, 300), st.integers(1, 128), st.sampled_from([64, 128]),
-        st.sampled_from([64, 128]), st.booleans(), st.integers(1, 200),
-    )  # fmt: skip
-    def test_any_choice_is_sound(self, tokens, sequences, heads, key_dim, value_dim, varlen, sm_count):
-        p = problem(
-            tokens=tokens, sequences=sequences, batch=1 if varlen else sequences, varlen=varlen, heads=heads,
-            key_dim=key_dim, value_dim=value_dim, sm_count=sm_count, bounded_gate=True,
-        )  # fmt: skip
+    @given(problems(tokens=2**20, bounded_gate=True))
+    def test_any_choice_is_sound(self, p):
         plan = planner.plan_chunk_fwd(p)
         if plan.path == planner.ChunkFwdPath.fused:
-            assert plan.value_tile in (64, 128) and plan.value_tile <= value_dim
+            assert plan.value_tile in (64, 128) and plan.value_tile <= p.value_dim
             assert plan.workspace.total_bytes == 0
             ctas = json.loads(planner.to_json(p, plan))["stage_ctas"]
-            assert ctas == {"fused_scan": sequences * heads * (value_dim // plan.value_tile)}
+            assert ctas == {"fused_scan": p.sequences * p.heads * (p.value_dim // plan.value_tile)}
 
 
 class TestJson:

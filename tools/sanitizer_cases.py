@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from cases import make_inputs  # noqa: E402
+from cases import DIFFERENTIABLE, backward_arguments, make_inputs, output_gradients  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import kda_cuda  # noqa: E402
@@ -36,16 +36,6 @@ from kda_cuda.accuracy import O_RELATIVE_RMSE, STATE_RELATIVE_RMSE, relative_rms
 
 HOST_THREADS = 2  # four tools run this at once
 ACTIVATIONS = ("q", "k", "v", "g", "beta")
-DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
-BACKWARD_OPTIONS = (
-    "scale",
-    "lower_bound",
-    "use_qk_l2norm",
-    "use_gate",
-    "use_beta_sigmoid",
-    "allow_neg_eigval",
-    "state_v_first",
-)
 # Of gradients: what a wrong element would exceed. They are of few tokens, and their accuracy is the GPU tests' matter.
 GRADIENT_LIMIT = 2e-2
 GRADIENT_LIMIT_OF_SUMS = 0.3  # dA_log, dbeta: few numbers, whose terms cancel
@@ -237,22 +227,13 @@ def make_call(case: Case) -> dict[str, Any]:
 
 def run_backward(inputs: dict[str, Any], moved: dict[str, Any], device: str, is_wrong: bool) -> str:
     """The gradients of a call. Returns what is wrong with them."""
-    names = (*DIFFERENTIABLE, "cu_seqlens", *BACKWARD_OPTIONS)
-    generator = torch.Generator().manual_seed(1)
-    do = torch.randn(inputs["v"].shape, generator=generator).to(inputs["v"].dtype)
-    N = inputs["q"].shape[0] if "cu_seqlens" not in inputs else inputs["cu_seqlens"].numel() - 1
-    K, V = inputs["q"].shape[-1], inputs["v"].shape[-1]
-    matrix = (V, K) if inputs["state_v_first"] else (K, V)
-    dstate = torch.randn(N, inputs["v"].shape[2], *matrix, generator=generator)
-    results = torch.ops.kda.chunk_bwd(
-        do.to(device), dstate.to(device), **{name: moved[name] for name in names if name in moved}
-    )
+    do, dstate = output_gradients(inputs)
+    results = torch.ops.kda.chunk_bwd(do.to(device), dstate.to(device), **backward_arguments(moved))
     gradients = [x.cpu() for x in results]
     if is_wrong:
         return ""
     wide = {name: inputs[name].float() for name in ("q", "k", "v")}
-    arguments = {name: x for name, x in {**inputs, **wide}.items() if name in names}
-    expected = composite.chunk_bwd(do.float(), dstate, **arguments)
+    expected = composite.chunk_bwd(do.float(), dstate, **backward_arguments({**inputs, **wide}))
     for name, actual, e in zip(DIFFERENTIABLE, gradients, expected, strict=True):
         if actual.shape != e.shape:
             return f"d{name} has shape {list(actual.shape)}, not {list(e.shape)}"

@@ -49,13 +49,15 @@ _REFERENCE_ARGUMENTS = frozenset(inspect.signature(recurrent_kda).parameters)
 
 
 @contextlib.contextmanager
-def kernels_only() -> Iterator[None]:
-    """Within it a forward that falls back to the composite implementation fails; so does a warning of this project."""
+def kernels_only(function: str = "chunk_fwd") -> Iterator[None]:
+    """Within it a ``function`` (chunk_fwd, chunk_bwd) that falls back to the composite implementation fails; so does a
+    warning of this project.
+    """
     if not ON_CUDA:
         yield
         return
     refusal = AssertionError("the composite implementation was called where the kernels must be")
-    with mock.patch.object(composite, "chunk_fwd", side_effect=refusal), warnings.catch_warnings():
+    with mock.patch.object(composite, function, side_effect=refusal), warnings.catch_warnings():
         warnings.filterwarnings("error", message="kda:")
         yield
 

@@ -6,16 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FAMILIES, make_inputs
+from cases import DIFFERENTIABLE, FAMILIES, backward_arguments, make_inputs, output_gradients
 from gpu_support import DEVICE, assert_same_bits, gpu_tests, needs_cuda, odd_strides, only_sequence, reference
-from gradient_support import (
-    DIFFERENTIABLE,
-    arguments,
-    assert_gradients,
-    backward,
-    composite_fp64,
-    output_gradients,
-)
+from gradient_support import assert_gradients, backward, composite_fp64
 from test_forward_accuracy import draw_call
 
 from kda_cuda import composite
@@ -223,7 +216,7 @@ def test_sizes_of_zero() -> None:
 @pytest.mark.parametrize("features", [{"H": 2}, {"H": 1, "HV": 2, "state_v_first": True}], ids=["plain", "grouped"])
 def test_opcheck(features: dict[str, Any]) -> None:
     inputs = make_inputs("long", T=70, with_state=True, device=DEVICE, **features)
-    given = arguments(inputs)
+    given = backward_arguments(inputs)
     names = (*DIFFERENTIABLE, "cu_seqlens", "scale", "lower_bound", "use_qk_l2norm", "use_gate", "use_beta_sigmoid")
     values = [given.get(name) for name in names]
     torch.library.opcheck(
@@ -270,4 +263,4 @@ def test_what_no_kernel_covers_warns() -> None:
     composite._warned.clear()
     inputs = make_inputs("long", T=70, K=32, V=32, device=DEVICE)
     with pytest.warns(UserWarning, match="K in"):
-        torch.ops.kda.chunk_bwd(*output_gradients(inputs), **arguments(inputs))
+        torch.ops.kda.chunk_bwd(*output_gradients(inputs), **backward_arguments(inputs))

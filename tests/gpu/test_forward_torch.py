@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FAMILIES, make_inputs
+from cases import DIFFERENTIABLE, FAMILIES, make_inputs, output_gradients
 from gpu_support import (
     DEVICE,
     assert_all_same_bits,
@@ -17,7 +17,7 @@ from gpu_support import (
     kernels_only,
     needs_cuda,
 )
-from gradient_support import DIFFERENTIABLE, backward, backward_kernels_only, output_gradients
+from gradient_support import backward
 from operator_inputs import make_inputs as make_operator_inputs
 from operator_inputs import positional
 from torch import Tensor
@@ -174,7 +174,7 @@ def test_gradients(family: str, features: dict[str, Any]) -> None:
     leaves = {name: inputs[name].detach().requires_grad_() for name in DIFFERENTIABLE if name in inputs}
     o, final_state, _ = call({**inputs, **leaves})
     do, dstate = output_gradients(inputs)
-    with backward_kernels_only():
+    with kernels_only("chunk_bwd"):
         actual = torch.autograd.grad((o, final_state), tuple(leaves.values()), (do, dstate))
     expected = backward(inputs, do, dstate)
     for name, gradient in zip(leaves, actual, strict=True):
@@ -185,7 +185,7 @@ def test_gradients(family: str, features: dict[str, Any]) -> None:
 def test_backward_does_not_warn() -> None:
     inputs = make_inputs("long", T=70, device=DEVICE)
     inputs["v"].requires_grad_()
-    with backward_kernels_only():
+    with kernels_only("chunk_bwd"):
         call(inputs)[0].float().sum().backward()
 
 
@@ -222,7 +222,7 @@ def test_training_lowers_a_loss() -> None:
         target = teacher(x).float()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     losses = []
-    with kernels_only(), backward_kernels_only():
+    with kernels_only(), kernels_only("chunk_bwd"):
         for _ in range(20):
             loss = (student(x).float() - target).square().mean()
             optimizer.zero_grad()
