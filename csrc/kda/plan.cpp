@@ -11,10 +11,18 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-int64_t chunk_slots(const ChunkFwdProblem& p) {
-  if (p.varlen) return p.tokens / kChunkTokens + p.sequences;
-  return p.batch * ceil_div(p.tokens, kChunkTokens);
+namespace {
+
+int64_t slots_of(const ChunkFwdProblem& p, int slot_tokens) {
+  if (p.varlen) return p.tokens / slot_tokens + p.sequences;
+  return p.batch * ceil_div(p.tokens, slot_tokens);
 }
+
+}  // namespace
+
+int64_t chunk_slots(const ChunkFwdProblem& p) { return slots_of(p, kChunkTokens); }
+
+int64_t step_slots(const ChunkFwdProblem& p) { return slots_of(p, kStepTokens); }
 
 int64_t segment_slots(const ChunkFwdProblem& p, int64_t segment_chunks) {
   if (segment_chunks == 0 || p.sequences == 0) return p.sequences;
@@ -54,104 +62,28 @@ int choose_value_tile(const ChunkFwdProblem& p) {
   return tile;
 }
 
-// Rows of S^T or M^T of a CTA of a cut, in both passes: the best, or within 3 % of it, at every point of the sweep in
-// docs/lab-notebook.md.
-constexpr int kSegmentTile = 64;
+// Rows of S^T of a CTA of the scan.
+constexpr int kScanRows = 64;
 
 // Rows of S^T of a CTA that composes the maps.
 constexpr int kComposeRows = 16;
-
-// What the recurrence costs, in microseconds, with and without a cut. The constants were measured on an H200
-// (docs/lab-notebook.md) and give its kernels to 15 %.
-class RecurrenceModel {
- public:
-  // The host knows T and N alone: sequences of a packed batch are taken as equally long.
-  explicit RecurrenceModel(const ChunkFwdProblem& p)
-      : chunks_(ceil_div(p.varlen ? ceil_div(p.tokens, p.sequences) : p.tokens, kChunkTokens)),
-        items_(static_cast<double>(p.sequences) * p.value_heads),
-        key_dim_(p.key_dim),
-        value_dim_(p.value_dim),
-        rows_of_device_(static_cast<double>(kSegmentTile) * p.sm_count) {}
-
-  // Chunks of the longest sequence.
-  [[nodiscard]] int64_t chunks() const { return chunks_; }
-
-  [[nodiscard]] double uncut() const { return outputs(chunks_, 1); }
-
-  // What no cut can save.
-  [[nodiscard]] double least() const { return 3 * kLaunch + traffic(); }
-
-  // Of `segments` segments of `chunks` chunks. Maps of steep gates are 0 after a chunk, those of gates with a long
-  // memory never are: the mean of both.
-  [[nodiscard]] double cut(int64_t chunks, int64_t segments) const {
-    const double offset_rows = items_ * (segments - 1) * value_dim_, map_rows = items_ * (segments - 2) * key_dim_;
-    const double summary = (pass(chunks, offset_rows + map_rows) + pass(chunks, offset_rows)) / 2;
-    const double rows_of_compose = rows_of_device_ / kSegmentTile * kComposeRows;
-    const double compose = (segments - 2) * kComposeSegment * std::ceil(items_ * value_dim_ / rows_of_compose);
-    return summary + kLaunch + compose + outputs(chunks, segments);
-  }
-
- private:
-  static constexpr double kLaunch = 4.0;          // a kernel more: its launch, first loads and last stores
-  static constexpr double kChainChunk = 1.3;      // a chunk in a CTA that has a multiprocessor to itself
-  static constexpr double kSharedChunk = 1.15;    // a chunk and kSegmentTile rows, of several on a multiprocessor
-  static constexpr double kComposeSegment = 0.9;  // a segment in a CTA of the composition
-  static constexpr double kResident = 2;          // CTAs of kSegmentTile rows on a multiprocessor at the same time
-  static constexpr double kBytesPerMicrosecond = 3.7e6;
-
-  // CTAs that go through `chunks` chunks and have `rows` rows in all. Up to two a multiprocessor run from the beginning
-  // to the end; of more, the later ones fill gaps.
-  [[nodiscard]] double pass(int64_t chunks, double rows) const {
-    const double share = rows / rows_of_device_;
-    return kLaunch + chunks * std::max(kChainChunk, kSharedChunk * (share <= kResident ? std::ceil(share) : share));
-  }
-
-  // W, K_decayed and U0 are read; U and the state are written.
-  [[nodiscard]] double traffic() const {
-    constexpr double C = kChunkTokens;
-    const double bytes = 2 * C * key_dim_ * 2 + value_dim_ * C * (4 + 4) + value_dim_ * key_dim_ * 2;
-    return items_ * chunks_ * bytes / kBytesPerMicrosecond;
-  }
-
-  // Where traffic bounds it, CTAs that share a multiprocessor take longer than those that do not, and what is left over
-  // after the last full round leaves multiprocessors idle: a third of the difference to full rounds was measured.
-  [[nodiscard]] double outputs(int64_t chunks, int64_t segments) const {
-    constexpr double kUnevenness = 1.0 / 3;
-    const double rows = items_ * segments * value_dim_, share = rows / rows_of_device_;
-    const double full = std::ceil(share / kResident) * kResident;
-    const double uneven = share > 1 ? 1 + kUnevenness * (full / share - 1) : 1.0;
-    return std::max(pass(chunks, rows), kLaunch + traffic() * uneven);
-  }
-
-  int64_t chunks_;
-  double items_, key_dim_, value_dim_;
-  double rows_of_device_;  // one CTA of kSegmentTile on each multiprocessor
-};
-
-// Chunks of one segment, 0 for no cut: that which costs least, if it saves a tenth.
-int64_t choose_segment_chunks(const ChunkFwdProblem& p) {
-  constexpr int64_t kMostSegments = 64;  // beyond, their composition eats up what they gain
-  constexpr double kWorthwhile = 0.9;
-  if (p.sequences == 0) return 0;
-  const RecurrenceModel model(p);
-  double best = kWorthwhile * model.uncut();
-  if (model.least() >= best) return 0;
-  int64_t chosen = 0;
-  for (int64_t segments = 3; segments <= kMostSegments && segments < model.chunks(); ++segments) {
-    const int64_t chunks = ceil_div(model.chunks(), segments);
-    const double cost = model.cut(chunks, ceil_div(model.chunks(), chunks));
-    if (cost < best) {
-      best = cost;
-      chosen = chunks;
-    }
-  }
-  return chosen;
-}
 
 // Tokens of the longest sequence. The lengths in cu_seqlens are not known on the host: taken as equal.
 double longest_sequence(const ChunkFwdProblem& p) {
   if (!p.varlen || p.sequences == 0) return static_cast<double>(p.tokens);
   return static_cast<double>(p.tokens) / static_cast<double>(p.sequences);
+}
+
+// Chunks of one segment, 0 for no cut: as many segments as the device runs side by side.
+int64_t choose_segment_chunks(const ChunkFwdProblem& p) {
+  constexpr int64_t kLeastChunks = 2;
+  const int64_t chunks = ceil_div(static_cast<int64_t>(longest_sequence(p)), kChunkTokens);
+  const int64_t chains = p.sequences * p.value_heads * (p.value_dim / kScanRows);
+  if (chains == 0) return 0;
+  const int64_t resident = int64_t{p.sm_count} * (p.key_dim == 128 ? 3 : 4);
+  const int64_t segments = std::min(resident / chains, chunks / kLeastChunks);
+  if (segments < 2) return 0;
+  return ceil_div(chunks, segments);
 }
 
 struct FusedEstimate {
@@ -162,7 +94,6 @@ struct FusedEstimate {
 // Time of the fused kernel: its CTAs, one a multiprocessor, take turns, and each walks through its steps. Measured on an H200, as all
 // constants here.
 FusedEstimate estimate_fused(const ChunkFwdProblem& p, std::optional<int> value_tile) {
-  constexpr int kStepTokens = 32;
   constexpr double kTurnUs = 9.0;  // launch, first loads, last stores
   const auto step_us = [&](int tile) {
     if (p.key_dim == 128) return tile == 64 ? 2.7 : 3.3;
@@ -181,28 +112,12 @@ FusedEstimate estimate_fused(const ChunkFwdProblem& p, std::optional<int> value_
   return wide.us <= narrow.us ? wide : narrow;
 }
 
-// Time of the three stages: their launches, two of them parallel over chunks, and the recurrence, cut or not.
-double estimate_staged_us(const ChunkFwdProblem& p) {
-  constexpr double kLaunchesUs = 25.0, kParallelUs = 6.2e-6;  // the latter for each token, value head and channel
-  if (p.sequences == 0) return 0.0;
-  const double work = static_cast<double>(p.batch) * p.tokens * p.value_heads * (p.key_dim + p.value_dim);
-  const RecurrenceModel model(p);
-  const int64_t chunks = choose_segment_chunks(p);
-  const double recurrence = chunks == 0 ? model.uncut() : model.cut(chunks, ceil_div(model.chunks(), chunks));
-  return kLaunchesUs + kParallelUs * work + recurrence;
-}
-
-// Why a call that kernels cover does not take the fused one; null if it does.
-const char* reason_for_staged(const ChunkFwdProblem& p, std::optional<ChunkFwdPath> forced,
-                              const FusedEstimate& fused) {
+// Why a call that kernels cover takes the three stages; null if it does not.
+const char* reason_for_staged(const ChunkFwdProblem& p, std::optional<ChunkFwdPath> forced) {
   constexpr int64_t kMaxCoordinate = (int64_t{1} << 31) - 2 * kChunkTokens;  // of the copy engine
-  if (!p.aligned_inputs)
-    return "rows of q, k, v or g are not multiples of 16 bytes apart, as the fused kernel needs them";
-  if (p.tokens > kMaxCoordinate || p.batch > kMaxCoordinate) return "more tokens than the fused kernel can address";
-  if (forced) return *forced == ChunkFwdPath::kStaged ? "asked for" : nullptr;
-  if (!p.bounded_gate) return "the gate has no bound, which costs the fused kernel more than the stages";
-  if (estimate_staged_us(p) < fused.us) return "too few chains of steps to fill the device with the fused kernel";
-  return nullptr;
+  if (!p.aligned_inputs) return "rows of q, k, v or g are not multiples of 16 bytes apart, as the copy engine needs them";
+  if (p.tokens > kMaxCoordinate || p.batch > kMaxCoordinate) return "more tokens than the copy engine can address";
+  return forced == ChunkFwdPath::kStaged ? "asked for" : nullptr;
 }
 
 const char* name_of(ChunkFwdPath path) {
@@ -213,6 +128,8 @@ const char* name_of(ChunkFwdPath path) {
       return "staged";
     case ChunkFwdPath::kFused:
       return "fused";
+    case ChunkFwdPath::kStepwise:
+      return "stepwise";
   }
   return "unknown";
 }
@@ -237,21 +154,49 @@ class JsonObject {
 // Thread blocks (CTAs) of each stage.
 JsonObject stage_ctas(const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
   JsonObject ctas;
+  const int64_t segments = plan.segment_slots * p.value_heads;
   if (plan.path == ChunkFwdPath::kFused) {
     ctas.add("fused_scan", p.sequences * p.value_heads * (p.value_dim / plan.value_tile));
   }
-  if (plan.path != ChunkFwdPath::kStaged) return ctas;
-  const int64_t tiles = plan.chunk_slots * p.value_heads;
-  ctas.add("intra_chunk_solve", tiles);
-  const int64_t segments = plan.segment_slots * p.value_heads;
-  if (plan.segment_chunks > 0) {
-    ctas.add("segment_summary", segments * ((p.value_dim + p.key_dim) / plan.segment_tile));
-    ctas.add("segment_compose", p.sequences * p.value_heads * (p.value_dim / kComposeRows));
+  if (plan.path == ChunkFwdPath::kStepwise) {
+    ctas.add("step_factors", plan.step_slots * p.value_heads);
+    if (plan.segment_chunks > 0) {
+      ctas.add("segment_summary", segments * (std::max(p.value_dim, p.key_dim) / kScanRows));
+      ctas.add("segment_compose", p.sequences * p.value_heads * (p.value_dim / kComposeRows));
+    }
+    ctas.add("state_scan", segments * (p.value_dim / kScanRows));
   }
-  ctas.add("state_recurrence", segments * (p.value_dim / plan.value_tile));
-  // With cu_seqlens, one slot more: it clears rows past the last entry.
-  ctas.add("output_gemm", tiles + (p.varlen && p.tokens > 0 ? p.value_heads : 0));
+  if (plan.path == ChunkFwdPath::kStaged) {
+    const int64_t tiles = plan.chunk_slots * p.value_heads;
+    ctas.add("intra_chunk_solve", tiles);
+    ctas.add("state_recurrence", p.sequences * p.value_heads * (p.value_dim / plan.value_tile));
+    // With cu_seqlens, one slot more: it clears rows past the last entry.
+    ctas.add("output_gemm", tiles + (p.varlen && p.tokens > 0 ? p.value_heads : 0));
+  }
   return ctas;
+}
+
+void reserve_staged(ChunkFwdWorkspace& w, const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
+  constexpr size_t kBf16 = 2, kFp32 = 4, C = kChunkTokens;
+  const size_t tiles = static_cast<size_t>(plan.chunk_slots) * p.value_heads, K = p.key_dim, V = p.value_dim;
+  w.W = reserve(w, tiles * C * K * kBf16);
+  w.K_decayed = reserve(w, tiles * C * K * kBf16);
+  w.Q_gated = reserve(w, tiles * C * K * kBf16);
+  w.Aqk = reserve(w, tiles * C * C * kBf16);
+  w.U = reserve(w, tiles * V * C * kFp32);
+  w.state = reserve(w, tiles * V * K * kBf16);
+  w.chunk_decay = reserve(w, tiles * K * kFp32);
+}
+
+void reserve_stepwise(ChunkFwdWorkspace& w, const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
+  constexpr size_t kFp32 = 4;
+  const size_t heads = p.value_heads, K = p.key_dim, V = p.value_dim;
+  w.step_images = reserve(w, plan.step_slots * heads * step_image_bytes(p.key_dim));
+  if (plan.segment_chunks == 0) return;
+  const size_t segments = plan.segment_slots * heads;
+  w.segment_map = reserve(w, segments * K * K * kFp32);
+  w.segment_state = reserve(w, segments * V * K * kFp32);
+  w.segment_faded = reserve(w, segments * sizeof(uint32_t));
 }
 
 }  // namespace
@@ -263,39 +208,26 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p, const ChunkFwdPlanOptions&
     plan.reason = reason;
     return plan;
   }
-  const FusedEstimate fused = estimate_fused(p, options.value_tile);
-  if (const char* reason = reason_for_staged(p, options.path, fused)) {
+  if (const char* reason = reason_for_staged(p, options.path)) {
+    plan.path = ChunkFwdPath::kStaged;
     plan.reason = reason;
-  } else {
-    plan.path = ChunkFwdPath::kFused;
-    plan.reason = "enough chains of steps to fill the device";
-    plan.value_tile = fused.value_tile;
+    plan.value_tile = options.value_tile ? *options.value_tile : choose_value_tile(p);
+    reserve_staged(plan.workspace, p, plan);
     return plan;
   }
-  plan.path = ChunkFwdPath::kStaged;
+  if (options.path == ChunkFwdPath::kFused) {
+    plan.path = ChunkFwdPath::kFused;
+    plan.reason = "asked for";
+    plan.value_tile = estimate_fused(p, options.value_tile).value_tile;
+    return plan;
+  }
+  plan.path = ChunkFwdPath::kStepwise;
+  plan.reason = "K, V, types and strides are covered";
+  plan.step_slots = step_slots(p);
+  plan.value_tile = kScanRows;
   plan.segment_chunks = options.segment_chunks ? *options.segment_chunks : choose_segment_chunks(p);
   plan.segment_slots = segment_slots(p, plan.segment_chunks);
-  plan.value_tile = options.value_tile        ? *options.value_tile
-                    : plan.segment_chunks > 0 ? kSegmentTile
-                                              : choose_value_tile(p);
-
-  constexpr size_t kBf16 = 2, kFp32 = 4, C = kChunkTokens;
-  const size_t tiles = static_cast<size_t>(plan.chunk_slots) * p.value_heads;
-  const size_t K = p.key_dim, V = p.value_dim;
-  ChunkFwdWorkspace& w = plan.workspace;
-  w.W = reserve(w, tiles * C * K * kBf16);
-  w.K_decayed = reserve(w, tiles * C * K * kBf16);
-  w.Q_gated = reserve(w, tiles * C * K * kBf16);
-  w.Aqk = reserve(w, tiles * C * C * kBf16);
-  w.U = reserve(w, tiles * V * C * kFp32);
-  w.state = reserve(w, tiles * V * K * kBf16);
-  w.chunk_decay = reserve(w, tiles * K * kFp32);
-  if (plan.segment_chunks > 0) {
-    const size_t segments = static_cast<size_t>(plan.segment_slots) * p.value_heads;
-    plan.segment_tile = kSegmentTile;
-    w.segment_map = reserve(w, segments * K * K * kFp32);
-    w.segment_state = reserve(w, segments * V * K * kFp32);
-  }
+  reserve_stepwise(plan.workspace, p, plan);
   return plan;
 }
 
@@ -339,7 +271,6 @@ std::string to_json(const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
   json.add("value_tile", int64_t{plan.value_tile});
   json.add("segment_chunks", plan.segment_chunks);
   json.add("segment_slots", plan.segment_slots);
-  json.add("segment_tile", int64_t{plan.segment_tile});
   json.add("stage_ctas", stage_ctas(p, plan));
   json.add("workspace_bytes", static_cast<int64_t>(plan.workspace.total_bytes));
   return json.str();

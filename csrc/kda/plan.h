@@ -35,19 +35,28 @@ struct ChunkFwdProblem {
 
 enum class ChunkFwdPath : int32_t {
   kComposite = 0,  // no CUDA kernel: PyTorch operators, or the CPU kernels of a host tensor
-  kStaged = 1,     // three kernels: intra-chunk solve, state recurrence, output GEMM; two more if sequences are cut
+  kStaged = 1,     // three kernels: intra-chunk solve, state recurrence, output GEMM; for inputs that are not aligned
   kFused = 2,      // one kernel: producers of the factors of a step feed the recurrence through shared memory
+  kStepwise = 3,   // two kernels: the factors of all steps side by side, then a scan; two more if sequences are cut
 };
 
 // What a caller may fix that the planner otherwise chooses; for tests and measurements.
 struct ChunkFwdPlanOptions {
-  std::optional<ChunkFwdPath> path;  // kStaged, or kFused, which falls back to kStaged where it does not cover the call
-  std::optional<int> value_tile;     // 64 or 128, of kStaged also 32; at most V
-  std::optional<int64_t> segment_chunks;  // of kStaged; 0: sequences are not cut
+  std::optional<ChunkFwdPath> path;  // a path of kernels; kStaged where that does not cover the call
+  std::optional<int> value_tile;     // 64 or 128, of kStaged also 32; at most V. kStepwise has 64 alone
+  std::optional<int64_t> segment_chunks;  // of kStepwise; 0: sequences are not cut
 };
 
-// Byte offsets of the regions of the workspace. A region holds one tile for each (chunk slot, value head), slot-major.
+// Bytes of what a consumer needs of a step of one value head, apart from V: gated operands [3 C, K] and tiles [C, 4 C] in bf16, e^{G_C} and
+// two scales of each token in fp32.
+[[nodiscard]] constexpr int step_image_bytes(int key_dim) {
+  constexpr int C = kStepTokens;
+  return 2 * (3 * C * key_dim + 4 * C * C) + 4 * (key_dim + 2 * C);
+}
+
+// Byte offsets of the regions of the workspace.
 struct ChunkFwdWorkspace {
+  // Of kStaged, one tile for each (chunk slot, value head), slot-major:
   size_t W = 0;            // Tinv (K ⊙ e^G)            [slots, HV, C, K]   bf16, swizzled tile
   size_t K_decayed = 0;    // K ⊙ e^{G_C − G}           [slots, HV, C, K]   bf16, swizzled tile
   size_t Q_gated = 0;      // scale · Q ⊙ e^G           [slots, HV, C, K]   bf16, swizzled tile
@@ -55,24 +64,26 @@ struct ChunkFwdWorkspace {
   size_t U = 0;            // Tinv V, fp32 accumulators [slots, HV, V, C]; then, in its place, U as two bf16 operands
   size_t state = 0;        // state at entry of a chunk [slots, HV, V, K]   bf16, fragment order
   size_t chunk_decay = 0;  // e^{G_C}                   [slots, HV, K]      fp32
-  // Of a cut, one tile for each (segment slot, value head):
+  // Of kStepwise:
+  size_t step_images = 0;  // factors of each step      [step slots, HV]    see step_image_bytes()
+  // Of a cut, one for each (segment slot, value head):
   size_t segment_map = 0;    // M of each segment     [segment slots, HV, K, K]  fp32, transposed, in tiles of operands
   size_t segment_state = 0;  // B of each segment, then the state at its end  [segment slots, HV, V, K]  fp32, fragments
+  size_t segment_faded = 0;  // whether M is 0        [segment slots, HV]  uint32
   size_t total_bytes = 0;
 };
 
 struct ChunkFwdPlan {
   ChunkFwdPath path = ChunkFwdPath::kComposite;
   const char* reason = "";  // one clause: why this path
-  int64_t chunk_slots = 0;  // grid extent over chunks; see chunk_slot()
-  int value_tile = 0;       // V columns of one CTA of the state recurrence, or of the fused kernel
+  int64_t chunk_slots = 0;  // grid extent over chunks; see chunk_slots()
+  int64_t step_slots = 0;   // of kStepwise: grid extent over steps; see step_slots()
+  int value_tile = 0;       // V columns of one CTA of the state recurrence, of the fused kernel or of the scan
 
   // The cut of sequences into segments, whose affine maps S -> M S + B are computed side by side before the recurrence
   // proper.
   int64_t segment_chunks = 0;  // chunks of one segment; 0: sequences are not cut
-  int64_t segment_slots =
-      0;                 // grid extent over segments; see segment_slots(). The number of sequences if they are not cut
-  int segment_tile = 0;  // rows of one CTA that computes M and B; 0 if sequences are not cut
+  int64_t segment_slots = 0;   // grid extent over segments; see segment_slots(). The number of sequences if they are not cut
 
   ChunkFwdWorkspace workspace;
 };
@@ -81,6 +92,9 @@ struct ChunkFwdPlan {
 // With cu_seqlens it has slot cu_seqlens[n] / C + n + c: slots of different sequences never meet, whatever the lengths
 // are, and no host code needs to read them. T / C + N slots always suffice; some stay unused.
 [[nodiscard]] int64_t chunk_slots(const ChunkFwdProblem& problem);
+
+// Likewise for steps of kStepTokens.
+[[nodiscard]] int64_t step_slots(const ChunkFwdProblem& problem);
 
 // Slots that hold the segments of all sequences, as chunk_slots() does for chunks: a slot for every segment_chunks * C
 // tokens, and one more for each sequence. Without a cut (0) a slot for each sequence.

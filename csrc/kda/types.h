@@ -8,6 +8,10 @@ namespace kda {
 // Tokens of one chunk; C in the formulas, and the distance of the states in chunk_states.
 inline constexpr int kChunkTokens = 64;
 
+// Tokens of one step of the CUDA kernels that work step by step: the chunk of their formulas. 32 rather than 64: half the pairs and half
+// the solve for each token, and a range of the gates that one reference token in the middle can serve (see step_operands.cuh).
+inline constexpr int kStepTokens = 32;
+
 // Under the root of the normalisation x * rsqrt(sum x^2 + epsilon).
 inline constexpr float kL2NormEpsilon = 1e-6f;
 

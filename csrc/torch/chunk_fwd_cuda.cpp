@@ -63,8 +63,10 @@ ChunkFwdPlanOptions plan_options(const std::string& path, std::optional<int64_t>
     options.path = ChunkFwdPath::kStaged;
   } else if (path == "fused") {
     options.path = ChunkFwdPath::kFused;
+  } else if (path == "stepwise") {
+    options.path = ChunkFwdPath::kStepwise;
   } else if (!path.empty()) {
-    throw std::runtime_error("kda::chunk_fwd_planned: argument `path`: expected staged, fused or nothing, got " + path);
+    throw std::runtime_error("kda::chunk_fwd_planned: argument `path`: expected staged, fused, stepwise or nothing, got " + path);
   }
   if (segment_chunks && *segment_chunks < 0) {
     throw std::runtime_error("kda::chunk_fwd_planned: argument `segment_chunks`: expected at least 0, got " +

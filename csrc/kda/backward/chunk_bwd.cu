@@ -27,7 +27,6 @@ ChunkBwdKernelParams kernel_params(const ChunkBwdParams& call, const ChunkBwdPla
   params.forward.chunk_decay = floats(workspace.chunk_decay);
   params.forward.inverse = base + workspace.inverse;
   params.forward.chunk_slots = plan.chunk_slots;
-  params.forward.segment_slots = problem.sequences;  // sequences are not cut
   params.forward.vectorized = inputs_are_aligned(call.inputs);
 
   params.dO = call.dO;

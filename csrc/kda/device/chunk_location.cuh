@@ -16,8 +16,8 @@ struct SequenceRange {
 
 struct ChunkLocation {
   int64_t batch;        // row of the batch dimension
-  int64_t first_token;  // first token of the chunk in that row
-  int tokens;           // valid tokens, 1..kChunkTokens; 0: the slot is unused
+  int64_t first_token;  // first token of the slot in that row
+  int tokens;           // valid tokens, 1 .. those of a slot; 0: the slot is unused
 };
 
 __device__ __forceinline__ int64_t cu_seqlens_at(const ChunkFwdParams& p, int64_t index) {
@@ -32,10 +32,16 @@ __device__ __forceinline__ SequenceRange sequence_range(const ChunkFwdParams& p,
   return {0, begin, max(begin, cu_seqlens_at(p, sequence + 1))};
 }
 
+// The first of a sequence's slots of slot_tokens tokens.
+__device__ __forceinline__ int64_t first_slot_of(const ChunkFwdParams& p, int64_t sequence, const SequenceRange& range,
+                                                 int slot_tokens) {
+  if (p.cu_seqlens == nullptr) return sequence * ((p.problem.tokens + slot_tokens - 1) / slot_tokens);
+  return range.begin / slot_tokens + sequence;
+}
+
 __device__ __forceinline__ int64_t first_chunk_slot(const ChunkFwdParams& p, int64_t sequence,
                                                     const SequenceRange& range) {
-  if (p.cu_seqlens == nullptr) return sequence * ((p.problem.tokens + kChunkTokens - 1) / kChunkTokens);
-  return range.begin / kChunkTokens + sequence;
+  return first_slot_of(p, sequence, range, kChunkTokens);
 }
 
 // The last sequence whose first slot is <= slot, found by the whole warp: 32 probes a round. A slot holds slot_tokens
@@ -53,21 +59,25 @@ __device__ __forceinline__ int64_t find_sequence(const ChunkFwdParams& p, int64_
   return low;
 }
 
-// Called by whole warps; every warp gets the same answer.
-__device__ __forceinline__ ChunkLocation locate_chunk(const ChunkFwdParams& p, int64_t slot, int lane) {
+// Of a slot of slot_tokens tokens. Called by whole warps; every warp gets the same answer.
+__device__ __forceinline__ ChunkLocation locate_slot(const ChunkFwdParams& p, int64_t slot, int slot_tokens, int lane) {
   if (p.problem.sequences == 0) return {0, 0, 0};
   int64_t sequence;
   if (p.cu_seqlens == nullptr) {
     // A grid has fewer than 2^31 slots; divisions of 64 bits take a hundred instructions.
-    const int64_t chunks = (p.problem.tokens + kChunkTokens - 1) / kChunkTokens;
-    sequence = static_cast<uint32_t>(slot) / static_cast<uint32_t>(chunks);
+    const int64_t slots = (p.problem.tokens + slot_tokens - 1) / slot_tokens;
+    sequence = static_cast<uint32_t>(slot) / static_cast<uint32_t>(slots);
   } else {
-    sequence = find_sequence(p, slot, kChunkTokens, lane);
+    sequence = find_sequence(p, slot, slot_tokens, lane);
   }
   const SequenceRange range = sequence_range(p, sequence);
-  const int64_t first_token = range.begin + (slot - first_chunk_slot(p, sequence, range)) * kChunkTokens;
-  const int64_t tokens = min(range.end - first_token, int64_t{kChunkTokens});
+  const int64_t first_token = range.begin + (slot - first_slot_of(p, sequence, range, slot_tokens)) * slot_tokens;
+  const int64_t tokens = min(range.end - first_token, int64_t{slot_tokens});
   return {range.batch, first_token, static_cast<int>(max(tokens, int64_t{0}))};
+}
+
+__device__ __forceinline__ ChunkLocation locate_chunk(const ChunkFwdParams& p, int64_t slot, int lane) {
+  return locate_slot(p, slot, kChunkTokens, lane);
 }
 
 // The segments of one sequence: slots first_slot .. first_slot + segments - 1. Every sequence has one, also if it is
@@ -91,6 +101,7 @@ __device__ __forceinline__ SegmentRange segment_range(const ChunkFwdParams& p, i
 // A run of chunks of one sequence that the state recurrence takes in one go.
 struct SegmentLocation {
   int64_t sequence;
+  int64_t first_chunk;  // of the sequence
   int64_t first_chunk_slot;
   int64_t chunks;  // 0 only in a sequence without tokens
   bool is_used;    // whether the slot holds a segment
@@ -111,6 +122,7 @@ __device__ __forceinline__ SegmentLocation locate_segment(const ChunkFwdParams& 
   const SequenceRange range = sequence_range(p, sequence);
   const int64_t chunks = (range.end - range.begin + kChunkTokens - 1) / kChunkTokens - index * segment_chunks;
   return {sequence,
+          index * segment_chunks,
           first_chunk_slot(p, sequence, range) + index * segment_chunks,
           segment_chunks == 0 ? chunks : min(chunks, segment_chunks),
           index >= 0 && index < segments.segments,

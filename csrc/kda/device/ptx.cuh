@@ -143,6 +143,11 @@ __device__ __forceinline__ void cp_async_bulk_commit_group() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
+// Until the stores of this thread have read their sources.
+__device__ __forceinline__ void cp_async_bulk_wait_read_all() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
 __device__ __forceinline__ void cp_async_bulk_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // Orders this thread's ordinary shared-memory accesses before later accesses of the copy engine.
@@ -207,6 +212,40 @@ __device__ __forceinline__ bool barrier_any(int barrier, int threads, bool predi
       : "r"(barrier), "r"(threads), "r"(static_cast<int>(predicate))
       : "memory");
   return any != 0;
+}
+
+// ---- Clusters ----
+
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+}
+
+// Whether `mine`, the same in all threads of a CTA, holds in all CTAs of the cluster. flags: address of kCtas words in shared memory, the
+// same in each CTA, for one use. A barrier of all threads of the cluster.
+template <int kCtas>
+__device__ __forceinline__ bool cluster_all(bool mine, uint32_t flags, int thread) {
+  if constexpr (kCtas == 1) return mine;
+  if (thread < kCtas) {  // to CTA `thread`, at the place of this one
+    asm volatile(
+        "{\n"
+        ".reg .b32 rank, place, remote;\n"
+        "mov.u32 rank, %%cluster_ctarank;\n"
+        "mad.lo.u32 place, rank, 4, %0;\n"
+        "mapa.shared::cluster.u32 remote, place, %1;\n"
+        "st.shared::cluster.u32 [remote], %2;\n"
+        "}\n" ::"r"(flags),
+        "r"(thread), "r"(static_cast<int>(mine))
+        : "memory");
+  }
+  cluster_sync();
+  bool all = true;
+#pragma unroll
+  for (int cta = 0; cta < kCtas; ++cta) {
+    uint32_t flag;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(flag) : "r"(flags + 4 * cta) : "memory");
+    all = all && flag != 0;
+  }
+  return all;
 }
 
 // ---- Registers of a thread, for all warps of a warpgroup ----

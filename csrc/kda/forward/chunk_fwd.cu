@@ -1,7 +1,7 @@
 // kda::chunk_fwd: from the checked call and its plan to the launches of the stages.
 
 #include "../device/nvtx_range.h"
-#include "kernel_params.h"
+#include "step_params.h"
 
 namespace kda {
 namespace {
@@ -18,13 +18,7 @@ ChunkFwdKernelParams kernel_params(const ChunkFwdParams& call, const ChunkFwdPla
   params.U = reinterpret_cast<uint4*>(base + workspace.U);
   params.state = reinterpret_cast<uint4*>(base + workspace.state);
   params.chunk_decay = reinterpret_cast<float*>(base + workspace.chunk_decay);
-  if (plan.segment_chunks > 0) {
-    params.segment_map = reinterpret_cast<float*>(base + workspace.segment_map);
-    params.segment_state = reinterpret_cast<float4*>(base + workspace.segment_state);
-  }
   params.chunk_slots = plan.chunk_slots;
-  params.segment_chunks = plan.segment_chunks;
-  params.segment_slots = plan.segment_slots;
   params.vectorized = inputs_are_aligned(call);
   return params;
 }
@@ -36,22 +30,56 @@ cudaError_t run_stage(const char* name, Launch launch) {
   return launch();
 }
 
+// The stages one after the other, until one fails.
+struct Stage {
+  const char* name;
+  cudaError_t (*launch)(const StepKernelParams&, cudaStream_t);
+};
+
+cudaError_t run_stepwise(const StepKernelParams& params, cudaStream_t stream) {
+  const bool wide = params.call.problem.key_dim == 128;
+  const Stage factors = {"kda.step_factors", wide ? launch_step_factors_k128 : launch_step_factors_k64};
+  const Stage summary = {"kda.segment_summary", wide ? launch_segment_summary_k128 : launch_segment_summary_k64};
+  const Stage compose = {"kda.segment_compose", launch_segment_compose};
+  const Stage scan = {"kda.state_scan", wide ? launch_state_scan_k128 : launch_state_scan_k64};
+  const bool is_cut = params.segment_chunks > 0;
+  for (const Stage& stage : {factors, summary, compose, scan}) {
+    if (!is_cut && (stage.launch == summary.launch || stage.launch == compose.launch)) continue;
+    const cudaError_t status = run_stage(stage.name, [&] { return stage.launch(params, stream); });
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t run_steps(const ChunkFwdParams& call, const ChunkFwdPlan& plan, cudaStream_t stream) {
+  StepKernelParams params = {};
+  params.call = call;
+  const cudaError_t status = make_tensor_maps(params, plan.value_tile);
+  if (status != cudaSuccess) return status;
+  if (plan.path == ChunkFwdPath::kFused) {
+    const auto launch = call.problem.key_dim == 128 ? launch_fused_scan_k128 : launch_fused_scan_k64;
+    return run_stage("kda.fused_scan", [&] { return launch(params, plan.value_tile, stream); });
+  }
+  uint8_t* const base = static_cast<uint8_t*>(call.workspace);
+  params.images = base + plan.workspace.step_images;
+  params.step_slots = plan.step_slots;
+  params.segment_chunks = plan.segment_chunks;
+  params.segment_slots = plan.segment_slots;
+  if (plan.segment_chunks > 0) {
+    params.segment_map = reinterpret_cast<float*>(base + plan.workspace.segment_map);
+    params.segment_state = reinterpret_cast<float4*>(base + plan.workspace.segment_state);
+    params.segment_faded = reinterpret_cast<uint32_t*>(base + plan.workspace.segment_faded);
+  }
+  return run_stepwise(params, stream);
+}
+
 }  // namespace
 
 cudaError_t chunk_fwd(const ChunkFwdParams& call, const ChunkFwdPlan& plan, cudaStream_t stream) {
   if (plan.path == ChunkFwdPath::kComposite) return cudaErrorNotSupported;
+  if (plan.path != ChunkFwdPath::kStaged) return run_steps(call, plan, stream);
   const ChunkFwdKernelParams params = kernel_params(call, plan);
-  if (plan.path == ChunkFwdPath::kFused) {
-    return run_stage("kda.fused_scan", [&] { return launch_fused_scan(params, plan.value_tile, stream); });
-  }
   cudaError_t status = run_stage("kda.intra_chunk_solve", [&] { return launch_intra_chunk_solve(params, stream); });
-  if (status == cudaSuccess && plan.segment_chunks > 0) {
-    status =
-        run_stage("kda.segment_summary", [&] { return launch_segment_summary(params, plan.segment_tile, stream); });
-    if (status == cudaSuccess) {
-      status = run_stage("kda.segment_compose", [&] { return launch_segment_compose(params, stream); });
-    }
-  }
   if (status == cudaSuccess) {
     status =
         run_stage("kda.state_recurrence", [&] { return launch_state_recurrence(params, plan.value_tile, stream); });

@@ -2,31 +2,18 @@
 #pragma once
 
 #include "../device/chunk_location.cuh"
-#include "../device/elements.cuh"
-#include "../device/tile.cuh"
 #include "../device/triangular_inverse.cuh"
-#include "fused_params.h"
+#include "step_params.h"
+#include "step_layout.cuh"
 
 namespace kda {
 
-// Tiles of rows of 128 bytes whose 16-byte units are permuted (unit ^ (row & 7)), one block of Rows rows for every 64 columns of 16 bits: what
-// tensor copies with 128-byte swizzle write, and what ldmatrix and wgmma read without bank conflicts.
-template <int Rows>
-struct BlockedTile : TileOperands<BlockedTile<Rows>> {
-  static constexpr int kBlockBytes = Rows * 128;
-  static __device__ __forceinline__ uint32_t unit_offset(int row, int unit) {
-    return (unit >> 3) * kBlockBytes + row * 128 + (((unit & 7) ^ (row & 7)) << 4);
-  }
-
-  static __device__ __forceinline__ uint32_t unit_address(uint32_t tile, int row, int half, int column) {
-    return tile + unit_offset(row, (column >> 3) + half);
-  }
-};
-
 // K: channels of a key. V: width of a value row in memory. kRows: rows of the transposed state of one CTA, 64 a consumer warpgroup.
 template <int K_, int V_, int kRows_, typename Element_>
-struct FusedConfig {
-  static constexpr int K = K_, V = V_, C = kStepTokens, kRows = kRows_;
+struct FusedConfig : StepStage<K_, kRows_> {
+  using Stage = StepStage<K_, kRows_>;
+  using Stage::C, Stage::K, Stage::kRows, Stage::kStageBytes, Stage::kKeyTileBytes;
+  static constexpr int V = V_;
   using Element = Element_;
 
   // Registers of a thread after the roles have parted: 65536 for all threads.
@@ -37,22 +24,6 @@ struct FusedConfig {
 
   // One stage: what a consumer needs of a step.
   static constexpr int kStages = 3;
-  static constexpr int kKeyTileBytes = C * K * 2;
-  using KeyTile = BlockedTile<C>;
-  using GatedTile = BlockedTile<2 * C>;  // rows of k, then rows of q: one operand
-  using PairTile = BlockedTile<C>;       // two matrices [C, C] side by side
-  static constexpr int kPairTileBytes = C * 128;
-  using ValueTile = BlockedTile<C>;
-  static constexpr int kValueTileBytes = C * kRows * 2;
-  static constexpr int kGated = 0;                                   // K ⊙ e^G above Q ⊙ e^G   [2 C, K]
-  static constexpr int kKeysDecayed = kGated + 2 * kKeyTileBytes;    // K ⊙ e^{G_C - G}         [C, K]
-  static constexpr int kInverseTile = kKeysDecayed + kKeyTileBytes;  // Tinv: high part | middle part
-  static constexpr int kAqkTile = kInverseTile + kPairTileBytes;     // Aqk | Tinv: low part
-  static constexpr int kValues = kAqkTile + kPairTileBytes;          // V                       [C, kRows]
-  static constexpr int kStepDecay = kValues + kValueTileBytes;       // e^{G_C}                 [K] fp32
-  static constexpr int kKeyNorm = kStepDecay + K * 4;                // |k|, or 1               [C] fp32
-  static constexpr int kOutputScale = kKeyNorm + C * 4;              // scale / |q|, or scale   [C] fp32
-  static constexpr int kStageBytes = (kOutputScale + C * 4 + 1023) / 1024 * 1024;
 
   // The rows of q, k and g of a step as they come, one buffer for each producer group. Then, in their place, the gates in fp32 (over g, which
   // has room for fp32) and the operands of the pair products: P q, P k over q, k, and R k over the first of the gates.

@@ -7,7 +7,7 @@
 namespace kda {
 
 template <int K>
-cudaError_t launch_fused_scan_of(const FusedScanParams& params, int value_tile, cudaStream_t stream) {
+cudaError_t launch_fused_scan_of(const StepKernelParams& params, int value_tile, cudaStream_t stream) {
   const ChunkFwdProblem& problem = params.call.problem;
   const auto launch_config = [&](auto config) {
     using Config = decltype(config);

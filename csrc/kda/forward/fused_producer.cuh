@@ -1,22 +1,16 @@
-// A producer group of the fused forward: 4 warps that make everything of every second step that does not depend on the state.
-//   Akk[i,j] = beta_i sum_d k_i k_j exp(G_i - G_j)  (i > j),    Aqk[i,j] = sum_d q_i k_j exp(G_i - G_j)  (i >= j),
-//   Tinv = (I + Akk)^-1 Diag(beta),
-// and the gated operands (fused_pairs.cuh). The norms of q and k are applied late: with k = |k| k^ and U' = U / |k| every formula holds
-// for keys as they come, with beta / |k|^2 for beta and |k| V for V:
-//   U' = (I + Diag(beta / |k|^2) K K^T)^-1 Diag(beta / |k|^2) (|k| V - K S),     S' = S + K^T U'.
+// A producer group of the fused forward: it makes every second step (step_producer.cuh), and keeps its rows coming.
 #pragma once
 
-#include "fused_pairs.cuh"
+#include "fused_config.cuh"
+#include "step_producer.cuh"
 
 namespace kda {
 
 template <typename Config>
 struct FusedProducer {
-  using Element = typename Config::Element;
-  static constexpr int K = Config::K, C = Config::C;
-  static constexpr int kSolveWarp = 3;
+  static constexpr int C = Config::C;
 
-  const FusedScanParams& params;
+  const StepKernelParams& params;
   const ChunkFwdParams& call;
   const ScanItem& item;
   uint8_t* const shared;
@@ -24,17 +18,9 @@ struct FusedProducer {
   const int thread, warp, lane;
 
   static constexpr int kBarrier = 1;  // + producer
-  __device__ __forceinline__ int row_group() const { return lane >> 2; }
-  __device__ __forceinline__ int member() const { return lane & 3; }
-  __device__ __forceinline__ void sync() const { ptx::barrier_sync(kBarrier + producer, Config::kGroupThreads); }
-
   __device__ __forceinline__ uint8_t* scratch() const {
     return shared + Config::kProducerOffset + producer * Config::kProducerBytes;
   }
-  __device__ __forceinline__ SolveMatrix32 solve_matrix() const {
-    return {reinterpret_cast<float*>(scratch() + Config::kSolve)};
-  }
-
   __device__ __forceinline__ uint8_t* raw() const { return shared + Config::kRawOffset + producer * Config::kRawBytes; }
   __device__ __forceinline__ bool gate_is_fp32() const { return call.gate_type == DataType::kFloat32; }
 
@@ -76,332 +62,47 @@ struct FusedProducer {
     ptx::cp_async_bulk_tensor_prefetch(&params.v, 0, b.token, item.first_row / 64, item.value_head, b.batch);
   }
 
-  // Products of the warp's 8 tokens with themselves, from q and k as they came, exact in fp32: q q^T and q k^T in elements 0, 1 of the
-  // accumulators, k k^T in elements 2, 3 of the second. fp16 keys are rounded to bf16 for k k^T, as in all operands of the recurrence: the norm must
-  // be that of the key that is used.
-  __device__ __forceinline__ void multiply_rows(float (&with_q)[4], float (&with_k)[4], const uint8_t* raw) const {
-    const int matrix = lane >> 3;
-    const uint32_t tile = ptx::shared_address(raw) + (matrix & 1 ? Config::kRawK : Config::kRawQ);
-#pragma unroll
-    for (int kt = 0; kt < K / 16; ++kt) {
-      uint32_t a[4];  // rows 0-7: q, rows 8-15: k
-      ptx::ldmatrix_x4(a, tile + Config::KeyTile::unit_offset(8 * warp + (lane & 7), 2 * kt + (matrix >> 1)));
-      if constexpr (std::is_same_v<Element, BFloat16>) {
-        ptx::mma_m16n8k16_bf16(with_k, a[0], a[1], a[2], a[3], a[1], a[3]);
-        ptx::mma_m16n8k16_bf16(with_q, a[0], a[1], a[2], a[3], a[0], a[2]);
-      } else {
-        const auto rounded = [](uint32_t packed) {
-          const float2 x = Packed2<Float16>::to_float2(packed);
-          return pack_bf16(x.x, x.y);
-        };
-        const uint32_t k0 = rounded(a[1]), k1 = rounded(a[3]);
-        ptx::mma_m16n8k16_f16(with_k, a[0], 0, a[2], 0, a[1], a[3]);
-        ptx::mma_m16n8k16_bf16(with_k, 0, k0, 0, k1, k0, k1);
-        ptx::mma_m16n8k16_f16(with_q, a[0], 0, a[2], 0, a[0], a[2]);
-      }
-    }
-  }
-
-  // q·k, |q|^2 and |k|^2 are on the diagonals of those products; what follows from them. Returns whether q and k are too large for one reference.
-  __device__ __forceinline__ bool store_row_values(const uint8_t* raw, const RowValues& rows, float beta) const {
-    float with_q[4] = {}, with_k[4] = {};
-    multiply_rows(with_q, with_k, raw);
-    if (!owns_diagonal()) return false;
-    constexpr float kEpsilon = 1e-6f;
-    const bool odd = row_group() & 1;
-    const int token = 8 * warp + row_group();
-    const float squares_q = odd ? with_q[1] : with_q[0], squares_k = odd ? with_k[3] : with_k[2];
-    float inverse_q = 1.0f, inverse_k = 1.0f, norm_k = 1.0f;
-    if (call.qk_l2norm) {
-      inverse_q = rsqrtf(squares_q + kEpsilon);
-      inverse_k = rsqrtf(squares_k + kEpsilon);
-      norm_k = (squares_k + kEpsilon) * inverse_k;
-    }
-    rows.query_key[token] = odd ? with_k[1] : with_k[0];
-    rows.write[token] = beta * inverse_k * inverse_k;
-    const auto power_of_two = [](float x) { return __uint_as_float(__float_as_uint(x) & 0x7f800000u); };
-    rows.query_power[token] = power_of_two(inverse_q);  // 1 if q and k are not normalised
-    rows.key_power[token] = power_of_two(inverse_k);
-    rows.key_norm[token] = norm_k;
-    rows.output_scale[token] = call.scale * inverse_q;
-    constexpr float kLimit = static_cast<float>(1 << static_cast<int>(2 * kMaxNormLog2));
-    return !(squares_q <= kLimit && squares_k <= kLimit);
-  }
-
-  // Whether the lane's accumulators hold the diagonal element of row lane / 4.
-  __device__ __forceinline__ bool owns_diagonal() const { return member() == row_group() >> 1; }
-
-  // beta of the token whose diagonal element the lane owns, as it is in memory: the conversion would wait for the load.
-  struct BetaReader {
-    const uint8_t* source;  // in the group's next step
-    int tokens_left;        // of the sequence, from the lane's token of that step on
-
-    __device__ __forceinline__ int bytes(const FusedProducer& p) const {
-      return p.call.beta_type == DataType::kFloat32 ? 4 : 2;
-    }
-
-    __device__ __forceinline__ explicit BetaReader(const FusedProducer& p) {
-      const int row = 8 * p.warp + p.row_group() + p.producer * C;
-      const TokenStrides& stride = p.call.beta_stride;
-      source = static_cast<const uint8_t*>(p.call.beta) +
-               (p.item.range.batch * stride.batch + (p.item.range.begin + row) * stride.token +
-                p.item.value_head * stride.head) *
-                   bytes(p);
-      tokens_left = p.owns_diagonal() ? static_cast<int>(p.item.range.end - p.item.range.begin) - row : 0;
-    }
-
-    __device__ __forceinline__ uint32_t next(const FusedProducer& p) {
-      uint32_t bits = 0;
-      if (tokens_left > 0) {
-        bits = bytes(p) == 4 ? *reinterpret_cast<const uint32_t*>(source) : *reinterpret_cast<const uint16_t*>(source);
-      }
-      source += Config::kProducerGroups * C * p.call.beta_stride.token * bytes(p);
-      tokens_left -= Config::kProducerGroups * C;
-      return bits;
-    }
-  };
-
-  __device__ __forceinline__ float activate_beta(uint32_t bits) const {
-    float beta = __uint_as_float(bits);
-    if (call.beta_type == DataType::kBFloat16) beta = Packed2<BFloat16>::to_float2(bits).x;
-    if (call.beta_type == DataType::kFloat16) beta = Packed2<Float16>::to_float2(bits).x;
-    return call.beta_sigmoid ? call.beta_scale * sigmoid(beta) : beta;
-  }
-
-  // Products of the warp's rows 8 w .. 8 w + 7, q above k in the A operand, with tokens 8 n .. 8 n + 7: elements 0, 1 belong to
-  // q k^T, elements 2, 3 to k k^T.
-  struct Products {
-    float tile[4][4] = {};
-  };
-
-  // Operands of pair products: tiles of q and k (A operand) and of the earlier tokens' k (B operand).
-  template <typename Tile>
-  struct PairTiles {
-    uint32_t q, k, earlier_k;
-  };
-
-  // d += the products with token blocks first .. first + kCount - 1.
-  template <int kCount, typename Tile>
-  __device__ __forceinline__ void multiply(float (&d)[kCount][4], const PairTiles<Tile>& tiles, int first,
-                                           bool half) const {
-    const int matrix = lane >> 3, row = lane & 7;
-    const uint32_t a_tile = matrix & 1 ? tiles.k : tiles.q;
-#pragma unroll
-    for (int kt = 0; kt < K / 16; ++kt) {
-      uint32_t a[4], b[4];
-      ptx::ldmatrix_x4(a, a_tile + Tile::unit_offset(8 * warp + row, 2 * kt + (matrix >> 1)));
-      const auto product = [&](float(&acc)[4], uint32_t b0, uint32_t b1) {
-        if (half) {
-          ptx::mma_m16n8k16_f16(acc, a[0], a[1], a[2], a[3], b0, b1);
-        } else {
-          ptx::mma_m16n8k16_bf16(acc, a[0], a[1], a[2], a[3], b0, b1);
-        }
-      };
-      if constexpr (kCount == 1) {  // matrices 2 and 3 repeat 0 and 1
-        ptx::ldmatrix_x4(b, tiles.earlier_k + Tile::unit_offset(8 * first + row, 2 * kt + (matrix & 1)));
-        product(d[0], b[0], b[1]);
-      } else {
-#pragma unroll
-        for (int n = 0; n < kCount; n += 2) {
-          ptx::ldmatrix_x4(
-              b, tiles.earlier_k + Tile::unit_offset(8 * (first + n + (matrix >> 1)) + row, 2 * kt + (matrix & 1)));
-          product(d[n], b[0], b[1]);
-          product(d[n + 1], b[2], b[3]);
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ void multiply_with_middle_reference(Products& products, const uint8_t* raw) const {
-    const uint32_t base = ptx::shared_address(raw);
-    const PairTiles<typename Config::KeyTile> tiles{base + Config::kRawQ, base + Config::kRawK, base + Config::kRawG};
-    // Token blocks above the diagonal may come along; their products, of any value, are not used.
-    if (warp < 2) {
-      float low[2][4] = {};
-      multiply<2>(low, tiles, 0, false);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) products.tile[0][e] = low[0][e], products.tile[1][e] = low[1][e];
-    } else {
-      multiply<4>(products.tile, tiles, 0, false);
-    }
-  }
-
-  // Level by level; see store_level.
-  __device__ __forceinline__ void multiply_by_levels(Products& products, const FusedOperands<Config>& operands,
-                                                     const RowValues& rows) const {
-    const bool half = call.qk_l2norm;  // operands are at most 1
-    using Tile = typename Config::GatedTile;
-    const uint32_t keys = ptx::shared_address(operands.stage) + Config::kGated;
-    const PairTiles<Tile> tiles{keys + Tile::unit_offset(C, 0), keys, keys};
-#pragma unroll 1
-    for (int block = C / 2; block > 0; block /= 2) {
-      sync();  // the operands of the level before have been read
-      operands.store_level(block, rows, half);
-      sync();
-      if (block == 16) {
-        if (warp >= 2) {
-          float low[2][4] = {};
-          multiply<2>(low, tiles, 0, half);
-#pragma unroll
-          for (int e = 0; e < 4; ++e) products.tile[0][e] = low[0][e], products.tile[1][e] = low[1][e];
-        }
-        continue;
-      }
-      // Blocks of 8 pair the warp's tokens with those of the warp before, smaller ones with each other: a pair of those comes from the level that the
-      // highest differing bit names.
-      const int earlier = block == 8 ? warp - 1 : warp;
-      if (block == 8 && !(warp & 1)) continue;
-      float d[1][4] = {};
-      multiply<1>(d, tiles, earlier, half);
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int differing = row_group() ^ (2 * member() + (e & 1));
-          const bool of_level = block == 8 || (differing >= block && differing < 2 * block);
-          if (n == earlier && of_level) products.tile[n][e] = d[0][e];
-        }
-      }
-    }
-    // The powers of two are exact, and so are their inverses.
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float power = (e < 2 ? rows.query_power : rows.key_power)[8 * warp + row_group()];
-        products.tile[n][e] *= 1.0f / (power * rows.key_power[8 * n + 2 * member() + (e & 1)]);
-      }
-    }
-  }
-
-  // Aqk into the stage and Akk for the solve. What is not a pair is dropped by selection: it may be inf or NaN.
-  __device__ __forceinline__ void store_products(const Products& products, uint8_t* stage,
-                                                 const RowValues& rows) const {
-    const int row = 8 * warp + row_group();
-    const float write = rows.write[row], diagonal = rows.query_key[row];
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const int column = 8 * n + 2 * member();
-      const float(&p)[4] = products.tile[n];
-      const auto select = [&](float value, int j) { return j < row ? value : (j == row ? diagonal : 0.0f); };
-      *reinterpret_cast<uint32_t*>(stage + Config::kAqkTile + Config::PairTile::pair_offset(row, column)) =
-          pack_bf16(select(p[0], column), select(p[1], column + 1));
-      if (n <= warp) *reinterpret_cast<float2*>(&solve_matrix().at(row, column)) = {write * p[2], write * p[3]};
-    }
-  }
-
-  // Into the stage: the values of the rows, and Tinv as the sum of three bf16 operands: its entries cancel in products where keys repeat and the gates hardly decay.
-  __device__ __forceinline__ void store_inverse(uint8_t* stage, const RowValues& rows) const {
-    const int row = thread >> 2, column = 8 * (thread & 3);
-    uint32_t high[4], middle[4], low[4];
-    float t[8], write[8];
-    load_8(t, &solve_matrix().at(row, column));  // of any value above the diagonal
-    load_8(write, rows.write + column);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) t[i] = column + i <= row ? t[i] * write[i] : 0.0f;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float x = t[2 * i], y = t[2 * i + 1];
-      high[i] = pack_bf16(x, y);
-      const float2 h = unpack_bf16(high[i]);
-      const SplitBf16 rest(x - h.x, y - h.y);
-      middle[i] = rest.high, low[i] = rest.low;
-    }
-    const auto store = [&](int tile, int tile_column, const uint32_t(&v)[4]) {
-      *reinterpret_cast<uint4*>(stage + tile + Config::PairTile::pair_offset(row, tile_column)) = {v[0], v[1], v[2],
-                                                                                                   v[3]};
-    };
-    if (column == 0) {
-      reinterpret_cast<float*>(stage + Config::kKeyNorm)[row] = rows.key_norm[row];
-      reinterpret_cast<float*>(stage + Config::kOutputScale)[row] = rows.output_scale[row];
-    }
-    store(Config::kInverseTile, column, high);
-    store(Config::kInverseTile, C + column, middle);
-    store(Config::kAqkTile, C + column, low);
-  }
-
-  static __device__ __forceinline__ void load_8(float (&values)[8], const float* source) {
-    const float4 low = reinterpret_cast<const float4*>(source)[0], high = reinterpret_cast<const float4*>(source)[1];
-    values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
-    values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
-  }
-
-  // What a thread keeps from step to step.
-  struct Constants {
-    float decay_rate;  // exp(A_log), or 1
-    float2 bias;       // of the thread's channels
-    float gate_unit;   // the bounded gate is kept as the sigmoid, in units of its bound
-  };
-
-  __device__ __forceinline__ int channel() const { return 2 * (thread % (K / 2)); }
-
-  __device__ __forceinline__ void make_step(int step, int turn, const Constants& constants, uint32_t beta_bits) const {
+  __device__ __forceinline__ void make_step(int step, int turn, const GateConstants& constants,
+                                            uint32_t beta_bits) const {
     const uint32_t shared_base = ptx::shared_address(shared);
-    const int stage_index = step % Config::kStages, tokens = item.tokens(step), token_group = thread / (K / 2);
+    const int stage_index = step % Config::kStages;
     uint8_t* const stage = shared + stage_index * Config::kStageBytes;
-    uint8_t* const raw = this->raw();
     const uint32_t full = Config::full(shared_base, stage_index), empty = Config::empty(shared_base, stage_index);
+    const StepProducer<Config> make{call,   raw(), stage, scratch(), item.tokens(step), kBarrier + producer,
+                                    thread, warp,  lane};
     // Those of the step before are read until its inverse is stored, by warps that may be behind.
     const RowValues rows(scratch() + Config::kRowValues + turn % 2 * Config::kRowValuesBytes);
+    const StepOperands<Config> operands = make.operands(constants);
 
     ptx::mbarrier_wait_parity(Config::raw_full(shared_base, producer), turn & 1);
-    FusedOperands<Config> operands{raw, stage, scratch(), channel(), token_group, tokens, constants.gate_unit};
-    if (tokens < C) {
-      operands.clear_rows_past_end();
-      sync();
-    }
-    const float beta = 8 * warp + row_group() < tokens ? activate_beta(beta_bits) : 0.0f;  // past the end: no write
-    bool far_apart = store_row_values(raw, rows, beta);
-    far_apart |= operands.activate(call, constants.decay_rate, constants.bias, [&] { sync(); });
-    far_apart = ptx::barrier_any(kBarrier + producer, Config::kGroupThreads, far_apart);
-
+    const bool far_apart = make.prepare(operands, constants, rows, beta_bits);
     ptx::mbarrier_wait_parity(empty, (step / Config::kStages & 1) ^ 1);
     load_values(stage, full, step);
-    operands.store_step_decay();
-    Products products;
-    if (!far_apart) {
-      if (token_group >= Config::kTokenGroups / 2) {
-        operands.template store_with_middle_reference<true>();
-      } else {
-        operands.template store_with_middle_reference<false>();
-      }
-      sync();
-      multiply_with_middle_reference(products, raw);
-    } else {
-      multiply_by_levels(products, operands, rows);
-      sync();  // the last level's operands have been read
-      operands.store_state_operands();
-    }
-    store_products(products, stage, rows);
+    typename StepProducer<Config>::Products products;
+    make.multiply_pairs(products, operands, rows, far_apart);
+    make.store_products(products, rows);
     ptx::fence_proxy_async_shared();  // the rows make room for others, which come through the copy engine
-    sync();
+    make.sync();
     load_inputs(step + Config::kProducerGroups);
     prefetch_inputs(step + 2 * Config::kProducerGroups);
-    if (warp == kSolveWarp) invert_unit_lower_32x32(solve_matrix(), lane);
-    sync();
-    store_inverse(stage, rows);
+    make.invert();
+    make.sync();
+    make.store_inverse(rows);
     ptx::fence_proxy_async_shared();  // the stage's tiles are read by wgmma
     ptx::mbarrier_arrive(full);
   }
 
   __device__ __forceinline__ void run() const {
-    Constants constants;
-    constants.decay_rate = call.A_log != nullptr ? expf(call.A_log[item.value_head]) : 1.0f;
-    constants.bias = {0.0f, 0.0f};
-    if (call.dt_bias != nullptr) {
-      const float* source = call.dt_bias + int64_t{item.value_head} * K + channel();
-      constants.bias = {source[0], source[1]};
-    }
-    constants.gate_unit = call.gate == GateKind::kSigmoid ? call.lower_bound * kLog2E : 1.0f;
-
+    const GateConstants constants(call, item.value_head, StepProducer<Config>::channel_of(thread));
     load_inputs(producer);
     prefetch_inputs(producer + Config::kProducerGroups);
-    BetaReader betas(*this);
-    uint32_t beta_next = betas.next(*this);
+    BetaReader betas(call, item.range.batch, item.range.begin + int64_t{producer} * C, item.range.end, item.value_head,
+                     thread);
+    uint32_t beta_next = betas.next(call, Config::kProducerGroups * C);
     int turn = 0;
     for (int step = producer; step < item.steps; step += Config::kProducerGroups, ++turn) {
       const uint32_t beta = beta_next;
-      beta_next = betas.next(*this);
+      beta_next = betas.next(call, Config::kProducerGroups * C);
       const int here = ptx::opaque(thread);
       FusedProducer{params, call, item, shared, producer, here, here >> 5, here & 31}.make_step(step, turn, constants,
                                                                                                 beta);

@@ -19,7 +19,7 @@ namespace kda {
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    fused_scan_kernel(const __grid_constant__ FusedScanParams params) {
+    fused_scan_kernel(const __grid_constant__ StepKernelParams params) {
   const ChunkFwdParams& call = params.call;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t shared_base = ptx::shared_address(shared);

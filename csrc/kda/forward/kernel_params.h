@@ -22,23 +22,14 @@ struct ChunkFwdKernelParams {
   uint8_t* inverse;    // [slots, HV] tiles [C, C], bf16, swizzled: (I + Akk)^-1 on and below the diagonal; null in the
                        // forward, written for the backward
 
-  // Workspace regions of a cut, one tile for each (segment slot, value head); see segment_compose.cuh.
-  float* segment_map;     // [segment slots, HV, K / 16, K / 8] tiles of M^T [16, 8], column by column
-  float4* segment_state;  // [segment slots, HV, V / 16, K / 8, 32 lanes] fragments of S^T at the end of a segment
-
   int64_t chunk_slots;
-  int64_t segment_chunks;  // chunks of one segment; 0: sequences are not cut
-  int64_t segment_slots;   // of a cut; else the number of sequences
 
   bool vectorized;  // every 8-element group of q, k, v, g and dt_bias starts at a multiple of 16 bytes
 };
 
 // Launches of the stages, for the K, V and types of the call. Each returns the error of its launch.
 cudaError_t launch_intra_chunk_solve(const ChunkFwdKernelParams& params, cudaStream_t stream);
-cudaError_t launch_segment_summary(const ChunkFwdKernelParams& params, int row_tile, cudaStream_t stream);
-cudaError_t launch_segment_compose(const ChunkFwdKernelParams& params, cudaStream_t stream);
 cudaError_t launch_state_recurrence(const ChunkFwdKernelParams& params, int value_tile, cudaStream_t stream);
-cudaError_t launch_fused_scan(const ChunkFwdKernelParams& params, int value_tile, cudaStream_t stream);
 cudaError_t launch_output_gemm(const ChunkFwdKernelParams& params, cudaStream_t stream);
 
 }  // namespace kda

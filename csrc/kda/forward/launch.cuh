@@ -12,20 +12,41 @@
 namespace kda {
 
 // One dimension of grid extents is enough for any problem whose workspace fits a device.
+struct Grid {
+  int64_t ctas;
+  int threads;  // of a CTA
+  int shared_bytes;
+  int cluster_ctas = 1;
+};
+
+template <typename... KernelArguments, typename... Arguments>
+cudaError_t launch_grid(void (*kernel)(KernelArguments...), const Grid& grid, cudaStream_t stream,
+                        Arguments&&... arguments) {
+  constexpr int64_t kMaxGridX = 2147483647;
+  if (grid.ctas == 0) return cudaSuccess;
+  if (grid.ctas > kMaxGridX) return cudaErrorInvalidConfiguration;
+  const cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
+  if (status != cudaSuccess) return status;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(grid.ctas));
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute cluster = {};
+  if (grid.cluster_ctas > 1) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster_ctas), 1, 1};
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
+  return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+}
+
 template <typename... KernelArguments, typename... Arguments>
 cudaError_t launch(void (*kernel)(KernelArguments...), int64_t ctas, int threads, int shared_bytes, cudaStream_t stream,
                    Arguments&&... arguments) {
-  constexpr int64_t kMaxGridX = 2147483647;
-  if (ctas == 0) return cudaSuccess;
-  if (ctas > kMaxGridX) return cudaErrorInvalidConfiguration;
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (status != cudaSuccess) return status;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(ctas));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+  return launch_grid(kernel, {ctas, threads, shared_bytes}, stream, std::forward<Arguments>(arguments)...);
 }
 
 template <int kValue>

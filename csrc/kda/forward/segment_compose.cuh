@@ -1,6 +1,6 @@
-// The states at the ends of the segments of a cut sequence, from the affine map of each segment (state_recurrence.cuh):
+// The states at the ends of the segments of a cut sequence, from the affine map of each segment (segment_summary.cuh):
 //   S_end[0] as it is,      S_end[s] = M_s S_end[s - 1] + B_s,
-// at fp32-like accuracy. segment_state holds B and is replaced by S_end, which is the entry of the next segment. The
+// at fp32-like accuracy; M_s of a segment that forgets all is taken as 0, and not read. segment_state holds B and is replaced by S_end, which is the entry of the next segment. The
 // end of the last segment is the final state and is left to the recurrence.
 //
 // Grid: one CTA for each (sequence, value head, 16 columns of V); K / 16 warps. A CTA keeps 16 rows of S^T and goes
@@ -14,7 +14,7 @@
 
 #include "../device/chunk_location.cuh"
 #include "../device/triangular_inverse.cuh"
-#include "kernel_params.h"
+#include "step_params.h"
 
 namespace kda {
 
@@ -33,7 +33,7 @@ struct SegmentComposeConfig {
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    segment_compose_kernel(const __grid_constant__ ChunkFwdKernelParams params) {
+    segment_compose_kernel(const __grid_constant__ StepKernelParams params) {
   constexpr int K = Config::K, kPartWords = Config::kPartWords;
   extern __shared__ __align__(16) uint32_t states[];
   const ChunkFwdParams& call = params.call;
@@ -47,6 +47,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int64_t ends = range.segments - 1;  // states that are wanted; the first is there
   if (ends < 2) return;
 
+  const auto has_faded = [&](int64_t s) {
+    return params.segment_faded[(range.first_slot + s) * value_heads + value_head] != 0;
+  };
+  bool any_map = false;
+  for (int64_t s = 1 + lane; s < ends; s += 32) any_map |= !has_faded(s);
+  if (!__any_sync(0xffffffffu, any_map)) return;
+
   // This warp's part of the state at the end of segment s: columns 16 * warp .. + 15 as two accumulator fragments.
   const auto state_at = [&](int64_t s) {
     const int64_t tile = (range.first_slot + s) * value_heads + value_head;
@@ -55,14 +62,18 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   // Lane (group, member) of fragment (kt, n): M^T[16 kt + 4 member .. + 3][8 n + group].
   struct Inputs {
     float4 map[K / 16][2], offset[2];
+    bool has_map;
   };
   const auto load = [&](Inputs& inputs, int64_t s) {
     const int64_t tile = (range.first_slot + s) * value_heads + value_head;
     const float4* const map = reinterpret_cast<const float4*>(params.segment_map + tile * K * K) + 2 * warp * 32 + lane;
+    inputs.has_map = !has_faded(s);
+    if (inputs.has_map) {
 #pragma unroll
-    for (int kt = 0; kt < K / 16; ++kt) {
+      for (int kt = 0; kt < K / 16; ++kt) {
 #pragma unroll
-      for (int n = 0; n < 2; ++n) inputs.map[kt][n] = map[(kt * (K / 8) + n) * 32];
+        for (int n = 0; n < 2; ++n) inputs.map[kt][n] = map[(kt * (K / 8) + n) * 32];
+      }
     }
 #pragma unroll
     for (int n = 0; n < 2; ++n) inputs.offset[n] = state_at(s)[n * 32];
@@ -77,6 +88,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   // The state at the end of segment s, from that before it in shared memory.
   const auto advance = [&](int64_t s, const Inputs& inputs, const uint32_t* before, uint32_t* after) {
     __syncthreads();
+    if (!inputs.has_map) {  // the end is there
+#pragma unroll
+      for (int n = 0; n < 2; ++n) share(after, n, inputs.offset[n]);
+      return;
+    }
     // Two sums for each fragment, and of the three products of a sum none right after another: they would wait for each
     // other. Inside 16 channels the contraction takes them in the order of the lanes' float4: `half` takes 4 member + 2
     // half and the next.

@@ -20,34 +20,23 @@ int choose_stages(int warps, int64_t ctas, int sm_count) {
   return std::min(budget / Config::stage_bytes(warps), Config::kMaxStages);
 }
 
-// `rows` of one value head over all CTAs, `tile` of them in each.
-template <int K, RecurrencePass kPass>
-cudaError_t launch_for_key_dim(const ChunkFwdKernelParams& params, int rows, int tile, cudaStream_t stream) {
+template <int K>
+cudaError_t launch_for_key_dim(const ChunkFwdKernelParams& params, int value_tile, cudaStream_t stream) {
   using Config = StateRecurrenceConfig<K>;
   const ChunkFwdProblem& problem = params.call.problem;
-  const int warps = tile / Config::kRowsPerWarp;
-  const int64_t ctas = params.segment_slots * problem.value_heads * (rows / tile);
+  const int warps = value_tile / Config::kRowsPerWarp;
+  const int64_t ctas = problem.sequences * problem.value_heads * (problem.value_dim / value_tile);
   const int stages = choose_stages<Config>(warps, ctas, problem.sm_count);
-  return launch(state_recurrence_kernel<Config, kPass>, ctas, 32 * warps, Config::shared_bytes(warps, stages), stream,
+  return launch(state_recurrence_kernel<Config>, ctas, 32 * warps, Config::shared_bytes(warps, stages), stream,
                 params, warps, stages);
-}
-
-template <RecurrencePass kPass>
-cudaError_t launch_pass(const ChunkFwdKernelParams& params, int rows, int tile, cudaStream_t stream) {
-  if (params.call.problem.key_dim == 128) return launch_for_key_dim<128, kPass>(params, rows, tile, stream);
-  if (params.call.problem.key_dim == 64) return launch_for_key_dim<64, kPass>(params, rows, tile, stream);
-  return cudaErrorNotSupported;
 }
 
 }  // namespace
 
-cudaError_t launch_segment_summary(const ChunkFwdKernelParams& params, int row_tile, cudaStream_t stream) {
-  const ChunkFwdProblem& problem = params.call.problem;
-  return launch_pass<RecurrencePass::kSummary>(params, problem.value_dim + problem.key_dim, row_tile, stream);
-}
-
 cudaError_t launch_state_recurrence(const ChunkFwdKernelParams& params, int value_tile, cudaStream_t stream) {
-  return launch_pass<RecurrencePass::kOutputs>(params, params.call.problem.value_dim, value_tile, stream);
+  if (params.call.problem.key_dim == 128) return launch_for_key_dim<128>(params, value_tile, stream);
+  if (params.call.problem.key_dim == 64) return launch_for_key_dim<64>(params, value_tile, stream);
+  return cudaErrorNotSupported;
 }
 
 }  // namespace kda

@@ -2,14 +2,7 @@
 //   U = U0 - W S,      S' = Diag(e^{G_C}) S + (K ⊙ e^{G_C - G})^T U,
 // writing, for stage 3, the state at the entry of each chunk and U as bf16 MMA operands, U in the place of U0.
 //
-// A long sequence may be cut into segments. Over a segment the state goes through an affine map, S -> M S + B, and the
-// same body computes its two parts (RecurrencePass::kSummary): B from U0 and S = 0, and M from U0 = 0 and S = I, whose
-// K columns take the part of values. The first segment starts from the initial state instead, and needs no M; the last
-// needs neither. Then segment_compose.cuh finds the state at the entry of each segment, and kOutputs runs all segments
-// side by side from there.
-//
-// Grid: one CTA for each (segment slot, value head, tile of rows); tile / 16 warps. Rows are the V columns of S and, in
-// kSummary, the K columns of M behind them.
+// Grid: one CTA for each (sequence, value head, tile of rows); tile / 16 warps. Rows are the V columns of S.
 // The state is kept transposed, S^T [V, K], in fp32 accumulator fragments for the whole sequence. Each warp owns 16
 // rows of V and all of K, so that it needs nothing from the other warps:
 //   U^T  = U0^T - S^T W^T                      A = S^T, its accumulators rounded to bf16;  B = W [C, K]
@@ -59,16 +52,6 @@ struct StateRecurrenceConfig {
   }
 };
 
-enum class RecurrencePass {
-  kOutputs,  // from the state at the entry of a segment: everything that stage 3 needs, chunk states, final state
-  kSummary,  // M and B of a segment
-};
-
-// M is taken as 0 once all of it is below this, and the rest of its segment is left out. For normalised keys and beta
-// in [0, 2] its norm never grows again, so what is dropped is below 2^-93 of the state at the entry: less than fp32
-// resolves of any state to which the segment adds something.
-constexpr float kNegligibleMap = 0x1p-100f;
-
 // Which stage of the ring, and the parity of its barriers in this turn.
 struct RingPosition {
   int stage = 0;
@@ -81,7 +64,7 @@ struct RingPosition {
   }
 };
 
-template <typename Config, RecurrencePass kPass>
+template <typename Config>
 __global__ void __launch_bounds__(Config::kMaxThreads, 1)
     state_recurrence_kernel(const __grid_constant__ ChunkFwdKernelParams params, int warps, int stages) {
   constexpr int K = Config::K, C = Config::C;
@@ -91,21 +74,13 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const int stage_bytes = Config::stage_bytes(warps);
 
-  constexpr bool kSummary = kPass == RecurrencePass::kSummary;
-
-  const int value_row_tiles = V / Config::kRowsPerWarp;
-  const int ctas_of_head = (value_row_tiles + (kSummary ? K / Config::kRowsPerWarp : 0)) / warps;
-  const int first_tile_of_cta = static_cast<int>(blockIdx.x % ctas_of_head) * warps;  // in units of 16 rows
-  const bool is_map = kSummary && first_tile_of_cta >= value_row_tiles;               // rows of M^T, not of S^T
-  const int first_row_tile = is_map ? first_tile_of_cta - value_row_tiles : first_tile_of_cta;
+  const int value_row_tiles = V / Config::kRowsPerWarp, ctas_of_head = value_row_tiles / warps;
+  const int first_row_tile = static_cast<int>(blockIdx.x % ctas_of_head) * warps;  // in units of 16 rows
   const int value_head = static_cast<int>(blockIdx.x / ctas_of_head % value_heads);
-  // M is that of the next slot, so that where there is one sequence the CTAs that have nothing to do come last.
-  const int64_t segment_slot = blockIdx.x / ctas_of_head / value_heads + (is_map ? 1 : 0);
-  if (kSummary && segment_slot == params.segment_slots) return;
-  const SegmentLocation segment = locate_segment(call, segment_slot, params.segment_chunks, lane);
-  if (!segment.is_used || (kSummary && (segment.is_last || (is_map && segment.is_first)))) return;
-  const int64_t sequence = segment.sequence, first_slot = segment.first_chunk_slot, chunks = segment.chunks;
-  const int64_t segment_tile = segment_slot * value_heads + value_head;
+  const int64_t sequence = blockIdx.x / ctas_of_head / value_heads;
+  const SequenceRange range = sequence_range(call, sequence);
+  const int64_t first_slot = first_chunk_slot(call, sequence, range);
+  const int64_t chunks = (range.end - range.begin + kChunkTokens - 1) / kChunkTokens;
 
   const uint32_t shared_base = ptx::shared_address(shared);
   const uint32_t barriers = shared_base + stages * stage_bytes;
@@ -125,13 +100,11 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
     const int64_t tile = (first_slot + chunk) * value_heads + value_head;
     const uint32_t stage = shared_base + ring_stage * stage_bytes, barrier = full(ring_stage);
     const uint32_t u0_bytes = warps * Config::kU0BytesPerWarp;
-    ptx::mbarrier_arrive_expect_tx(barrier, stage_bytes - (is_map ? u0_bytes : 0));
+    ptx::mbarrier_arrive_expect_tx(barrier, stage_bytes);
     ptx::cp_async_bulk_load(stage + Config::kW, params.W + tile * Config::kKeyTileBytes, Config::kKeyTileBytes,
                             barrier);
-    if (!is_map) {
-      ptx::cp_async_bulk_load(stage + Config::kU0, params.U + (tile * (V / 16) + first_row_tile) * (C / 8) * 32,
-                              u0_bytes, barrier);
-    }
+    ptx::cp_async_bulk_load(stage + Config::kU0, params.U + (tile * (V / 16) + first_row_tile) * (C / 8) * 32, u0_bytes,
+                            barrier);
     ptx::cp_async_bulk_load(stage + Config::kKeyDecayed, params.K_decayed + tile * Config::kKeyTileBytes,
                             Config::kKeyTileBytes, barrier);
     ptx::cp_async_bulk_load(stage + Config::kU0 + u0_bytes, params.chunk_decay + tile * K, Config::kDecayBytes,
@@ -142,21 +115,12 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
     for (int chunk = 0; chunk < stages && chunk < chunks; ++chunk) fill(chunk, chunk);
   }
 
-  // Rows 16 * row_tile .. + 15 of S^T or M^T.
+  // Rows 16 * row_tile .. + 15 of S^T.
   const int row_tile = first_row_tile + warp;
   const int64_t row_stride = call.state_v_first ? K : 1, channel_stride = call.state_v_first ? 1 : V;
   const int64_t first_row = row_tile * Config::kRowsPerWarp * row_stride;
-  const auto fragments_of = [&](int64_t tile) {
-    return params.segment_state + (tile * value_row_tiles + row_tile) * (K / 8) * 32;
-  };
   StateFragments<K> state;
-  if (is_map) {
-    state.for_each(lane, [&](float& value, int row, int channel) {
-      value = row_tile * Config::kRowsPerWarp + row == channel ? 1.0f : 0.0f;
-    });
-  } else if (!segment.is_first && !kSummary) {
-    state.load_fragments(fragments_of(segment_tile - value_heads), lane);
-  } else if (segment.is_first && call.initial_state != nullptr) {
+  if (call.initial_state != nullptr) {
     const int64_t offset =
         sequence * call.initial_state_stride_sequence + value_head * call.initial_state_stride_head + first_row;
     const int element_bytes = call.state_type == DataType::kFloat32 ? 4 : 2;
@@ -172,27 +136,22 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
   uint4* state_operands = params.state + first_operand_tile * (K / 16) * 32 + lane;
   uint4* u_operands = params.U + first_operand_tile * (C / 8) * 32 + lane;
 
-  // Keys of norm 1 and beta in [0, 2]: the norm of M never grows.
-  const bool may_fade = is_map && call.qk_l2norm && call.beta_sigmoid;
-
   RingPosition ring, previous;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     if (is_producer && chunk > 0 && chunk - 1 + stages < chunks) {  // refill the stage of the chunk before
       ptx::mbarrier_wait_parity(empty(previous.stage), previous.parity);
       fill(chunk - 1 + stages, previous.stage);
     }
-    if (!kSummary && call.chunk_states != nullptr) {
+    if (call.chunk_states != nullptr) {
       const int64_t tile = first_tile + chunk * value_heads;
       state.store(call.chunk_states + tile * K * V + first_row, row_stride, channel_stride, lane);
     }
 
     uint32_t s[K / 16][4];
     state.to_operands(s);
-    if constexpr (!kSummary) {
 #pragma unroll
-      for (int kt = 0; kt < K / 16; ++kt) {
-        if (params.inverse == nullptr) state_operands[kt * 32] = {s[kt][0], s[kt][1], s[kt][2], s[kt][3]};
-      }
+    for (int kt = 0; kt < K / 16; ++kt) {
+      if (params.inverse == nullptr) state_operands[kt * 32] = {s[kt][0], s[kt][1], s[kt][2], s[kt][3]};
     }
 
     ptx::mbarrier_wait_parity(full(ring.stage), ring.parity);
@@ -211,7 +170,7 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
       }
     }
 
-    if (!kSummary && params.inverse != nullptr) {  // S rather than its transpose, for the backward
+    if (params.inverse != nullptr) {  // S rather than its transpose, for the backward
 #pragma unroll
       for (int kt = 0; kt < K / 16; ++kt) {
         state_operands[kt * 32] = transposed_fragment({s[kt][0], s[kt][1], s[kt][2], s[kt][3]});
@@ -225,17 +184,15 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
     for (int kt = 0; kt < C / 16; ++kt) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float4 corrected = is_map ? float4{} : u0[(2 * kt + half) * 32];
+        const float4 corrected = u0[(2 * kt + half) * 32];
         const float(&ws)[4] = u[2 * kt + half];
         const SplitBf16 upper(corrected.x - ws[0], corrected.y - ws[1]),
             lower(corrected.z - ws[2], corrected.w - ws[3]);
         ut_high[kt][2 * half] = upper.high, ut_high[kt][2 * half + 1] = lower.high;
         ut_low[kt][2 * half] = upper.low, ut_low[kt][2 * half + 1] = lower.low;
       }
-      if constexpr (!kSummary) {
-        u_operands[2 * kt * 32] = {ut_high[kt][0], ut_high[kt][1], ut_high[kt][2], ut_high[kt][3]};
-        u_operands[(2 * kt + 1) * 32] = {ut_low[kt][0], ut_low[kt][1], ut_low[kt][2], ut_low[kt][3]};
-      }
+      u_operands[2 * kt * 32] = {ut_high[kt][0], ut_high[kt][1], ut_high[kt][2], ut_high[kt][3]};
+      u_operands[(2 * kt + 1) * 32] = {ut_low[kt][0], ut_low[kt][1], ut_low[kt][2], ut_low[kt][3]};
     }
 
     const float* const decay =
@@ -279,29 +236,9 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
     u_operands += operand_tiles_per_chunk * (C / 8) * 32;
     previous = ring;
     ring.advance(stages);
-
-    // Looked at after 1, 2, 4, .. chunks, as the warps of a CTA meet for it.
-    if (kSummary && may_fade && (chunk & (chunk + 1)) == 0 && __syncthreads_and(state.is_below(kNegligibleMap))) {
-      state.for_each(lane, [](float& value, int, int) { value = 0.0f; });
-      if (is_producer) {  // no copy may be under way when the shared memory is given back
-        for (int64_t ahead = chunk + 1; ahead < chunk + stages && ahead < chunks; ++ahead) {
-          ptx::mbarrier_wait_parity(full(ring.stage), ring.parity);
-          ring.advance(stages);
-        }
-      }
-      break;
-    }
   }
 
-  if constexpr (kSummary) {
-    if (is_map) {
-      // Rows r of a tile of 16 x 8 are contiguous: what segment_compose.cuh takes as an operand is one float4 a lane.
-      float* const map = params.segment_map + (segment_tile * (K / 16) + row_tile) * 16 * K;
-      state.for_each(lane, [&](float value, int row, int channel) { map[channel * 16 + row] = value; });
-    } else {
-      state.store_fragments(fragments_of(segment_tile), lane);
-    }
-  } else if (segment.is_last && call.final_state != nullptr) {
+  if (call.final_state != nullptr) {
     state.store(call.final_state + (sequence * value_heads + value_head) * K * V + first_row, row_stride,
                 channel_stride, lane);
   }

@@ -1,12 +1,11 @@
-#include "fused_params.h"
+#include "step_params.h"
+
 #include "tensor_map.h"
 
 namespace kda {
-namespace {
 
-cudaError_t make_params(FusedScanParams& params, const ChunkFwdKernelParams& kernel_params, int value_tile) {
-  const ChunkFwdParams& call = kernel_params.call;
-  params.call = call;
+cudaError_t make_tensor_maps(StepKernelParams& params, int value_tile) {
+  const ChunkFwdParams& call = params.call;
   if (call.problem.tokens == 0) return cudaSuccess;  // there is nothing to describe
   const ChunkFwdProblem& p = call.problem;
   struct Map {
@@ -25,22 +24,6 @@ cudaError_t make_params(FusedScanParams& params, const ChunkFwdKernelParams& ker
     if (status != cudaSuccess) return status;
   }
   return cudaSuccess;
-}
-
-}  // namespace
-
-cudaError_t launch_fused_scan(const ChunkFwdKernelParams& kernel_params, int value_tile, cudaStream_t stream) {
-  FusedScanParams params;
-  const cudaError_t status = make_params(params, kernel_params, value_tile);
-  if (status != cudaSuccess) return status;
-  switch (kernel_params.call.problem.key_dim) {
-    case 64:
-      return launch_fused_scan_k64(params, value_tile, stream);
-    case 128:
-      return launch_fused_scan_k128(params, value_tile, stream);
-    default:
-      return cudaErrorNotSupported;
-  }
 }
 
 }  // namespace kda

@@ -11,7 +11,7 @@
 #pragma once
 
 #include "../device/gate.cuh"
-#include "fused_config.cuh"
+#include "step_layout.cuh"
 
 namespace kda {
 
@@ -41,7 +41,7 @@ inline constexpr float kMaxNormLog2 = 8.0f;
 inline constexpr float kSmallestLog2Alpha = -200.0f;
 
 template <typename Config>
-struct FusedOperands {
+struct StepOperands {
   using Element = typename Config::Element;
   static constexpr int K = Config::K, C = Config::C, kTokens = Config::kTokensPerThread, kGroups = Config::kTokenGroups;
   static constexpr int kBatch = 4;  // tokens whose loads are issued together: a store may alias any load after it

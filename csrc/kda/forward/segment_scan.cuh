@@ -1,0 +1,126 @@
+// What the kernels that go through the steps of a segment share: where a segment lies, and the ring of stages that one thread keeps
+// filled from the images of step_factors.cuh.
+#pragma once
+
+#include "../device/chunk_location.cuh"
+#include "step_consumer.cuh"
+#include "step_params.h"
+
+namespace kda {
+
+template <int K_, int V_, typename Element_>
+struct SegmentScanConfig : StepStage<K_, 64> {
+  using Stage = StepStage<K_, 64>;
+  using Stage::K, Stage::kStageBytes;
+  static constexpr int V = V_;
+  using Element = Element_;
+  static constexpr int kThreads = 128, kStages = 2;
+  // Registers allow no more (K = 128: the state takes 64, its bf16 copy 32, products 32, operands 16).
+  static constexpr int kCtasPerSm = K == 128 ? 3 : 4;
+  static constexpr int kBarrierOffset = kStages * kStageBytes;
+  static constexpr int kFlags = kBarrierOffset + kStages * 16;
+  static constexpr int kSharedBytes = kFlags + 16;
+  static_assert(kCtasPerSm * (kSharedBytes + 1024 + 128) <= 228 * 1024);
+};
+
+// A segment of one value head, in steps.
+struct SegmentOfSteps {
+  SegmentLocation location;
+  SequenceRange range;  // of the sequence
+  int64_t slot;
+  int64_t first_token;      // of the segment
+  int64_t first_step_slot;  // likewise
+  int steps, value_head;
+
+  __device__ __forceinline__ SegmentOfSteps(const StepKernelParams& params, int64_t slot, int value_head, int lane)
+      : location(locate_segment(params.call, slot, params.segment_chunks, lane)),
+        range(sequence_range(params.call, location.sequence)),
+        slot(slot),
+        value_head(value_head) {
+    constexpr int kStepsPerChunk = kChunkTokens / kStepTokens;
+    first_token = range.begin + location.first_chunk * kChunkTokens;
+    first_step_slot = first_slot_of(params.call, location.sequence, range, kStepTokens) +
+                      location.first_chunk * kStepsPerChunk;
+    const int64_t tokens = min(range.end - first_token, location.chunks * kChunkTokens);
+    steps = static_cast<int>((tokens + kStepTokens - 1) / kStepTokens);
+  }
+
+  // Tokens of a step: kStepTokens but for the last of the sequence.
+  __device__ __forceinline__ int tokens(int step) const {
+    return static_cast<int>(min(range.end - first_token - int64_t{step} * kStepTokens, int64_t{kStepTokens}));
+  }
+
+  // Its index in arrays [segment slots, HV].
+  __device__ __forceinline__ int64_t tile(int value_heads) const { return slot * value_heads + value_head; }
+};
+
+// Stages that are filled in turn. Thread 0 fills; all threads wait until a stage is full, and say when they have read it.
+template <typename Config>
+struct StageRing {
+  static constexpr int K = Config::K;
+  uint8_t* const shared;
+  const int thread;
+  int filled = 0, read = 0;  // stages so far; `filled` is the first thread's
+
+  __device__ __forceinline__ uint32_t full(int n) const {
+    return ptx::shared_address(shared) + Config::kBarrierOffset + 16 * (n % Config::kStages);
+  }
+  __device__ __forceinline__ uint32_t empty(int n) const { return full(n) + 8; }
+  __device__ __forceinline__ static uint32_t parity(int n) { return n / Config::kStages & 1; }
+  __device__ __forceinline__ uint8_t* stage(int n) const { return shared + n % Config::kStages * Config::kStageBytes; }
+
+  __device__ __forceinline__ void init() const {
+    if (thread == 0) {
+      for (int stage = 0; stage < Config::kStages; ++stage) {
+        ptx::mbarrier_init(full(stage), 1);
+        ptx::mbarrier_init(empty(stage), Config::kThreads);
+      }
+      ptx::fence_mbarrier_init();
+    }
+    __syncthreads();
+  }
+
+  // Called by thread 0: the next stage, as soon as it is free. kResult: what is wanted of the step; first_value_column < 0: no V.
+  template <StepResult kResult>
+  __device__ __forceinline__ void fill(const StepKernelParams& params, const SegmentOfSteps& segment, int step,
+                                       int first_value_column) {
+    using Image = StepImage<K>;
+    const int value_heads = params.call.problem.value_heads;
+    const int64_t image_index = (segment.first_step_slot + step) * value_heads + segment.value_head;
+    const uint8_t* const image = params.images + image_index * Image::kBytes;
+    const uint32_t to = ptx::shared_address(stage(filled)), barrier = full(filled);
+    if (filled >= Config::kStages) ptx::mbarrier_wait_parity(empty(filled), parity(filled) ^ 1);
+    const bool has_values = first_value_column >= 0;
+    constexpr int kQueryBytes = kResult == StepResult::kOutputs ? 0 : Config::kKeyTileBytes;
+    ptx::mbarrier_arrive_expect_tx(barrier, Image::kBytes - kQueryBytes + (has_values ? Config::kValueTileBytes : 0));
+    if constexpr (kResult == StepResult::kOutputs) {
+      ptx::cp_async_bulk_load(to, image, Config::kValues, barrier);
+    } else {  // without the rows of q
+      constexpr int kKeyBlockBytes = Config::GatedTile::kBlockBytes / 2;
+#pragma unroll
+      for (int block = 0; block < K / 64; ++block) {
+        const int offset = Config::kGated + block * Config::GatedTile::kBlockBytes;
+        ptx::cp_async_bulk_load(to + offset, image + offset, kKeyBlockBytes, barrier);
+      }
+      ptx::cp_async_bulk_load(to + Config::kKeysDecayed, image + Config::kKeysDecayed,
+                              Config::kValues - Config::kKeysDecayed, barrier);
+    }
+    ptx::cp_async_bulk_load(to + Config::kVectors, image + Image::kVectors, Config::kVectorBytes, barrier);
+    if (has_values) {
+      const int token = static_cast<int>(segment.first_token) + step * kStepTokens;
+      ptx::cp_async_bulk_tensor_load(to + Config::kValues, &params.v, 0, token, first_value_column / 64,
+                                     segment.value_head, static_cast<int>(segment.range.batch), barrier);
+    }
+    ++filled;
+  }
+
+  // The stage that is read next, when it is full.
+  __device__ __forceinline__ uint8_t* wait() const {
+    ptx::mbarrier_wait_parity(full(read), parity(read));
+    return stage(read);
+  }
+  // Its barrier gets the thread's arrival: the thread does not read it any more.
+  __device__ __forceinline__ void release(int n) const { ptx::mbarrier_arrive(empty(n)); }
+};
+
+}  // namespace kda

@@ -1,0 +1,113 @@
+// The first stage of the stepwise forward: everything of each step of 32 tokens that does not depend on the state, into an image in the
+// workspace (StepImage). The formulas are those of step_producer.cuh and step_operands.cuh.
+//
+// Grid: one CTA of four warps for each (step slot, value head).
+// Shared memory (bytes, K = 128): rows of q, k, g 24576, which become pair operands and then the tiles of Tinv and Aqk; the second half
+// of the gates in fp32 8192, which becomes K ⊙ e^{G_C - G}; K ⊙ e^G and Q ⊙ e^G 16384; the solve, totals and values of rows 7168.
+// So four CTAs share a multiprocessor: one's copies and its one inverting warp run beside the products of others.
+// Registers: at most 128 a thread.
+// Bound by memory at many heads: 24 KiB in and 33 KiB out for a step.
+#pragma once
+
+#include "../device/chunk_location.cuh"
+#include "step_params.h"
+#include "step_producer.cuh"
+
+namespace kda {
+
+template <int K_, typename Element_>
+struct StepFactorsConfig : StepTiles<K_> {
+  using Tiles = StepTiles<K_>;
+  using Tiles::C, Tiles::K, Tiles::kKeyTileBytes, Tiles::kPairTileBytes;
+  using Element = Element_;
+  static constexpr int kGroupThreads = 128, kCtasPerSm = K == 128 ? 4 : 5;
+
+  static constexpr int kRawQ = 0, kRawK = kKeyTileBytes, kRawG = 2 * kKeyTileBytes, kSecondGate = 3 * kKeyTileBytes;
+  static constexpr int kGated = 4 * kKeyTileBytes;
+  static constexpr int kKeysDecayed = kSecondGate;  // each pair of channels in the place of its second gate, by the same thread
+  static constexpr int kInverseTile = 0, kAqkTile = kPairTileBytes;  // over rows that have been read
+  static constexpr int kVectors = kGated + 2 * kKeyTileBytes;
+  static constexpr int kStepDecay = kVectors;
+  static constexpr int kKeyNorm = kVectors + Tiles::kKeyNormVector;
+  static constexpr int kOutputScale = kVectors + Tiles::kOutputScaleVector;
+
+  // Scratch.
+  static constexpr int kScratch = kVectors + Tiles::kVectorBytes;
+  static constexpr int kSolve = 0;  // Akk, then its inverse   [C, 36] fp32
+  static constexpr int kTotals = kSolve + SolveMatrix32::kBytes;  // log-decay of each group of tokens   [groups, K] fp32
+  static constexpr int kTokenGroups = kGroupThreads / (K / 2), kTokensPerThread = C / kTokenGroups;
+  static constexpr int kRowValues = kTotals + kTokenGroups * K * 4;  // see RowValues
+  static constexpr int kScratchBytes = kRowValues + 6 * C * 4;
+  static constexpr int kBarrier = kScratch + kScratchBytes;
+  static constexpr int kSharedBytes = kBarrier + 8;
+  static_assert(2 * kPairTileBytes <= 2 * kKeyTileBytes);
+  static_assert(kCtasPerSm * (kSharedBytes + 1024 + 128) <= 228 * 1024);
+};
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
+    step_factors_kernel(const __grid_constant__ StepKernelParams params) {
+  constexpr int K = Config::K, C = Config::C, kBarrierId = 1;
+  using Image = StepImage<K>;
+  using Stage = StepStage<K, 64>;  // its offsets are the image's
+  const ChunkFwdParams& call = params.call;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const uint32_t shared_base = ptx::shared_address(shared);
+  const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
+  const int value_heads = call.problem.value_heads;
+  const int64_t slot = blockIdx.x / value_heads;
+  const int value_head = static_cast<int>(blockIdx.x % value_heads);
+  const int key_head = value_head / (value_heads / call.problem.heads);
+  const ChunkLocation location = locate_slot(call, slot, C, lane);
+  if (location.tokens == 0) return;
+
+  const uint32_t loaded = shared_base + Config::kBarrier;
+  if (thread == 0) {
+    ptx::mbarrier_init(loaded, 1);
+    ptx::fence_mbarrier_init();
+    const int token = static_cast<int>(location.first_token), batch = static_cast<int>(location.batch);
+    const bool gate_is_fp32 = call.gate_type == DataType::kFloat32;
+    ptx::mbarrier_arrive_expect_tx(loaded, (gate_is_fp32 ? 4 : 3) * Config::kKeyTileBytes);
+    ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawQ, &params.q, 0, token, 0, key_head, batch, loaded);
+    ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawK, &params.k, 0, token, 0, key_head, batch, loaded);
+    ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawG, &params.g, 0, token, 0, value_head, batch, loaded);
+  }
+  const StepProducer<Config> make{call,       shared, shared, shared + Config::kScratch, location.tokens,
+                                  kBarrierId, thread, warp,   lane};
+  const GateConstants constants(call, value_head, make.channel_of(thread));
+  const uint32_t beta = BetaReader(call, location.batch, location.first_token,
+                                   location.first_token + location.tokens, value_head, thread)
+                            .next(call, C);
+  const RowValues rows(shared + Config::kScratch + Config::kRowValues);
+  const StepOperands<Config> operands = make.operands(constants);
+  __syncthreads();
+  ptx::mbarrier_wait_parity(loaded, 0);
+
+  typename StepProducer<Config>::Products products;
+  const bool far_apart = make.prepare(operands, constants, rows, beta);
+  make.multiply_pairs(products, operands, rows, far_apart);
+  uint8_t* const image = params.images + (slot * value_heads + value_head) * Image::kBytes;
+  ptx::fence_proxy_async_shared();
+  __syncthreads();  // the pair operands have been read, the gated ones are there
+  if (thread == 0) {
+    ptx::cp_async_bulk_store(image + Stage::kGated, shared_base + Config::kGated, 2 * Config::kKeyTileBytes);
+    ptx::cp_async_bulk_store(image + Stage::kKeysDecayed, shared_base + Config::kKeysDecayed, Config::kKeyTileBytes);
+    ptx::cp_async_bulk_commit_group();
+  }
+  make.store_products(products, rows);
+  __syncthreads();
+  make.invert();
+  __syncthreads();
+  make.store_inverse(rows);
+  ptx::fence_proxy_async_shared();
+  __syncthreads();
+  if (thread == 0) {
+    ptx::cp_async_bulk_store(image + Stage::kInverseTile, shared_base + Config::kInverseTile,
+                             2 * Config::kPairTileBytes);
+    ptx::cp_async_bulk_store(image + Image::kVectors, shared_base + Config::kVectors, Config::kVectorBytes);
+    ptx::cp_async_bulk_commit_group();
+    ptx::cp_async_bulk_wait_read_all();  // the shared memory is given back
+  }
+}
+
+}  // namespace kda

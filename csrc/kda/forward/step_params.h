@@ -1,0 +1,40 @@
+// What the kernels of the forward that work step by step receive, and their launches.
+#pragma once
+
+#include <cuda.h>
+
+#include "kernel_params.h"
+
+namespace kda {
+
+// The maps describe the tensors as encode_tensor_map() does, for copies of a step of one head; every row of 16 bytes is aligned.
+struct StepKernelParams {
+  ChunkFwdParams call;
+  CUtensorMap q, k, g, v;
+
+  // Of the stepwise path:
+  uint8_t* images;           // [step slots, HV] StepImage
+  float* segment_map;        // [segment slots, HV, K / 16, K / 8] tiles of M^T [16, 8], column by column
+  float4* segment_state;     // [segment slots, HV, V / 16, K / 8, 32 lanes] fragments of S^T at the end of a segment
+  uint32_t* segment_faded;   // [segment slots, HV] whether nothing of the state at the entry is left: M is 0
+  int64_t step_slots;
+  int64_t segment_chunks;  // chunks of one segment; 0: sequences are not cut
+  int64_t segment_slots;   // of a cut; else the number of sequences
+};
+
+// Tensor maps of the call, for value tiles of value_tile columns.
+[[nodiscard]] cudaError_t make_tensor_maps(StepKernelParams& params, int value_tile);
+
+cudaError_t launch_fused_scan_k64(const StepKernelParams& params, int value_tile, cudaStream_t stream);
+cudaError_t launch_fused_scan_k128(const StepKernelParams& params, int value_tile, cudaStream_t stream);
+
+// The stages of the stepwise path, in order; the second and the third only if sequences are cut.
+cudaError_t launch_step_factors_k64(const StepKernelParams& params, cudaStream_t stream);
+cudaError_t launch_step_factors_k128(const StepKernelParams& params, cudaStream_t stream);
+cudaError_t launch_segment_summary_k64(const StepKernelParams& params, cudaStream_t stream);
+cudaError_t launch_segment_summary_k128(const StepKernelParams& params, cudaStream_t stream);
+cudaError_t launch_segment_compose(const StepKernelParams& params, cudaStream_t stream);
+cudaError_t launch_state_scan_k64(const StepKernelParams& params, cudaStream_t stream);
+cudaError_t launch_state_scan_k128(const StepKernelParams& params, cudaStream_t stream);
+
+}  // namespace kda
