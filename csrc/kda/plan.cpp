@@ -161,7 +161,7 @@ JsonObject stage_ctas(const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
   if (plan.path == ChunkFwdPath::kStepwise) {
     ctas.add("step_factors", plan.step_slots * p.value_heads);
     if (plan.segment_chunks > 0) {
-      ctas.add("segment_summary", segments * (std::max(p.value_dim, p.key_dim) / kScanRows));
+      ctas.add("segment_summary", segments * ((p.value_dim + p.key_dim) / kScanRows));
       ctas.add("segment_compose", p.sequences * p.value_heads * (p.value_dim / kComposeRows));
     }
     ctas.add("state_scan", segments * (p.value_dim / kScanRows));

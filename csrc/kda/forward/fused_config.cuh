@@ -40,8 +40,7 @@ struct FusedConfig : StepStage<K_, kRows_> {
   static constexpr int kProducerBytes = (kRowValues + 2 * kRowValuesBytes + 127) / 128 * 128;
 
   // What a consumer group works on: O of its 64 columns on its way out, of even and of odd steps.
-  using OutputTile = PitchedTile<2 * 64 + 16>;
-  static constexpr int kOutputTileBytes = C * (2 * 64 + 16), kOutputBytes = 2 * kOutputTileBytes;
+  static constexpr int kOutputTileBytes = C * 128, kOutputBytes = 2 * kOutputTileBytes;
 
   static constexpr int kRawOffset = kStages * kStageBytes;
   static constexpr int kProducerOffset = kRawOffset + kProducerGroups * kRawBytes;

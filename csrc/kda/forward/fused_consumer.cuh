@@ -11,7 +11,6 @@ template <typename Config>
 struct FusedConsumer {
   static constexpr int K = Config::K, C = Config::C;
   using Consumer = StepConsumer<Config, StepResult::kOutputs>;
-  using Writer = OutputWriter<Config, typename Config::OutputTile>;
 
   const ChunkFwdParams& call;
   const ScanItem& item;
@@ -34,7 +33,7 @@ struct FusedConsumer {
     const int64_t first_slot = first_chunk_slot(call, item.sequence, item.range);
 
     const Consumer advance{64 * consumer, warp, lane};
-    Writer writer(call, item.range.batch, item.range.begin, item.value_head, group_row(), thread);
+    OutputWriter<Config> writer(call, item.range.batch, item.range.begin, item.value_head, group_row(), thread);
     typename Consumer::PackedOutput output;  // of the step before, stored while the products of the next one run
     // A buffer is used again two steps later, and the barrier of the step between says that it has been read.
     const auto store_output = [&](int step) {

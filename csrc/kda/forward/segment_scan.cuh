@@ -14,12 +14,12 @@ struct SegmentScanConfig : StepStage<K_, 64> {
   using Stage::K, Stage::kStageBytes;
   static constexpr int V = V_;
   using Element = Element_;
-  static constexpr int kThreads = 128, kStages = 2;
+  static constexpr int kThreads = 128, kWarps = 4, kStages = 2;
   // Registers allow no more (K = 128: the state takes 64, its bf16 copy 32, products 32, operands 16).
   static constexpr int kCtasPerSm = K == 128 ? 3 : 4;
   static constexpr int kBarrierOffset = kStages * kStageBytes;
-  static constexpr int kFlags = kBarrierOffset + kStages * 16;
-  static constexpr int kSharedBytes = kFlags + 16;
+  static constexpr int kFlags = kBarrierOffset + kStages * 16;  // one for each CTA of a cluster
+  static constexpr int kSharedBytes = kFlags + 4 * 4;
   static_assert(kCtasPerSm * (kSharedBytes + 1024 + 128) <= 228 * 1024);
 };
 
@@ -30,6 +30,7 @@ struct SegmentOfSteps {
   int64_t slot;
   int64_t first_token;      // of the segment
   int64_t first_step_slot;  // likewise
+  int all_tokens;           // likewise
   int steps, value_head;
 
   __device__ __forceinline__ SegmentOfSteps(const StepKernelParams& params, int64_t slot, int value_head, int lane)
@@ -41,26 +42,24 @@ struct SegmentOfSteps {
     first_token = range.begin + location.first_chunk * kChunkTokens;
     first_step_slot = first_slot_of(params.call, location.sequence, range, kStepTokens) +
                       location.first_chunk * kStepsPerChunk;
-    const int64_t tokens = min(range.end - first_token, location.chunks * kChunkTokens);
-    steps = static_cast<int>((tokens + kStepTokens - 1) / kStepTokens);
+    all_tokens = static_cast<int>(min(range.end - first_token, location.chunks * kChunkTokens));
+    steps = (all_tokens + kStepTokens - 1) / kStepTokens;
   }
 
   // Tokens of a step: kStepTokens but for the last of the sequence.
-  __device__ __forceinline__ int tokens(int step) const {
-    return static_cast<int>(min(range.end - first_token - int64_t{step} * kStepTokens, int64_t{kStepTokens}));
-  }
+  __device__ __forceinline__ int tokens(int step) const { return min(all_tokens - step * kStepTokens, kStepTokens); }
 
   // Its index in arrays [segment slots, HV].
   __device__ __forceinline__ int64_t tile(int value_heads) const { return slot * value_heads + value_head; }
 };
 
-// Stages that are filled in turn. Thread 0 fills; all threads wait until a stage is full, and say when they have read it.
+// Stages that are filled in turn by thread 0.
 template <typename Config>
 struct StageRing {
   static constexpr int K = Config::K;
   uint8_t* const shared;
   const int thread;
-  int filled = 0, read = 0;  // stages so far; `filled` is the first thread's
+  int filled = 0;  // stages so far, by the first thread
 
   __device__ __forceinline__ uint32_t full(int n) const {
     return ptx::shared_address(shared) + Config::kBarrierOffset + 16 * (n % Config::kStages);
@@ -84,28 +83,26 @@ struct StageRing {
   template <StepResult kResult>
   __device__ __forceinline__ void fill(const StepKernelParams& params, const SegmentOfSteps& segment, int step,
                                        int first_value_column) {
-    using Image = StepImage<K>;
     const int value_heads = params.call.problem.value_heads;
     const int64_t image_index = (segment.first_step_slot + step) * value_heads + segment.value_head;
-    const uint8_t* const image = params.images + image_index * Image::kBytes;
+    const uint8_t* const image = params.images + image_index * Config::kImageBytes;
     const uint32_t to = ptx::shared_address(stage(filled)), barrier = full(filled);
     if (filled >= Config::kStages) ptx::mbarrier_wait_parity(empty(filled), parity(filled) ^ 1);
     const bool has_values = first_value_column >= 0;
-    constexpr int kQueryBytes = kResult == StepResult::kOutputs ? 0 : Config::kKeyTileBytes;
-    ptx::mbarrier_arrive_expect_tx(barrier, Image::kBytes - kQueryBytes + (has_values ? Config::kValueTileBytes : 0));
-    if constexpr (kResult == StepResult::kOutputs) {
-      ptx::cp_async_bulk_load(to, image, Config::kValues, barrier);
-    } else {  // without the rows of q
-      constexpr int kKeyBlockBytes = Config::GatedTile::kBlockBytes / 2;
+    constexpr bool kWhole = kResult == StepResult::kOutputs;
+    constexpr int kBytes = Config::kImageBytes - (kWhole ? 0 : Config::kKeyTileBytes);
+    ptx::mbarrier_arrive_expect_tx(barrier, kBytes + (has_values ? Config::kValueTileBytes : 0));
+    if constexpr (kWhole) {
+      ptx::cp_async_bulk_load(to, image, Config::kImageBytes, barrier);
+    } else {  // the rows of k of each block of 64 channels, and what follows q
+      constexpr int kBlockBytes = Config::GatedTile::kBlockBytes;
 #pragma unroll
-      for (int block = 0; block < K / 64; ++block) {
-        const int offset = Config::kGated + block * Config::GatedTile::kBlockBytes;
-        ptx::cp_async_bulk_load(to + offset, image + offset, kKeyBlockBytes, barrier);
+      for (int offset = Config::kGated; offset < Config::kKeysDecayed; offset += kBlockBytes) {
+        ptx::cp_async_bulk_load(to + offset, image + offset, kBlockBytes / 2, barrier);
       }
       ptx::cp_async_bulk_load(to + Config::kKeysDecayed, image + Config::kKeysDecayed,
-                              Config::kValues - Config::kKeysDecayed, barrier);
+                              Config::kImageBytes - Config::kKeysDecayed, barrier);
     }
-    ptx::cp_async_bulk_load(to + Config::kVectors, image + Image::kVectors, Config::kVectorBytes, barrier);
     if (has_values) {
       const int token = static_cast<int>(segment.first_token) + step * kStepTokens;
       ptx::cp_async_bulk_tensor_load(to + Config::kValues, &params.v, 0, token, first_value_column / 64,
@@ -114,12 +111,13 @@ struct StageRing {
     ++filled;
   }
 
-  // The stage that is read next, when it is full.
-  __device__ __forceinline__ uint8_t* wait() const {
-    ptx::mbarrier_wait_parity(full(read), parity(read));
-    return stage(read);
+  // Stage n, when it is full.
+  __device__ __forceinline__ uint8_t* wait(int n) const {
+    ptx::mbarrier_wait_parity(full(n), parity(n));
+    return stage(n);
   }
-  // Its barrier gets the thread's arrival: the thread does not read it any more.
+
+  // The thread does not read stage n any more. One lane could say so for its warp, but racecheck does not see that order.
   __device__ __forceinline__ void release(int n) const { ptx::mbarrier_arrive(empty(n)); }
 };
 

@@ -7,8 +7,8 @@
 // if the map of the segment's last tokens is negligible, M is too, and what B was before those tokens is lost as well: both are done after
 // these few steps. This is looked at in the map itself, for each head and segment; no bound on the gates is trusted.
 //
-// Grid: for each (segment slot, value head) a cluster of max(K, V) / 64 CTAs of one warpgroup each, with 64 rows of M^T and of B^T. The CTAs
-// of a cluster tell each other whether their rows are negligible.
+// Grid: for each (segment slot, value head) a cluster of CTAs of one warpgroup each: one for 64 rows of M^T, one for 64 rows of B^T. They tell
+// each other whether their rows are negligible.
 // Shared memory and registers: those of state_scan.cuh. Bound by the chain of the products of a step.
 #pragma once
 
@@ -24,21 +24,22 @@ inline constexpr int kTailSteps = 2;
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     segment_summary_kernel(const __grid_constant__ StepKernelParams params) {
-  constexpr int K = Config::K, V = Config::V, kMapTiles = K / 64, kValueTiles = V / 64;
-  constexpr int kClusterCtas = kMapTiles > kValueTiles ? kMapTiles : kValueTiles;
+  constexpr int K = Config::K, V = Config::V, kMapTiles = K / 64, kCtas = kMapTiles + V / 64;
   using Consumer = StepConsumer<Config, StepResult::kState>;
   extern __shared__ __align__(1024) uint8_t shared[];
   const ChunkFwdParams& call = params.call;
   const int value_heads = call.problem.value_heads;
   const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
-  const int rank = static_cast<int>(blockIdx.x % kClusterCtas), first_row = 64 * rank, warp_row = first_row + 16 * warp;
-  const SegmentOfSteps segment(params, blockIdx.x / kClusterCtas / value_heads,
-                               static_cast<int>(blockIdx.x / kClusterCtas % value_heads), lane);
+  const int rank = static_cast<int>(blockIdx.x % kCtas);
+  const bool is_map = rank < kMapTiles;
+  const int first_row = 64 * (is_map ? rank : rank - kMapTiles), warp_row = first_row + 16 * warp;
+  const SegmentOfSteps segment(params, blockIdx.x / kCtas / value_heads,
+                               static_cast<int>(blockIdx.x / kCtas % value_heads), lane);
   if (!segment.location.is_used || segment.location.is_last) return;
-  const int64_t tile = segment.tile(value_heads);
 
   StageRing<Config> ring{shared, thread};
   ring.init();
+  int read = 0;  // stages so far
   const Consumer advance{0, warp, lane};
   StateFragments<K> state;
   typename Consumer::PackedOutput no_output;
@@ -47,46 +48,44 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   const bool may_fade = call.qk_l2norm && call.beta_sigmoid;
   const int tail = min(kTailSteps, segment.steps);
   bool faded = false;
-  // First the map of the last steps; then M, unless that is it or is not needed; then B.
-  for (int pass = may_fade ? 0 : 1; pass < 3; ++pass) {
-    const bool is_map = pass < 2;
-    const int steps = pass == 0 || faded ? tail : segment.steps, first_step = segment.steps - steps;
-    const bool is_needed = pass != 1 || !(faded || segment.location.is_first || (may_fade && tail == segment.steps));
-    if (is_needed && first_row < (is_map ? K : V)) {
-      const auto fill = [&](int step) {
-        if (thread == 0 && step < segment.steps) {
-          ring.template fill<StepResult::kState>(params, segment, step, is_map ? -1 : first_row);
-        }
-      };
-      for (int step = 0; step < Config::kStages; ++step) fill(first_step + step);
-      if (is_map) {
-        state.for_each(lane, [&](float& value, int row, int channel) { value = warp_row + row == channel ? 1.0f : 0.0f; });
-      } else if (segment.location.is_first && !faded) {
-        load_initial_state(state, call, segment.location.sequence, segment.value_head, warp_row, lane);
-      } else {
-        state.for_each(lane, [](float& value, int, int) { value = 0.0f; });
+  for (int pass = may_fade ? 0 : 1; pass < 2 && !faded; ++pass) {  // the last steps, then all of them
+    if (pass == 1 && is_map && segment.location.is_first) break;
+    const int first_step = pass == 0 ? segment.steps - tail : 0;
+    const auto fill = [&](int step) {
+      if (thread == 0 && step < segment.steps) {
+        ring.template fill<StepResult::kState>(params, segment, step, is_map ? -1 : first_row);
       }
-      for (int step = first_step; step < segment.steps; ++step) {
-        uint32_t operands[K / 16][4];
-        state.to_operands(operands);
-        uint8_t* const stage = ring.wait();
-        advance.advance(state, operands, no_output, stage, segment.tokens(step), !is_map, [] {});
-        ring.release(ring.read);
-        ++ring.read;
-        fill(step + Config::kStages);
-      }
-      if (is_map) {
-        // Rows r of a tile of 16 x 8 are contiguous: what segment_compose.cuh takes as an operand is one float4 a lane.
-        float* const map = params.segment_map + (tile * (K / 16) + warp_row / 16) * 16 * K;
-        state.for_each(lane, [&](float value, int row, int channel) { map[channel * 16 + row] = value; });
-      } else {
-        state.store_fragments(params.segment_state + (tile * (V / 16) + warp_row / 16) * (K / 8) * 32, lane);
-      }
+    };
+    for (int step = 0; step < Config::kStages; ++step) fill(first_step + step);
+    if (!is_map && pass == 1 && segment.location.is_first) {
+      load_initial_state(state, call, segment.location.sequence, segment.value_head, warp_row, lane);
+    } else {
+      state.for_each(lane, [&](float& value, int row, int channel) {
+        value = is_map && warp_row + row == channel ? 1.0f : 0.0f;
+      });
+    }
+    for (int step = first_step; step < segment.steps; ++step) {
+      uint32_t operands[K / 16][4];
+      state.to_operands(operands);
+      uint8_t* const stage = ring.wait(read);
+      advance.advance(state, operands, no_output, stage, segment.tokens(step), !is_map, [&] {
+        if (step > first_step) fill(step - 1 + Config::kStages);
+      });
+      ring.release(read++);
     }
     if (pass == 0) {
-      const bool is_negligible = first_row >= K || __syncthreads_and(state.is_below(kNegligibleMap));
-      faded = ptx::cluster_all<kClusterCtas>(is_negligible, ptx::shared_address(shared + Config::kFlags), thread);
+      const bool is_negligible = !is_map || __syncthreads_and(state.is_below(kNegligibleMap));
+      faded = ptx::cluster_all<kCtas>(is_negligible, ptx::shared_address(shared + Config::kFlags), thread);
     }
+  }
+
+  const int64_t tile = segment.tile(value_heads);
+  if (!is_map) {
+    state.store_fragments(params.segment_state + (tile * (V / 16) + warp_row / 16) * (K / 8) * 32, lane);
+  } else if (!faded && !segment.location.is_first) {
+    // Rows r of a tile of 16 x 8 are contiguous: what segment_compose.cuh takes as an operand is one float4 a lane.
+    float* const map = params.segment_map + (tile * (K / 16) + warp_row / 16) * 16 * K;
+    state.for_each(lane, [&](float value, int row, int channel) { map[channel * 16 + row] = value; });
   }
   if (rank == 0 && thread == 0) params.segment_faded[tile] = faded;
 }

@@ -4,9 +4,9 @@
 // Grid: one CTA of one warpgroup for each (segment slot, value head, 64 rows of V): it carries these rows of S^T in fp32 accumulators
 // through the steps of its segment, which is the whole sequence if sequences are not cut; otherwise from the state that
 // segment_compose.cuh left.
-// Shared memory (bytes, K = 128): two stages of 37888: gated operands 24576, Tinv and Aqk 8192, V 4096, vectors. O of a step goes out by way of
+// Shared memory (bytes, K = 128): two stages of 37888: gated operands 24576, Tinv and Aqk 8192, vectors, V 4096. O of a step goes out by way of
 // the place of its V. Registers: 168 a thread. So three CTAs share a multiprocessor, and one's chain of products runs beside the others'.
-// Bound by memory at many heads: 33 KiB of an image and 8 KiB of V and o for a step; at few heads by the chain of the products of a step.
+// Bound by memory at many heads: 33 KiB of an image and 16 KiB of V and o for a step; at few heads by the chain of the products of a step.
 #pragma once
 
 #include "segment_scan.cuh"
@@ -44,12 +44,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   }
 
   const Consumer advance{0, warp, lane};
-  OutputWriter<Config, typename Config::ValueTile> writer(call, segment.range.batch, segment.first_token,
-                                                          segment.value_head, first_row, thread);
+  OutputWriter<Config> writer(call, segment.range.batch, segment.first_token, segment.value_head, first_row, thread);
   typename Consumer::PackedOutput output;  // of the step before, stored while the products of the next one run
-  const auto store_output = [&](int step) {
-    writer.store(output, ring.stage(step) + Config::kValues, segment.tokens(step), [] { __syncthreads(); });
-  };
   for (int step = 0; step < steps; ++step) {
     if (call.chunk_states != nullptr && step % (kChunkTokens / C) == 0) {
       const int64_t slot = segment.location.first_chunk_slot + step / (kChunkTokens / C);
@@ -57,17 +53,18 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     }
     uint32_t operands[K / 16][4];
     state.to_operands(operands);
-    uint8_t* const stage = ring.wait();
+    uint8_t* const stage = ring.wait(step);
     advance.advance(state, operands, output, stage, segment.tokens(step), true, [&] {
       if (step == 0) return;
-      store_output(step - 1);
+      writer.store(output, ring.stage(step - 1) + Config::kValues, C, [] { __syncthreads(); });
       ptx::fence_proxy_async_shared();  // the copy engine writes next
       ring.release(step - 1);
       fill(step - 1 + Config::kStages);
     });
-    ++ring.read;
   }
-  if (steps > 0) store_output(steps - 1);
+  if (steps > 0) {
+    writer.store(output, ring.stage(steps - 1) + Config::kValues, segment.tokens(steps - 1), [] { __syncthreads(); });
+  }
 
   if (segment.location.is_last) {
     if (call.final_state != nullptr) {

@@ -54,17 +54,13 @@ struct StepConsumer {
     return *reinterpret_cast<const float2*>(stage + array + (8 * n + 2 * member()) * 4);
   }
 
-  // S^T times the gated keys (d[0 .. 3]) and queries (d[4 .. 7]).
-  static __device__ __forceinline__ void multiply_state(float (&d)[kProductTiles][4],
-                                                        const uint32_t (&state)[K / 16][4], uint64_t tile) {
+  // S^T times C rows of the gated keys and queries, from the row that tile begins with.
+  static __device__ __forceinline__ void multiply_state(float (&d)[kTokenTiles][4], const uint32_t (&state)[K / 16][4],
+                                                        uint64_t tile) {
 #pragma unroll
     for (int kt = 0; kt < K / 16; ++kt) {
       const uint64_t b = wgmma::advance(tile, kt / 4 * Config::GatedTile::kBlockBytes + kt % 4 * 32);
-      if constexpr (kOutputs) {
-        wgmma::m64n64k16_bf16<false>(d, state[kt], b, kt > 0);
-      } else {
-        wgmma::m64n32k16_bf16<false>(d, state[kt], b, kt > 0);
-      }
+      wgmma::m64n32k16_bf16<false>(d, state[kt], b, kt > 0);
     }
   }
 
@@ -127,9 +123,10 @@ struct StepConsumer {
       state.acc[n][0] *= factor.x, state.acc[n][1] *= factor.y;
       state.acc[n][2] *= factor.x, state.acc[n][3] *= factor.y;
     }
-    float products[kProductTiles][4];
+    float r[kTokenTiles][4], o[kTokenTiles][4];
     wgmma::fence();
-    multiply_state(products, operands, gated);
+    multiply_state(r, operands, gated);
+    if constexpr (kOutputs) multiply_state(o, operands, wgmma::advance(gated, Config::GatedTile::unit_offset(C, 0)));
     wgmma::commit_group();
     meanwhile();
 
@@ -143,16 +140,8 @@ struct StepConsumer {
     }
 
     wgmma::wait_group<0>();
-    wgmma::pin(products);
-    float r[kTokenTiles][4], o[kTokenTiles][4];
-#pragma unroll
-    for (int n = 0; n < kTokenTiles; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        r[n][e] = products[n][e];
-        if constexpr (kOutputs) o[n][e] = products[kTokenTiles + n][e];
-      }
-    }
+    wgmma::pin(r);
+    if constexpr (kOutputs) wgmma::pin(o);
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
       const float2 norm = token_pair(stage, Config::kKeyNorm, n);
@@ -202,12 +191,14 @@ struct StepConsumer {
   }
 };
 
-// Rows of o for 64 columns of V, by a warpgroup and by way of shared memory.
-template <typename Config, typename Tile>
+// Rows of o for 64 columns of V, by a warpgroup and by way of a tile in shared memory.
+template <typename Config>
 struct OutputWriter {
   using Element = typename Config::Element;
+  using Tile = typename Config::ValueTile;  // C rows of 64 columns
   using PackedOutput = typename StepConsumer<Config, StepResult::kOutputs>::PackedOutput;
   static constexpr int kThreads = 128, kUnits = 64 / 8, kRowsAtOnce = kThreads / kUnits;
+  static constexpr int kTileBytes = Config::C * 128;
   Element* next;  // of the next step: the thread's 16 bytes of every kRowsAtOnce-th row
   int64_t row_stride;
   int thread;
@@ -225,18 +216,20 @@ struct OutputWriter {
   __device__ __forceinline__ void store(const PackedOutput& packed, uint8_t* tile, int tokens, Sync sync) {
     const int warp = thread >> 5, lane = thread & 31, matrix = lane >> 3;
     const int row = thread / kUnits, unit = thread % kUnits;
+    // Rows 8 and 16 further on have the same permutation of units.
+    const uint32_t to = ptx::shared_address(tile) +
+                        Tile::unit_offset(8 * (matrix >> 1) + (lane & 7), 2 * warp + (matrix & 1));
 #pragma unroll
     for (int n = 0; n < Config::C / 8; n += 2) {
-      const uint32_t address = ptx::shared_address(tile) + Tile::unit_offset(8 * n + 8 * (matrix >> 1) + (lane & 7),
-                                                                             2 * warp + (matrix & 1));
-      ptx::stmatrix_x4_trans(address, packed.pairs[n][0], packed.pairs[n][1], packed.pairs[n + 1][0],
+      ptx::stmatrix_x4_trans(to + 8 * n * 128, packed.pairs[n][0], packed.pairs[n][1], packed.pairs[n + 1][0],
                              packed.pairs[n + 1][1]);
     }
     sync();
+    const uint8_t* const from = tile + Tile::unit_offset(row, unit);
 #pragma unroll
     for (int i = 0; i < Config::C; i += kRowsAtOnce) {
       if (row + i < tokens) {
-        *reinterpret_cast<uint4*>(next) = *reinterpret_cast<const uint4*>(tile + Tile::unit_offset(row + i, unit));
+        *reinterpret_cast<uint4*>(next) = *reinterpret_cast<const uint4*>(from + i * 128);
       }
       next += kRowsAtOnce * row_stride;
     }

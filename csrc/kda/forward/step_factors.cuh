@@ -49,7 +49,6 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
     step_factors_kernel(const __grid_constant__ StepKernelParams params) {
   constexpr int K = Config::K, C = Config::C, kBarrierId = 1;
   using Image = StepImage<K>;
-  using Stage = StepStage<K, 64>;  // its offsets are the image's
   const ChunkFwdParams& call = params.call;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t shared_base = ptx::shared_address(shared);
@@ -86,12 +85,12 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
   typename StepProducer<Config>::Products products;
   const bool far_apart = make.prepare(operands, constants, rows, beta);
   make.multiply_pairs(products, operands, rows, far_apart);
-  uint8_t* const image = params.images + (slot * value_heads + value_head) * Image::kBytes;
+  uint8_t* const image = params.images + (slot * value_heads + value_head) * Image::kImageBytes;
   ptx::fence_proxy_async_shared();
   __syncthreads();  // the pair operands have been read, the gated ones are there
   if (thread == 0) {
-    ptx::cp_async_bulk_store(image + Stage::kGated, shared_base + Config::kGated, 2 * Config::kKeyTileBytes);
-    ptx::cp_async_bulk_store(image + Stage::kKeysDecayed, shared_base + Config::kKeysDecayed, Config::kKeyTileBytes);
+    ptx::cp_async_bulk_store(image + Image::kGated, shared_base + Config::kGated, 2 * Config::kKeyTileBytes);
+    ptx::cp_async_bulk_store(image + Image::kKeysDecayed, shared_base + Config::kKeysDecayed, Config::kKeyTileBytes);
     ptx::cp_async_bulk_commit_group();
   }
   make.store_products(products, rows);
@@ -102,7 +101,7 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
   ptx::fence_proxy_async_shared();
   __syncthreads();
   if (thread == 0) {
-    ptx::cp_async_bulk_store(image + Stage::kInverseTile, shared_base + Config::kInverseTile,
+    ptx::cp_async_bulk_store(image + Image::kInverseTile, shared_base + Config::kInverseTile,
                              2 * Config::kPairTileBytes);
     ptx::cp_async_bulk_store(image + Image::kVectors, shared_base + Config::kVectors, Config::kVectorBytes);
     ptx::cp_async_bulk_commit_group();

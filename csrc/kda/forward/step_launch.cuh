@@ -25,36 +25,31 @@ cudaError_t launch_step_factors_of(const StepKernelParams& params, cudaStream_t 
   });
 }
 
-// Calls f with the configuration of the kernels that go through segments.
-template <int K, typename Function>
-cudaError_t for_segment_scan(const ChunkFwdProblem& problem, Function f) {
+// Calls f with V and a value of the activation type.
+template <typename Function>
+cudaError_t for_values(const ChunkFwdProblem& problem, Function f) {
   return for_element(problem, [&](auto element) {
-    using Element = decltype(element);
-    if (problem.value_dim == 64) return f(SegmentScanConfig<K, 64, Element>());
-    return f(SegmentScanConfig<K, 128, Element>());
+    return problem.value_dim == 64 ? f(Constant<64>(), element) : f(Constant<128>(), element);
   });
 }
 
 template <int K>
 cudaError_t launch_segment_summary_of(const StepKernelParams& params, cudaStream_t stream) {
-  const ChunkFwdProblem& problem = params.call.problem;
-  return for_segment_scan<K>(problem, [&](auto config) {
-    using Config = decltype(config);
-    constexpr int kClusterCtas = (Config::K > Config::V ? Config::K : Config::V) / 64;
-    return launch_grid(segment_summary_kernel<Config>,
-                       {params.segment_slots * problem.value_heads * kClusterCtas, Config::kThreads,
-                        Config::kSharedBytes, kClusterCtas},
+  return for_values(params.call.problem, [&](auto value_dim, auto element) {
+    using Config = SegmentScanConfig<K, value_dim(), decltype(element)>;
+    constexpr int kClusterCtas = (K + value_dim()) / 64;
+    const int64_t ctas = params.segment_slots * params.call.problem.value_heads * kClusterCtas;
+    return launch_grid(segment_summary_kernel<Config>, {ctas, Config::kThreads, Config::kSharedBytes, kClusterCtas},
                        stream, params);
   });
 }
 
 template <int K>
 cudaError_t launch_state_scan_of(const StepKernelParams& params, cudaStream_t stream) {
-  const ChunkFwdProblem& problem = params.call.problem;
-  return for_segment_scan<K>(problem, [&](auto config) {
-    using Config = decltype(config);
-    return launch(state_scan_kernel<Config>, params.segment_slots * problem.value_heads * (Config::V / 64),
-                  Config::kThreads, Config::kSharedBytes, stream, params);
+  return for_values(params.call.problem, [&](auto value_dim, auto element) {
+    using Config = SegmentScanConfig<K, value_dim(), decltype(element)>;
+    const int64_t ctas = params.segment_slots * params.call.problem.value_heads * (Config::V / 64);
+    return launch(state_scan_kernel<Config>, ctas, Config::kThreads, Config::kSharedBytes, stream, params);
   });
 }
 

@@ -34,31 +34,30 @@ struct StepTiles {
   static constexpr int kKeyNormVector = K * 4, kOutputScaleVector = kKeyNormVector + C * 4;
 };
 
-// Offsets of the parts of a step as consumers keep it. In memory it is an image of the same parts without V, StepImage.
-template <int K_, int kRows_>
-struct StepStage : StepTiles<K_> {
+// In the workspace, one for each (step slot, value head).
+template <int K_>
+struct StepImage : StepTiles<K_> {
   using Tiles = StepTiles<K_>;
-  static constexpr int kRows = kRows_;
-  static constexpr int kValueTileBytes = Tiles::C * kRows * 2;
   static constexpr int kGated = 0;                                          // K ⊙ e^G above Q ⊙ e^G   [2 C, K]
   static constexpr int kKeysDecayed = kGated + 2 * Tiles::kKeyTileBytes;    // K ⊙ e^{G_C - G}         [C, K]
   static constexpr int kInverseTile = kKeysDecayed + Tiles::kKeyTileBytes;  // Tinv: high part | middle part
   static constexpr int kAqkTile = kInverseTile + Tiles::kPairTileBytes;     // Aqk | Tinv: low part
-  static constexpr int kValues = kAqkTile + Tiles::kPairTileBytes;          // V                       [C, kRows]
-  static constexpr int kVectors = kValues + kValueTileBytes;
+  static constexpr int kVectors = kAqkTile + Tiles::kPairTileBytes;
   static constexpr int kStepDecay = kVectors;
   static constexpr int kKeyNorm = kVectors + Tiles::kKeyNormVector;
   static constexpr int kOutputScale = kVectors + Tiles::kOutputScaleVector;
-  static constexpr int kStageBytes = (kVectors + Tiles::kVectorBytes + 1023) / 1024 * 1024;
+  static constexpr int kImageBytes = kVectors + Tiles::kVectorBytes;
+  static_assert(kImageBytes == step_image_bytes(K_));
 };
 
-// In the workspace, one for each (step slot, value head).
-template <int K>
-struct StepImage {
-  using Tiles = StepTiles<K>;
-  static constexpr int kVectors = StepStage<K, 64>::kValues;  // everything before V is as in a stage
-  static constexpr int kBytes = kVectors + Tiles::kVectorBytes;
-  static_assert(kBytes == step_image_bytes(K));
+// What a consumer keeps of a step in shared memory: the image, and V of its rows.
+template <int K_, int kRows_>
+struct StepStage : StepImage<K_> {
+  using Image = StepImage<K_>;
+  static constexpr int kRows = kRows_;
+  static constexpr int kValues = (Image::kImageBytes + 1023) / 1024 * 1024;  // V   [C, kRows]
+  static constexpr int kValueTileBytes = Image::C * kRows * 2;
+  static constexpr int kStageBytes = kValues + kValueTileBytes;
 };
 
 }  // namespace kda
