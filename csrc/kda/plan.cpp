@@ -78,9 +78,9 @@ double longest_sequence(const ChunkFwdProblem& p) {
 int64_t choose_segment_chunks(const ChunkFwdProblem& p) {
   constexpr int64_t kLeastChunks = 2;
   const int64_t chunks = ceil_div(static_cast<int64_t>(longest_sequence(p)), kChunkTokens);
-  const int64_t chains = p.sequences * p.value_heads * (p.value_dim / kScanRows);
+  const int64_t chains = p.sequences * p.value_heads;
   if (chains == 0) return 0;
-  const int64_t resident = int64_t{p.sm_count} * (p.key_dim == 128 ? 3 : 4);
+  const int64_t resident = int64_t{p.sm_count} * (p.value_dim == 128 ? 1 : 2);
   const int64_t segments = std::min(resident / chains, chunks / kLeastChunks);
   if (segments < 2) return 0;
   return ceil_div(chunks, segments);
@@ -164,7 +164,7 @@ JsonObject stage_ctas(const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
       ctas.add("segment_summary", segments * ((p.value_dim + p.key_dim) / kScanRows));
       ctas.add("segment_compose", p.sequences * p.value_heads * (p.value_dim / kComposeRows));
     }
-    ctas.add("state_scan", segments * (p.value_dim / kScanRows));
+    ctas.add("state_scan", segments);
   }
   if (plan.path == ChunkFwdPath::kStaged) {
     const int64_t tiles = plan.chunk_slots * p.value_heads;

@@ -1,5 +1,5 @@
-// What the kernels that go through the steps of a segment share: where a segment lies, and the ring of stages that one thread keeps
-// filled from the images of step_factors.cuh.
+// What the kernels that go through the steps of a segment share: where a segment lies, and the ring of stages that is filled from
+// the images of step_factors.cuh.
 #pragma once
 
 #include "../device/chunk_location.cuh"
@@ -7,21 +7,6 @@
 #include "step_params.h"
 
 namespace kda {
-
-template <int K_, int V_, typename Element_>
-struct SegmentScanConfig : StepStage<K_, 64> {
-  using Stage = StepStage<K_, 64>;
-  using Stage::K, Stage::kStageBytes;
-  static constexpr int V = V_;
-  using Element = Element_;
-  static constexpr int kThreads = 128, kWarps = 4, kStages = 2;
-  // Registers allow no more (K = 128: the state takes 64, its bf16 copy 32, products 32, operands 16).
-  static constexpr int kCtasPerSm = K == 128 ? 3 : 4;
-  static constexpr int kBarrierOffset = kStages * kStageBytes;
-  static constexpr int kFlags = kBarrierOffset + kStages * 16;  // one for each CTA of a cluster
-  static constexpr int kSharedBytes = kFlags + 4 * 4;
-  static_assert(kCtasPerSm * (kSharedBytes + 1024 + 128) <= 228 * 1024);
-};
 
 // A segment of one value head, in steps.
 struct SegmentOfSteps {
@@ -53,13 +38,11 @@ struct SegmentOfSteps {
   __device__ __forceinline__ int64_t tile(int value_heads) const { return slot * value_heads + value_head; }
 };
 
-// Stages that are filled in turn by thread 0.
+// Stages that are filled in turn, by one thread. Stage n is that of the n-th step since the ring was made.
 template <typename Config>
 struct StageRing {
   static constexpr int K = Config::K;
   uint8_t* const shared;
-  const int thread;
-  int filled = 0;  // stages so far, by the first thread
 
   __device__ __forceinline__ uint32_t full(int n) const {
     return ptx::shared_address(shared) + Config::kBarrierOffset + 16 * (n % Config::kStages);
@@ -68,26 +51,24 @@ struct StageRing {
   __device__ __forceinline__ static uint32_t parity(int n) { return n / Config::kStages & 1; }
   __device__ __forceinline__ uint8_t* stage(int n) const { return shared + n % Config::kStages * Config::kStageBytes; }
 
-  __device__ __forceinline__ void init() const {
-    if (thread == 0) {
-      for (int stage = 0; stage < Config::kStages; ++stage) {
-        ptx::mbarrier_init(full(stage), 1);
-        ptx::mbarrier_init(empty(stage), Config::kThreads);
-      }
-      ptx::fence_mbarrier_init();
+  // Called by one thread.
+  __device__ __forceinline__ void init(int readers) const {
+    for (int stage = 0; stage < Config::kStages; ++stage) {
+      ptx::mbarrier_init(full(stage), 1);
+      ptx::mbarrier_init(empty(stage), readers);
     }
-    __syncthreads();
+    ptx::fence_mbarrier_init();
   }
 
-  // Called by thread 0: the next stage, as soon as it is free. kResult: what is wanted of the step; first_value_column < 0: no V.
+  // Called by one thread: stage n, as soon as it is free. kResult: what is wanted of the step; first_value_column < 0: no V.
   template <StepResult kResult>
-  __device__ __forceinline__ void fill(const StepKernelParams& params, const SegmentOfSteps& segment, int step,
-                                       int first_value_column) {
+  __device__ __forceinline__ void fill(const StepKernelParams& params, const SegmentOfSteps& segment, int n, int step,
+                                       int first_value_column) const {
     const int value_heads = params.call.problem.value_heads;
     const int64_t image_index = (segment.first_step_slot + step) * value_heads + segment.value_head;
     const uint8_t* const image = params.images + image_index * Config::kImageBytes;
-    const uint32_t to = ptx::shared_address(stage(filled)), barrier = full(filled);
-    if (filled >= Config::kStages) ptx::mbarrier_wait_parity(empty(filled), parity(filled) ^ 1);
+    const uint32_t to = ptx::shared_address(stage(n)), barrier = full(n);
+    if (n >= Config::kStages) ptx::mbarrier_wait_parity(empty(n), parity(n) ^ 1);
     const bool has_values = first_value_column >= 0;
     constexpr bool kWhole = kResult == StepResult::kOutputs;
     constexpr int kBytes = Config::kImageBytes - (kWhole ? 0 : Config::kKeyTileBytes);
@@ -103,12 +84,15 @@ struct StageRing {
       ptx::cp_async_bulk_load(to + Config::kKeysDecayed, image + Config::kKeysDecayed,
                               Config::kImageBytes - Config::kKeysDecayed, barrier);
     }
-    if (has_values) {
+    if (has_values) {  // boxes of the tensor map have 64 columns
       const int token = static_cast<int>(segment.first_token) + step * kStepTokens;
-      ptx::cp_async_bulk_tensor_load(to + Config::kValues, &params.v, 0, token, first_value_column / 64,
-                                     segment.value_head, static_cast<int>(segment.range.batch), barrier);
+#pragma unroll
+      for (int block = 0; block < Config::kRows / 64; ++block) {
+        ptx::cp_async_bulk_tensor_load(to + Config::kValues + block * Config::ValueTile::kBlockBytes, &params.v, 0, token,
+                                       first_value_column / 64 + block, segment.value_head,
+                                       static_cast<int>(segment.range.batch), barrier);
+      }
     }
-    ++filled;
   }
 
   // Stage n, when it is full.

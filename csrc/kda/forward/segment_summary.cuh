@@ -9,7 +9,7 @@
 //
 // Grid: for each (segment slot, value head) a cluster of CTAs of one warpgroup each: one for 64 rows of M^T, one for 64 rows of B^T. They tell
 // each other whether their rows are negligible.
-// Shared memory and registers: those of state_scan.cuh. Bound by the chain of the products of a step.
+// Shared memory and registers: two stages, 168 a thread (K = 128): three CTAs share a multiprocessor. Bound by the chain of the products of a step.
 #pragma once
 
 #include "segment_scan.cuh"
@@ -20,6 +20,21 @@ namespace kda {
 inline constexpr float kNegligibleMap = 0x1p-100f;
 // Steps at the end of a segment whose map is looked at first.
 inline constexpr int kTailSteps = 2;
+
+template <int K_, int V_, typename Element_>
+struct SegmentSummaryConfig : StepStage<K_, 64> {
+  using Stage = StepStage<K_, 64>;
+  using Stage::K, Stage::kStageBytes;
+  static constexpr int V = V_;
+  using Element = Element_;
+  static constexpr int kThreads = 128, kWarps = 4, kStages = 2;
+  // Registers allow no more (K = 128: the state takes 64, its bf16 copy 32, products 32, operands 16).
+  static constexpr int kCtasPerSm = K == 128 ? 3 : 4;
+  static constexpr int kBarrierOffset = kStages * kStageBytes;
+  static constexpr int kFlags = kBarrierOffset + kStages * 16;  // one for each CTA of a cluster
+  static constexpr int kSharedBytes = kFlags + 4 * 4;
+  static_assert(kCtasPerSm * (kSharedBytes + 1024 + 128) <= 228 * 1024);
+};
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
@@ -37,9 +52,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
                                static_cast<int>(blockIdx.x / kCtas % value_heads), lane);
   if (!segment.location.is_used || segment.location.is_last) return;
 
-  StageRing<Config> ring{shared, thread};
-  ring.init();
-  int read = 0;  // stages so far
+  const StageRing<Config> ring{shared};
+  if (thread == 0) ring.init(Config::kThreads);
+  __syncthreads();
+  int filled = 0, read = 0;  // stages so far, the former by thread 0
   const Consumer advance{0, warp, lane};
   StateFragments<K> state;
   typename Consumer::PackedOutput no_output;
@@ -53,7 +69,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     const int first_step = pass == 0 ? segment.steps - tail : 0;
     const auto fill = [&](int step) {
       if (thread == 0 && step < segment.steps) {
-        ring.template fill<StepResult::kState>(params, segment, step, is_map ? -1 : first_row);
+        ring.template fill<StepResult::kState>(params, segment, filled++, step, is_map ? -1 : first_row);
       }
     };
     for (int step = 0; step < Config::kStages; ++step) fill(first_step + step);
@@ -68,10 +84,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
       uint32_t operands[K / 16][4];
       state.to_operands(operands);
       uint8_t* const stage = ring.wait(read);
-      advance.advance(state, operands, no_output, stage, segment.tokens(step), !is_map, [&] {
-        if (step > first_step) fill(step - 1 + Config::kStages);
-      });
+      advance.advance(state, operands, no_output, stage, segment.tokens(step), !is_map, [] {});
       ring.release(read++);
+      fill(step + Config::kStages);
     }
     if (pass == 0) {
       const bool is_negligible = !is_map || __syncthreads_and(state.is_below(kNegligibleMap));

@@ -116,18 +116,26 @@ struct StepConsumer {
     const uint64_t inverse_middle = wgmma::advance(inverse_high, 2 * C);
     const uint64_t aqk = wgmma::advance(tiles, Config::kAqkTile), inverse_low = wgmma::advance(aqk, 2 * C);
 
-    const float* const decay = reinterpret_cast<const float*>(stage + Config::kStepDecay);
+    const auto let_decay = [&] {
+      const float* const decay = reinterpret_cast<const float*>(stage + Config::kStepDecay);
 #pragma unroll
-    for (int n = 0; n < K / 8; ++n) {
-      const float2 factor = *reinterpret_cast<const float2*>(decay + 8 * n + 2 * member());
-      state.acc[n][0] *= factor.x, state.acc[n][1] *= factor.y;
-      state.acc[n][2] *= factor.x, state.acc[n][3] *= factor.y;
-    }
+      for (int n = 0; n < K / 8; ++n) {
+        const float2 factor = *reinterpret_cast<const float2*>(decay + 8 * n + 2 * member());
+        state.acc[n][0] *= factor.x, state.acc[n][1] *= factor.y;
+        state.acc[n][2] *= factor.x, state.acc[n][3] *= factor.y;
+      }
+    };
+    // While the first product runs, if ptxas can tell that apart from it: in a kernel with branches in between it serialises all products.
+    if constexpr (!kOutputs) let_decay();
     float r[kTokenTiles][4], o[kTokenTiles][4];
     wgmma::fence();
     multiply_state(r, operands, gated);
-    if constexpr (kOutputs) multiply_state(o, operands, wgmma::advance(gated, Config::GatedTile::unit_offset(C, 0)));
     wgmma::commit_group();
+    if constexpr (kOutputs) {
+      multiply_state(o, operands, wgmma::advance(gated, Config::GatedTile::unit_offset(C, 0)));
+      wgmma::commit_group();
+    }
+    if constexpr (kOutputs) let_decay();
     meanwhile();
 
     uint32_t v[kTokenTiles / 2][4] = {};
@@ -139,9 +147,8 @@ struct StepConsumer {
       }
     }
 
-    wgmma::wait_group<0>();
+    wgmma::wait_group<kOutputs ? 1 : 0>();
     wgmma::pin(r);
-    if constexpr (kOutputs) wgmma::pin(o);
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
       const float2 norm = token_pair(stage, Config::kKeyNorm, n);

@@ -36,7 +36,7 @@ cudaError_t for_values(const ChunkFwdProblem& problem, Function f) {
 template <int K>
 cudaError_t launch_segment_summary_of(const StepKernelParams& params, cudaStream_t stream) {
   return for_values(params.call.problem, [&](auto value_dim, auto element) {
-    using Config = SegmentScanConfig<K, value_dim(), decltype(element)>;
+    using Config = SegmentSummaryConfig<K, value_dim(), decltype(element)>;
     constexpr int kClusterCtas = (K + value_dim()) / 64;
     const int64_t ctas = params.segment_slots * params.call.problem.value_heads * kClusterCtas;
     return launch_grid(segment_summary_kernel<Config>, {ctas, Config::kThreads, Config::kSharedBytes, kClusterCtas},
@@ -47,8 +47,8 @@ cudaError_t launch_segment_summary_of(const StepKernelParams& params, cudaStream
 template <int K>
 cudaError_t launch_state_scan_of(const StepKernelParams& params, cudaStream_t stream) {
   return for_values(params.call.problem, [&](auto value_dim, auto element) {
-    using Config = SegmentScanConfig<K, value_dim(), decltype(element)>;
-    const int64_t ctas = params.segment_slots * params.call.problem.value_heads * (Config::V / 64);
+    using Config = StateScanConfig<K, value_dim(), decltype(element)>;
+    const int64_t ctas = params.segment_slots * params.call.problem.value_heads;
     return launch(state_scan_kernel<Config>, ctas, Config::kThreads, Config::kSharedBytes, stream, params);
   });
 }
