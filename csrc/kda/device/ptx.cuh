@@ -16,6 +16,13 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
+// x in another register.
+__device__ __forceinline__ float copied(float x) {
+  float y;
+  asm volatile("mov.b32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // ---- Special functions ----
 
 // 2^x. Callers guarantee x <= 0, or a bound on x. ex2(-inf) = 0.
@@ -213,6 +220,14 @@ __device__ __forceinline__ bool barrier_any(int barrier, int threads, bool predi
       : "memory");
   return any != 0;
 }
+
+// ---- Kernels that follow each other on a stream ----
+
+// Lets the next kernel of the stream start, if it was launched for that; it still waits for this one's results.
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Until the kernel before has ended and its results are visible.
+__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // ---- Clusters ----
 

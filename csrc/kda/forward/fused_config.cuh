@@ -13,6 +13,7 @@ template <int K_, int V_, int kRows_, typename Element_>
 struct FusedConfig : StepStage<K_, kRows_> {
   using Stage = StepStage<K_, kRows_>;
   using Stage::C, Stage::K, Stage::kRows, Stage::kStageBytes, Stage::kKeyTileBytes;
+  static constexpr bool kHasRegisters = kRows_ == 64;  // see StepConsumer
   static constexpr int V = V_;
   using Element = Element_;
 

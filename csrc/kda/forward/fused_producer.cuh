@@ -80,7 +80,8 @@ struct FusedProducer {
     load_values(stage, full, step);
     typename StepProducer<Config>::Products products;
     make.multiply_pairs(products, operands, rows, far_apart);
-    make.store_products(products, rows);
+    make.store_akk(products, rows);
+    make.store_aqk(products, rows);
     ptx::fence_proxy_async_shared();  // the rows make room for others, which come through the copy engine
     make.sync();
     load_inputs(step + Config::kProducerGroups);

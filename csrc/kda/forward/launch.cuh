@@ -17,6 +17,7 @@ struct Grid {
   int threads;  // of a CTA
   int shared_bytes;
   int cluster_ctas = 1;
+  bool overlaps = false;  // may start before the kernel before has ended; it calls ptx::wait_for_kernel_before()
 };
 
 template <typename... KernelArguments, typename... Arguments>
@@ -33,12 +34,17 @@ cudaError_t launch_grid(void (*kernel)(KernelArguments...), const Grid& grid, cu
   config.blockDim = dim3(grid.threads);
   config.dynamicSmemBytes = grid.shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute cluster = {};
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
   if (grid.cluster_ctas > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster_ctas), 1, 1};
-    config.attrs = &cluster;
-    config.numAttrs = 1;
+  }
+  if (grid.overlaps) {
+    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
   }
   return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
 }

@@ -37,6 +37,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   constexpr int K = Config::K, kPartWords = Config::kPartWords;
   extern __shared__ __align__(16) uint32_t states[];
   const ChunkFwdParams& call = params.call;
+  ptx::launch_dependents();
+  ptx::wait_for_kernel_before();  // before any return: who waits for this kernel relies on those before it, too
   const int value_heads = call.problem.value_heads, row_tiles = call.problem.value_dim / Config::kRows;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = lane >> 2, member = lane & 3;
   const int row_tile = static_cast<int>(blockIdx.x % row_tiles);

@@ -25,6 +25,7 @@ template <int K_, int V_, typename Element_>
 struct SegmentSummaryConfig : StepStage<K_, 64> {
   using Stage = StepStage<K_, 64>;
   using Stage::K, Stage::kStageBytes;
+  static constexpr bool kHasRegisters = false;  // see StepConsumer
   static constexpr int V = V_;
   using Element = Element_;
   static constexpr int kThreads = 128, kWarps = 4, kStages = 2;
@@ -44,6 +45,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   extern __shared__ __align__(1024) uint8_t shared[];
   const ChunkFwdParams& call = params.call;
   const int value_heads = call.problem.value_heads;
+  ptx::launch_dependents();
+  ptx::wait_for_kernel_before();  // before any return: who waits for this kernel relies on those before it, too
   const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
   const int rank = static_cast<int>(blockIdx.x % kCtas);
   const bool is_map = rank < kMapTiles;

@@ -19,6 +19,7 @@ struct StateScanConfig : StepStage<K_, V_> {
   using Stage::K, Stage::kStageBytes;
   static constexpr int V = V_;
   using Element = Element_;
+  static constexpr bool kHasRegisters = true;  // see StepConsumer
   static constexpr int kGroups = V / 64, kGroupThreads = 128;
   static constexpr int kConsumers = kGroups * kGroupThreads, kThreads = kConsumers + kGroupThreads;
   static constexpr int kCtasPerSm = K == 128 ? 2 / kGroups : 3 / kGroups;
@@ -40,6 +41,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   using Consumer = StepConsumer<Config, StepResult::kOutputs>;
   extern __shared__ __align__(1024) uint8_t shared[];
   const ChunkFwdParams& call = params.call;
+  ptx::wait_for_kernel_before();  // before any return: who waits for this kernel relies on those before it, too
   const int value_heads = call.problem.value_heads;
   const int lane = threadIdx.x & 31;
   const SegmentOfSteps segment(params, blockIdx.x / value_heads, static_cast<int>(blockIdx.x % value_heads), lane);

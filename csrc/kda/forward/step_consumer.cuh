@@ -34,7 +34,8 @@ struct SplitOperands {
 // What a step gives: outputs and the next state, or the next state alone.
 enum class StepResult { kOutputs, kState };
 
-// Config: a StepStage with Element. kResult: see StepResult.
+// Config: a StepStage with Element, and with kHasRegisters, if a consumer has more than 160 registers: then more runs beside the products.
+// kResult: see StepResult.
 template <typename Config, StepResult kResult>
 struct StepConsumer {
   using Element = typename Config::Element;
@@ -54,13 +55,17 @@ struct StepConsumer {
     return *reinterpret_cast<const float2*>(stage + array + (8 * n + 2 * member()) * 4);
   }
 
-  // S^T times C rows of the gated keys and queries, from the row that tile begins with.
-  static __device__ __forceinline__ void multiply_state(float (&d)[kTokenTiles][4], const uint32_t (&state)[K / 16][4],
-                                                        uint64_t tile) {
+  // S^T times the gated keys (d[0 .. 3]) and queries (d[4 .. 7]).
+  static __device__ __forceinline__ void multiply_state(float (&d)[kProductTiles][4],
+                                                        const uint32_t (&state)[K / 16][4], uint64_t tile) {
 #pragma unroll
     for (int kt = 0; kt < K / 16; ++kt) {
       const uint64_t b = wgmma::advance(tile, kt / 4 * Config::GatedTile::kBlockBytes + kt % 4 * 32);
-      wgmma::m64n32k16_bf16<false>(d, state[kt], b, kt > 0);
+      if constexpr (kOutputs) {
+        wgmma::m64n64k16_bf16<false>(d, state[kt], b, kt > 0);
+      } else {
+        wgmma::m64n32k16_bf16<false>(d, state[kt], b, kt > 0);
+      }
     }
   }
 
@@ -125,17 +130,14 @@ struct StepConsumer {
         state.acc[n][2] *= factor.x, state.acc[n][3] *= factor.y;
       }
     };
-    // While the first product runs, if ptxas can tell that apart from it: in a kernel with branches in between it serialises all products.
-    if constexpr (!kOutputs) let_decay();
-    float r[kTokenTiles][4], o[kTokenTiles][4];
+    // While the first product runs, if ptxas can tell that apart from it: for want of registers, or where branches lie in between, it
+    // serialises all products.
+    if constexpr (!Config::kHasRegisters) let_decay();
+    float products[kProductTiles][4];
     wgmma::fence();
-    multiply_state(r, operands, gated);
+    multiply_state(products, operands, gated);
     wgmma::commit_group();
-    if constexpr (kOutputs) {
-      multiply_state(o, operands, wgmma::advance(gated, Config::GatedTile::unit_offset(C, 0)));
-      wgmma::commit_group();
-    }
-    if constexpr (kOutputs) let_decay();
+    if constexpr (Config::kHasRegisters) let_decay();
     meanwhile();
 
     uint32_t v[kTokenTiles / 2][4] = {};
@@ -147,8 +149,21 @@ struct StepConsumer {
       }
     }
 
-    wgmma::wait_group<kOutputs ? 1 : 0>();
-    wgmma::pin(r);
+    wgmma::wait_group<0>();
+    wgmma::pin(products);
+    float r[kTokenTiles][4], o[kTokenTiles][4];
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        r[n][e] = products[n][e];
+        if constexpr (kOutputs) {
+          // In registers of its own: parts of the accumulators of one product cannot be those of another without ptxas serialising both.
+          const float x = products[kTokenTiles + n][e];
+          o[n][e] = Config::kHasRegisters ? ptx::copied(x) : x;
+        }
+      }
+    }
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
       const float2 norm = token_pair(stage, Config::kKeyNorm, n);

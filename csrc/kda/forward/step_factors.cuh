@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
   const int64_t slot = blockIdx.x / value_heads;
   const int value_head = static_cast<int>(blockIdx.x % value_heads);
   const int key_head = value_head / (value_heads / call.problem.heads);
+  ptx::launch_dependents();
   const ChunkLocation location = locate_slot(call, slot, C, lane);
   if (location.tokens == 0) return;
 
@@ -93,7 +94,8 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
     ptx::cp_async_bulk_store(image + Image::kKeysDecayed, shared_base + Config::kKeysDecayed, Config::kKeyTileBytes);
     ptx::cp_async_bulk_commit_group();
   }
-  make.store_products(products, rows);
+  make.store_akk(products, rows);
+  make.store_aqk(products, rows);
   __syncthreads();
   make.invert();
   __syncthreads();

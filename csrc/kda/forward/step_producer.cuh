@@ -250,10 +250,23 @@ struct StepProducer {
     }
   }
 
-  // Aqk into the stage and Akk for the solve. What is not a pair is dropped by selection: it may be inf or NaN.
-  __device__ __forceinline__ void store_products(const Products& products, const RowValues& rows) const {
+  // Akk for the solve.
+  __device__ __forceinline__ void store_akk(const Products& products, const RowValues& rows) const {
     const int row = 8 * warp + row_group();
-    const float write = rows.write[row], diagonal = rows.query_key[row];
+    const float write = rows.write[row];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const float(&p)[4] = products.tile[n];
+      if (n <= warp) {
+        *reinterpret_cast<float2*>(&solve_matrix().at(row, 8 * n + 2 * member())) = {write * p[2], write * p[3]};
+      }
+    }
+  }
+
+  // Aqk into the stage. What is not a pair is dropped by selection: it may be inf or NaN.
+  __device__ __forceinline__ void store_aqk(const Products& products, const RowValues& rows) const {
+    const int row = 8 * warp + row_group();
+    const float diagonal = rows.query_key[row];
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       const int column = 8 * n + 2 * member();
@@ -261,7 +274,6 @@ struct StepProducer {
       const auto select = [&](float value, int j) { return j < row ? value : (j == row ? diagonal : 0.0f); };
       *reinterpret_cast<uint32_t*>(stage + Config::kAqkTile + Config::PairTile::pair_offset(row, column)) =
           pack_bf16(select(p[0], column), select(p[1], column + 1));
-      if (n <= warp) *reinterpret_cast<float2*>(&solve_matrix().at(row, column)) = {write * p[2], write * p[3]};
     }
   }
 
