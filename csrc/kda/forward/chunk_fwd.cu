@@ -54,7 +54,7 @@ cudaError_t run_stepwise(const StepKernelParams& params, cudaStream_t stream) {
 cudaError_t run_steps(const ChunkFwdParams& call, const ChunkFwdPlan& plan, cudaStream_t stream) {
   StepKernelParams params = {};
   params.call = call;
-  const cudaError_t status = make_tensor_maps(params, plan.value_tile);
+  const cudaError_t status = make_tensor_maps(params, plan.path == ChunkFwdPath::kFused ? plan.value_tile : 64);
   if (status != cudaSuccess) return status;
   if (plan.path == ChunkFwdPath::kFused) {
     const auto launch = call.problem.key_dim == 128 ? launch_fused_scan_k128 : launch_fused_scan_k64;
