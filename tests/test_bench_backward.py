@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import bench_results
@@ -166,3 +169,14 @@ def test_a_run_of_one_operator_is_not_complete(tmp_path: Any) -> None:
     assert board.main([*arguments, "--families", "long", "--results", str(tmp_path)]) == board.EXIT_GOOD
     (path,) = tmp_path.glob("board-*.json")
     assert not results.load(path)["complete"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_the_reference_of_the_binary_against_finite_differences(tmp_path: Path) -> None:
+    """What bench_chunk_bwd checks the kernels with, bench/host_gradients.h."""
+    root = results.ROOT
+    command = ["g++", "-std=c++17", "-O1", "-I", root / "csrc", "-I", root / "bench"]
+    program = tmp_path / "check"
+    subprocess.run([*command, root / "tests/host_gradients_check.cpp", "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
