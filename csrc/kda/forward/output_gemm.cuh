@@ -23,7 +23,8 @@ struct OutputGemmConfig {
   static constexpr int K = K_, V = V_, C = kChunkTokens;
   using Element = Element_;
   static constexpr bool kSaving = kSaving_;
-  static constexpr int kWarps = 4, kThreads = 32 * kWarps, kCtasPerSm = 4;
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
+  static constexpr int kCtasPerSm = kSaving ? 3 : 4;  // transposing the operands takes registers
   using KeyTile = SwizzledTile<K>;
   using PairTile = SwizzledTile<C>;
   using OutputTile = SwizzledTile<V>;
