@@ -51,7 +51,7 @@ void refuse_flags_of_the_forward(const Options& options) {
 // Runs a small case with the sizes, types, gates and features of `options` and compares it with the host. Of enough value
 // heads that a sum over all tokens of a head, whose terms cancel, is not a single draw.
 Errors verify(Options options, const Device& device, cudaStream_t stream) {
-  constexpr int kValueHeads = 16;
+  constexpr int kValueHeads = 32;
   const kda::NvtxRange range("bench.verify");
   if (options.lengths.size() > 1) {
     options.lengths = {1, 64, 70, 0, 130};  // a lone token, a full chunk, partial chunks, an empty sequence
