@@ -1,7 +1,8 @@
 """The board: every shape under every family of gates, by ours, ours with each path forced, and every peer that can be
 imported.
 
-    python -m bench.board                      everything: about three minutes on a GPU
+    python -m bench.board                      everything: some minutes on a GPU
+    python -m bench.board --operator chunk_bwd
     python -m bench.board --quick              a few shapes
     python -m bench.board --shapes h16_8192,h4_1024 --families long --no-peers
     python -m bench.board --lengths 8x1000 --heads 24
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("bench.board: no CUDA device (--device cpu tries out the board itself)", file=sys.stderr)
         return EXIT_USAGE
     try:
-        jobs = [_job(OPERATORS[name], args) for name in args.operator or OPERATORS]
+        jobs = _jobs(args)
     except ValueError as error:
         parser.error(str(error))
     device = CudaDevice() if args.device == "cuda" else HostDevice()
@@ -84,6 +85,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     for failure in failures:
         console.print(f"[red]FAILED[/red] {failure}", soft_wrap=True)
     return EXIT_WRONG if failures else EXIT_GOOD
+
+
+def _jobs(args: argparse.Namespace) -> list[Job]:
+    """What the arguments ask for. Without --operator, shapes by name belong to the operators that have them.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    chosen = [OPERATORS[name] for name in args.operator or OPERATORS]
+    if args.shapes and not args.operator:
+        names = args.shapes.split(",")
+        every = {shape.name: shape for operator in chosen for shape in operator.shapes}
+        select(every.values(), names)  # refuses names that no operator has
+        jobs = []
+        for operator in chosen:
+            own = [name for name in names if name in {shape.name for shape in operator.shapes}]
+            if own:
+                jobs.append(_job(operator, argparse.Namespace(**{**vars(args), "shapes": ",".join(own)})))
+        return jobs
+    return [_job(operator, args) for operator in chosen]
 
 
 def _job(operator: Operator, args: argparse.Namespace) -> Job:
@@ -122,7 +143,7 @@ def run_board(device: Device, jobs: list[Job], args: argparse.Namespace, console
     speed = Statistics.of(bandwidth)
     for case in measured:
         case["roofline_us"] = round(case["least_bytes"] / (speed.median * 1e3), 3)
-    everything = all(
+    everything = {operator.name for operator, _, _ in jobs} == set(OPERATORS) and all(
         set(shapes) == set(operator.shapes) and set(families) == set(operator.families)
         for operator, shapes, families in jobs
     )
@@ -166,13 +187,18 @@ def _columns(jobs: list[Job], peers: bool, on_gpu: bool) -> tuple[dict[str, list
 
 def _prepare_fla(jobs: list[Job], columns: dict[str, list[Any]], console: Console) -> list[str]:
     """Compiles FLA's kernels ahead, where it is measured. Returns what was done, line by line."""
-    shapes = [s for operator, found, _ in jobs if any(i.name == "fla" for i in columns[operator.name]) for s in found]
-    if not shapes:
+    work = [
+        (operator.name, shape)
+        for operator, found, _ in jobs
+        if any(i.name == "fla" for i in columns[operator.name])
+        for shape in found
+    ]
+    if not work:
         return []
     done = [f"FLA: {fla_tuning.use_stored()}"]
     with _progress(console) as progress:
-        task = progress.add_task("FLA: compiling", total=len(fla_tuning.distinct(shapes)))
-        done.append(f"FLA: {fla_tuning.compile_ahead(shapes, lambda: progress.advance(task))}")
+        task = progress.add_task("FLA: compiling", total=len(fla_tuning.distinct(work)))
+        done.append(f"FLA: {fla_tuning.compile_ahead(work, lambda: progress.advance(task))}")
     for text in done:
         console.print(text, markup=False, soft_wrap=True)
     return done
@@ -190,13 +216,15 @@ def _measure_all(
         for number, (operator, shape, family) in enumerate(cases, start=1):
             names = [i.name for i in columns[operator.name]]
 
-            def show(name: str, before: int = done, names: Any = names, title: str = f"{shape.name} {family}") -> None:
+            title = f"{operator.name} {shape.name} {family}"
+
+            def show(name: str, before: int = done, names: Any = names, title: str = title) -> None:
                 progress.update(task, description=f"{title}: {name}", completed=before + names.index(name))
 
             try:
                 case = measure_case(device, operator, shape, family, columns[operator.name], budget, show)
             except Exception as error:  # the device itself no longer answers: keep what there is
-                return measured, f"{shape.name} {family}: {type(error).__name__}: {error}"
+                return measured, f"{title}: {type(error).__name__}: {error}"
             done += len(names)
             progress.update(task, completed=done)
             measured.append(case)
@@ -225,7 +253,7 @@ def _failures_of_ours(result: Json) -> list[str]:
         for name, measurement in case["measurements"].items():
             error, kind = measurement.get("error", ""), kinds[name]["kind"]
             if error and (kind == "ours" or (kind == "forced" and not error.startswith("OutOfMemoryError"))):
-                failures.append(f"{case['shape']} {case['family']} {name}: {error}")
+                failures.append(f"{case['operator']} {case['shape']} {case['family']} {name}: {error}")
     return failures
 
 

@@ -1,7 +1,8 @@
 """FLA's kernels made ready: compiled by many processes at once, and tuned once for a kind of GPU.
 
-FLA tunes each of its kernels for each number of heads: about 65 configurations to compile and time for one, some ten
-minutes for the whole board on a machine that has never run it. The result does not depend on who tuned, so
+FLA tunes each of its kernels for each number of heads: about 65 configurations to compile and time for one forward,
+some ten minutes for the forward's board on a machine that has never run it, and the backward's come to that. The result
+does not depend on who tuned, so
 
 - ``compile_ahead`` fills Triton's cache from several processes before the first call, without launching anything;
 - ``collect`` reads FLA's choices off its autotuners after a run, ``store`` writes them to a file, and ``use_stored``
@@ -122,34 +123,38 @@ def store(file: Path) -> int:
     return sum(map(len, merged.values()))
 
 
-def compile_ahead(shapes: Sequence[Shape], advance: Callable[[], None] = lambda: None) -> str:
-    """Compiles FLA's kernels for these shapes, a process for each number of heads and kind of call.
+Work = tuple[str, Shape]  # name of an operator of the board, and a shape
+
+
+def compile_ahead(work: Sequence[Work], advance: Callable[[], None] = lambda: None) -> str:
+    """Compiles FLA's kernels, a process for each number of heads and kind of call.
 
     Args:
-        advance: called when a process is done; as many times as ``len(distinct(shapes))``.
+        advance: called when a process is done; as many times as ``len(distinct(work))``.
 
     Returns: what was done, as a clause.
     """
     slots = max(1, (os.cpu_count() or 1) - SPARE_CORES)
     with ThreadPoolExecutor(slots) as threads:
         failures = []
-        for failure in threads.map(_compile, distinct(shapes)):
+        for failure in threads.map(_compile, distinct(work)):
             failures += [failure] if failure else []
             advance()
     if failures:
-        return f"compiled ahead, but {len(failures)} of {len(distinct(shapes))} processes failed: {failures[0]}"
-    return f"compiled ahead in {len(distinct(shapes))} processes"
+        return f"compiled ahead, but {len(failures)} of {len(distinct(work))} processes failed: {failures[0]}"
+    return f"compiled ahead in {len(distinct(work))} processes"
 
 
-def distinct(shapes: Sequence[Shape]) -> list[Shape]:
-    """One shape for each (heads, cu_seqlens given or not): those have kernels of their own."""
-    return list({(s.heads, s.varlen): s for s in reversed(shapes)}.values())[::-1]
+def distinct(work: Sequence[Work]) -> list[Work]:
+    """One shape for each (operator, heads, cu_seqlens given or not): those have kernels of their own."""
+    return list({(name, s.heads, s.varlen): (name, s) for name, s in reversed(work)}.values())[::-1]
 
 
-def _compile(shape: Shape) -> str | None:
+def _compile(work: Work) -> str | None:
     """Runs one process. Returns the end of its complaint, None if it has none."""
+    operator, shape = work
     command = [sys.executable, "-m", "bench.fla_tuning", "--lengths", ",".join(map(str, shape.lengths))]
-    command += ["--heads", str(shape.heads)]
+    command += ["--heads", str(shape.heads), "--operator", operator]
     # One thread for each process: there are as many processes as cores.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     root = Path(__file__).resolve().parents[1]
@@ -158,10 +163,10 @@ def _compile(shape: Shape) -> str | None:
             command, cwd=root, env=environment, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S
         )
     except (OSError, subprocess.SubprocessError) as error:
-        return f"{shape.name}: {type(error).__name__}"
+        return f"{operator} {shape.name}: {type(error).__name__}"
     if done.returncode == 0:
         return None
-    return f"{shape.name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+    return f"{operator} {shape.name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
 
 
 def _compile_only() -> None:
@@ -196,16 +201,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.fla_tuning", description="Compile FLA's kernels for a shape")
     parser.add_argument("--lengths", type=parse_lengths, required=True)
     parser.add_argument("--heads", type=int, required=True)
+    parser.add_argument("--operator", default="chunk_fwd")
     args = parser.parse_args(argv)
 
-    from bench.implementations import FlaForward
-    from bench.inputs import make_inputs
+    from bench.operators import OPERATORS
 
-    inputs = make_inputs(Shape("", args.lengths, args.heads), "long", 0, "cuda")
-    call = FlaForward().call(inputs)
-    _compile_only()
+    operator = OPERATORS[args.operator]
+    implementation = next(found for found in operator.implementations(True) if found.name == "fla")
+    inputs = operator.make_inputs(Shape("", args.lengths, args.heads), "long", 0, "cuda")
+    use_stored()  # before FLA is imported
+    _compile_only()  # before the call is made: that of a backward runs its forward
     with torch.no_grad():
-        call.run()
+        implementation.call(inputs).run()
     return 0
 
 

@@ -22,7 +22,7 @@ import kda_cuda
 from bench import fla_tuning
 from bench.shapes import Shape
 
-__all__ = ["Call", "ForwardImplementation", "forward_implementations", "forward_plan"]
+__all__ = ["Call", "Implementation", "device_facts", "forward_implementations", "forward_plan"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Call:
     same: dict[str, Callable[[], Any]] = field(default_factory=dict)  # by other names; only the host's time is taken
 
 
-class ForwardImplementation:
+class Implementation:
     """One column of the board."""
 
     name: str  # in the JSON
@@ -63,16 +63,20 @@ class ForwardImplementation:
 
 def forward_plan(shape: Shape, device: torch.device) -> dict[str, Any]:
     """What the planner says of a shape on a device; see ``kda::plan_chunk_fwd``."""
-    capability, sm_count = 0, 0
-    if device.type == "cuda" and json.loads(torch.ops.kda.build_info())["cuda_kernels"]:
-        properties = torch.cuda.get_device_properties(device)
-        capability, sm_count = properties.major * 10 + properties.minor, properties.multi_processor_count
     sizes = (shape.heads, shape.heads, shape.key_dim, shape.value_dim)
-    plan = torch.ops.kda.plan_chunk_fwd(list(shape.lengths), 1, *sizes, "bfloat16", shape.varlen, capability, sm_count)
-    return json.loads(plan)
+    facts = device_facts(device)
+    return json.loads(torch.ops.kda.plan_chunk_fwd(list(shape.lengths), 1, *sizes, "bfloat16", shape.varlen, *facts))
 
 
-class OurForward(ForwardImplementation):
+def device_facts(device: torch.device) -> tuple[int, int]:
+    """Compute capability (major * 10 + minor) and multiprocessors, as the planner takes them; 0 without kernels."""
+    if device.type != "cuda" or not json.loads(torch.ops.kda.build_info())["cuda_kernels"]:
+        return 0, 0
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+class OurForward(Implementation):
     """``torch.ops.kda.chunk_fwd``, or one of its paths by the name of its operator."""
 
     _PREFIX = "chunk_fwd"
@@ -121,7 +125,7 @@ def _schema_of(path: str) -> str:
     return str(getattr(torch.ops.kda, f"chunk_fwd_{path}").default._schema)
 
 
-class FlaForward(ForwardImplementation):
+class FlaForward(Implementation):
     """``fla.ops.kda.chunk_kda`` of flash-linear-attention, in Triton."""
 
     name, label, kind = "fla", "FLA", "peer"
@@ -135,27 +139,33 @@ class FlaForward(ForwardImplementation):
         return _distribution_version("fla", "fla-core", "flash-linear-attention")
 
     def call(self, inputs: dict[str, Any]) -> Call:
+        return Call(self.function(inputs), lambda results: {"o": results[0], "final_state": results[1]})
+
+    @staticmethod
+    def function(inputs: dict[str, Any], **options: Any) -> Callable[[], tuple[Tensor, Tensor]]:
+        """``chunk_kda`` for these inputs, with further options."""
         # Its other back ends have columns of their own, or none.
         os.environ.update(FLA_FLASH_KDA="0", FLA_TILELANG="0")
         fla_tuning.use_stored()
         from fla.ops.kda import chunk_kda
 
-        arguments = {name: inputs[name] for name in ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "lower_bound")}
+        names = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "lower_bound", "initial_state")
+        arguments = {name: inputs[name] for name in names if name in inputs}
         arguments |= {
-            "initial_state": inputs["initial_state"],
             "output_final_state": True,
-            "use_qk_l2norm_in_kernel": True,
-            "use_gate_in_kernel": True,
-            "use_beta_sigmoid_in_kernel": True,
-            "safe_gate": True,
+            "use_qk_l2norm_in_kernel": inputs.get("use_qk_l2norm", False),
+            "use_gate_in_kernel": inputs.get("use_gate", False),
+            "use_beta_sigmoid_in_kernel": inputs.get("use_beta_sigmoid", False),
+            "safe_gate": True,  # its faster kernels: all gates of the board are above -5, processed ones too
+            **options,
         }
         if (cu_seqlens := inputs.get("cu_seqlens")) is not None:
             # The lengths on the host too: otherwise it waits for the device to read them.
             arguments |= {"cu_seqlens": cu_seqlens.long(), "cu_seqlens_cpu": cu_seqlens.long().cpu()}
-        return Call(lambda: chunk_kda(**arguments), lambda results: {"o": results[0], "final_state": results[1]})
+        return lambda: chunk_kda(**arguments)
 
 
-class FlashKdaForward(ForwardImplementation):
+class FlashKdaForward(Implementation):
     """``flash_kda.fwd`` of FlashKDA: CUTLASS, forward only, states [N, H, V, K]."""
 
     name, label, kind = "flash_kda", "FlashKDA", "peer"
@@ -199,7 +209,7 @@ class FlashKdaForward(ForwardImplementation):
         return Call(run, lambda results: {"o": results[0], "final_state": results[1].transpose(-1, -2)})
 
 
-class CudnnForward(ForwardImplementation):
+class CudnnForward(Implementation):
     """``cudnn.linear_attention.kimi_delta_attention`` of the cuDNN frontend, its fused kernel for sm90."""
 
     name, label, kind = "cudnn", "cuDNN", "peer"
@@ -248,9 +258,9 @@ class CudnnForward(ForwardImplementation):
         )
 
 
-def forward_implementations(peers: bool = True) -> list[ForwardImplementation]:
+def forward_implementations(peers: bool = True) -> list[Implementation]:
     """All columns of the forward's board, ours first; peers are listed whether or not they can be imported."""
-    found: list[ForwardImplementation] = [OurForward(), *OurForward.forced()]
+    found: list[Implementation] = [OurForward(), *OurForward.forced()]
     return [*found, FlaForward(), FlashKdaForward(), CudnnForward()] if peers else found
 
 

@@ -159,6 +159,9 @@ class InputSet {
     v_bits = random.normal(shape.v_elements(), 1.0, o.fp16);
     g_bits = random.normal(shape.g_elements(), sigma_g, o.fp16);
     beta_bits = random.normal(shape.beta_elements(), 1.0, o.fp16);
+    if (!o.beta_sigmoid) {
+      for (const uint16_t bits : beta_bits) beta.push_back(static_cast<float>(sigmoid(from_bits(bits, o.fp16))));
+    }
     if (o.initial_state) initial_state = random.normal_fp32(shape.state_elements(), kInitialStateSigma);
     fill_gate_parameters(random);
     if (!o.l2norm) {
@@ -173,7 +176,7 @@ class InputSet {
     k_ = DeviceBuffer(k_bits);
     v_ = DeviceBuffer(v_bits);
     g_ = o.log_gate ? DeviceBuffer(log_gate) : DeviceBuffer(g_bits);
-    beta_ = DeviceBuffer(beta_bits);
+    beta_ = o.beta_sigmoid ? DeviceBuffer(beta_bits) : DeviceBuffer(beta);
     initial_state_ = DeviceBuffer(initial_state);
     if (!o.log_gate) {
       A_log_ = DeviceBuffer(A_log);
@@ -188,7 +191,7 @@ class InputSet {
   // Frees the host's copies; the check alone needs them.
   void drop_host_copies() {
     for (auto* bits : {&q_bits, &k_bits, &v_bits, &g_bits, &beta_bits}) std::vector<uint16_t>().swap(*bits);
-    for (auto* values : {&log_gate, &initial_state}) std::vector<float>().swap(*values);
+    for (auto* values : {&log_gate, &beta, &initial_state}) std::vector<float>().swap(*values);
   }
 
   [[nodiscard]] kda::ChunkFwdParams params(const kda::ChunkFwdProblem& problem, void* workspace) const {
@@ -206,7 +209,7 @@ class InputSet {
     p.g_stride = shape_.strides(o.value_heads, o.key_dim);
     p.beta_stride = shape_.strides(o.value_heads, 1);
     p.gate_type = o.log_gate ? kda::DataType::kFloat32 : type;
-    p.beta_type = type;
+    p.beta_type = o.beta_sigmoid ? type : kda::DataType::kFloat32;
     p.A_log = static_cast<const float*>(A_log_.get());
     p.dt_bias = static_cast<const float*>(dt_bias_.get());
     p.initial_state = initial_state_.get();
@@ -220,7 +223,7 @@ class InputSet {
     p.gate = gate_kind();
     p.lower_bound = p.gate == kda::GateKind::kSigmoid ? static_cast<float>(kLowerBound) : 0.0f;
     p.qk_l2norm = o.l2norm;
-    p.beta_sigmoid = true;
+    p.beta_sigmoid = o.beta_sigmoid;
     p.beta_scale = static_cast<float>(beta_scale());
     p.o = o_.get();
     p.final_state = static_cast<float*>(final_state_.get());
@@ -241,7 +244,8 @@ class InputSet {
     in.k = widen(k_bits, o.fp16);
     in.v = widen(v_bits, o.fp16);
     in.g = o.log_gate ? std::vector<double>(log_gate.begin(), log_gate.end()) : widen(g_bits, o.fp16);
-    in.beta = widen(beta_bits, o.fp16);
+    in.beta = o.beta_sigmoid ? widen(beta_bits, o.fp16) : std::vector<double>(beta.begin(), beta.end());
+    in.beta_sigmoid = o.beta_sigmoid;
     in.A_log.assign(A_log.begin(), A_log.end());
     in.dt_bias.assign(dt_bias.begin(), dt_bias.end());
     in.initial_state = o.initial_state ? key_first({initial_state.begin(), initial_state.end()})
@@ -277,6 +281,12 @@ class InputSet {
     return key_first(states);
   }
 
+  // States as the host has them, from the layout of the device.
+  [[nodiscard]] std::vector<double> key_first(const std::vector<double>& states) const {
+    const Options& o = shape_.options;
+    return o.state_v_first ? transposed(states, o.value_dim, o.key_dim) : states;
+  }
+
  private:
   static constexpr double kInitialStateSigma = 0.3;  // about the size of a state that random keys and values build up
 
@@ -289,12 +299,6 @@ class InputSet {
   [[nodiscard]] kda::GateKind gate_kind() const {
     if (shape_.options.log_gate) return kda::GateKind::kLog;
     return family_gate() == HostGate::kSoftplus ? kda::GateKind::kSoftplus : kda::GateKind::kSigmoid;
-  }
-
-  // States as the host has them, from the layout of the device.
-  [[nodiscard]] std::vector<double> key_first(const std::vector<double>& states) const {
-    const Options& o = shape_.options;
-    return o.state_v_first ? transposed(states, o.value_dim, o.key_dim) : states;
   }
 
   // log_gate from the logits and the parameters of the gate.
@@ -333,7 +337,7 @@ class InputSet {
 
   Shape shape_;
   std::vector<uint16_t> q_bits, k_bits, v_bits, g_bits, beta_bits;
-  std::vector<float> log_gate, initial_state, A_log, dt_bias;
+  std::vector<float> log_gate, beta, initial_state, A_log, dt_bias;
   DeviceBuffer q_, k_, v_, g_, beta_, initial_state_, A_log_, dt_bias_, cu_seqlens_, o_, final_state_, chunk_states_;
 };
 

@@ -11,7 +11,18 @@ from torch import Tensor
 
 from bench.shapes import Shape
 
-__all__ = ["FAMILIES", "bounded_gate", "check_hygiene", "input_bytes", "log_decay", "make_inputs", "rotation_sets"]
+__all__ = [
+    "FAMILIES",
+    "OUTPUT_GRADIENTS",
+    "bounded_gate",
+    "check_hygiene",
+    "input_bytes",
+    "log_decay",
+    "make_inputs",
+    "make_processed_inputs",
+    "make_raw_inputs",
+    "rotation_sets",
+]
 
 # Both with the lower-bounded gate, log-decay = LOWER_BOUND * sigmoid(exp(A_log) * (g + dt_bias)).
 #   random  g ~ N(0, 1), A_log ~ U(0, 1), dt_bias ~ U(0, 1): mean log-decay -3.2, a memory of a token or less
@@ -24,9 +35,12 @@ SMALLEST_DT, LARGEST_DT = 0.001, 0.1
 LONG_SIGMA = 0.5
 INITIAL_STATE_SIGMA = 0.3  # about the size of a state that random keys and values build up
 
+GRADIENT_SEED = 1 << 32  # apart from the seeds of inputs
 L2_MULTIPLE = 3  # the sets of a rotation hold that many times the L2 cache
 MOST_ZEROS = 0.01  # share of exact zeros in a tensor of random numbers; bf16 rounds none of N(0, 1) to zero
-RANDOM_TENSORS = ("q", "k", "v", "g", "beta", "initial_state")  # A_log is 0 by definition in the family `long`
+OUTPUT_GRADIENTS = ("do", "dfinal_state")  # beside the arguments of the forward
+# A_log is 0 by definition in the family `long`.
+RANDOM_TENSORS = ("q", "k", "v", "g", "beta", "initial_state", *OUTPUT_GRADIENTS)
 
 
 def bounded_gate(
@@ -88,6 +102,27 @@ def make_inputs(shape: Shape, family: str, seed: int, device: torch.device | str
         starts = [sum(shape.lengths[:n]) for n in range(shape.sequences + 1)]
         inputs["cu_seqlens"] = torch.tensor(starts, dtype=torch.int32, device=device)
     return inputs
+
+
+def make_raw_inputs(shape: Shape, family: str, seed: int, device: torch.device | str) -> dict[str, Any]:
+    """:func:`make_inputs`, and the gradients of its outputs: do in bf16, dfinal_state in fp32."""
+    inputs = make_inputs(shape, family, seed, device)
+    generator = torch.Generator(device).manual_seed(seed + GRADIENT_SEED)
+    for name, like in zip(OUTPUT_GRADIENTS, (inputs["v"], inputs["initial_state"]), strict=True):
+        inputs[name] = torch.randn(like.shape, generator=generator, device=device).to(like.dtype)
+    return inputs
+
+
+def make_processed_inputs(shape: Shape, family: str, seed: int, device: torch.device | str) -> dict[str, Any]:
+    """The same call with its transforms done: log-gate and beta in fp32, q and k normalised."""
+    raw = make_raw_inputs(shape, family, seed, device)
+    kept = ("v", "initial_state", "cu_seqlens", "output_final_state", *OUTPUT_GRADIENTS)
+    return {name: raw[name] for name in kept if name in raw} | {
+        "q": torch.nn.functional.normalize(raw["q"].float(), dim=-1).bfloat16(),
+        "k": torch.nn.functional.normalize(raw["k"].float(), dim=-1).bfloat16(),
+        "g": log_decay(raw),
+        "beta": raw["beta"].float().sigmoid(),
+    }
 
 
 def log_decay(inputs: dict[str, Any]) -> Tensor:

@@ -114,7 +114,8 @@ def _measure(
 
     runs = [call.run for call in calls]
     take = time_graph if implementation.method == "graph" else time_events
-    measurement: Json = {"errors": errors, "peak_bytes": peak_memory(device, runs[0])}
+    output_bytes = sum(x.numel() * x.element_size() for x in outputs.values())
+    measurement: Json = {"errors": errors, "peak_bytes": peak_memory(device, runs[0]), "output_bytes": output_bytes}
     has_host_time = device.asynchronous and not implementation.slow
     measurement["host_us"] = host_time(device, runs).as_json() if has_host_time else None
     if has_host_time and calls[0].same:

@@ -31,6 +31,8 @@ struct Options {
   GateFamily gate = GateFamily::kRandom;
   bool fp16 = false;
   bool log_gate = false;              // g is the log-gate in fp32, else logits that the kernel activates
+  bool beta_sigmoid = true;           // beta is a logit in the activation type, else beta itself in fp32
+  bool saved = false;                 // of the backward: the forward has saved its intermediates
   bool l2norm = true;                 // the kernel normalises q and k, else they have norm 0.9 already
   bool negative_eigenvalues = false;  // beta is twice the sigmoid of its logit
   bool initial_state = true;
@@ -46,9 +48,8 @@ struct Options {
   bool help = false;
 };
 
-inline constexpr const char* kHelp = R"(bench_chunk_fwd: checks and times kda::chunk_fwd on the first CUDA device
-
-Shape
+// The flags that all binaries have, by section of their --help.
+inline constexpr const char* kHelpShape = R"(Shape
   --lengths L[,L...]   tokens of each sequence; NxL repeats a length: 8192, 1300,547,2048, 8x1024   (default 8192)
   --batch B            B rows of the one length, without cu_seqlens                                 (default 1)
   --heads H            heads of q and k                                                             (default 96)
@@ -56,36 +57,30 @@ Shape
   --key-dim K          (default 128)
   --value-dim V        (default 128)
   --dtype TYPE         bf16 or fp16: q, k, v, g, beta and o                                         (default bf16)
+)";
 
+inline constexpr const char* kHelpInputs = R"(
 Inputs and features
   --gate FAMILY        random: bounded gate, memory of about a token                                (default)
                        long: bounded gate as a layer initialises it, half-lives of 1 to 220 tokens
                        unbounded: softplus gate, log-decays down to about -2000 a token
   --log-gate           g is the log-gate in fp32, computed from the family beforehand; else the kernel activates logits
   --no-l2norm          q and k are scaled to norm 0.9 beforehand; else normalised by the kernel
+  --no-beta-sigmoid    beta in fp32, its sigmoid taken beforehand; else the kernel takes that of logits
   --negative-eigenvalues  beta = 2 sigmoid(logit); else sigmoid(logit)
   --no-initial-state   start from zeros
-  --no-final-state     do not write the final state
-  --chunk-states       also write the state at entry of each chunk
   --state-v-first      states are [V, K]; else [K, V]
+)";
 
-Overrides of the plan
-  --path PATH          auto, staged or fused: fail if the kernels of that path do not cover the case (default auto)
-  --value-tile N       V columns of one CTA, a divisor of V, at most 128: of the state recurrence of the staged path, a
-                       multiple of 16; of the fused path, 64 or 128                                 (default: the plan's)
-  --segment-chunks N   chunks of 64 tokens of one segment of a cut sequence, of the staged path; 0: no cut
-                                                                                                    (default: the plan's)
-
+inline constexpr const char* kHelpMeasuring = R"(
 Measuring
   --iterations N       timed graph replays                                                          (default 50)
   --warmup N           replays before them                                                          (default 5)
   --json FILE          also write the result to FILE
   --help               this text
+)";
 
-First a small case with the same heads' grouping, sizes, types, gate and features, on the path, with the value tile and
-with the cut (into short segments) that are timed, is checked against a token recurrence in double precision on the host:
-uneven sequences, or two rows if there is no cu_seqlens. Inputs are random, and rotate through buffers that exceed the L2
-cache.
+inline constexpr const char* kHelpStatus = R"(Inputs are random, and rotate through buffers that exceed the L2 cache.
 Exit status: 0; 1 if the check fails; 2 for wrong flags or no usable device.
 )";
 
@@ -129,11 +124,13 @@ struct Switch {
 inline constexpr Switch kSwitches[] = {
     {"--log-gate", &Options::log_gate, true},
     {"--no-l2norm", &Options::l2norm, false},
+    {"--no-beta-sigmoid", &Options::beta_sigmoid, false},
     {"--negative-eigenvalues", &Options::negative_eigenvalues, true},
     {"--no-initial-state", &Options::initial_state, false},
     {"--no-final-state", &Options::final_state, false},
     {"--chunk-states", &Options::chunk_states, true},
     {"--state-v-first", &Options::state_v_first, true},
+    {"--saved", &Options::saved, true},
 };
 
 struct IntegerFlag {
@@ -234,6 +231,9 @@ inline void check_together(const Options& options) {
                      std::to_string(options.value_heads));
   }
   check_overrides(options);
+  if (options.negative_eigenvalues && !options.beta_sigmoid) {
+    throw UsageError("--negative-eigenvalues: expected no --no-beta-sigmoid beside it, as it scales the sigmoid");
+  }
   if (options.batch > 1 && options.lengths.size() != 1) {
     throw UsageError("--batch: expected one length, that of each row, got " + std::to_string(options.lengths.size()) +
                      " in --lengths");

@@ -20,8 +20,19 @@ from typing import Any
 
 from bench import figures, tables
 from bench.environment import ROOT
-from bench.operators import OPERATORS
-from bench.results import RESULTS, cases, comparisons, load, median_us, newest, recorded_peers, recorded_us
+from bench.operators import BACKWARD, OPERATORS, RAW_BACKWARD, TRAINING, Operator
+from bench.results import (
+    RESULTS,
+    cases,
+    comparisons,
+    geometric_mean,
+    load,
+    median_us,
+    newest,
+    ratios_of_operators,
+    recorded_peers,
+    recorded_us,
+)
 from bench.tables import NOTHING, RECORDED_MARK, time_text
 
 __all__ = ["PLACEHOLDER", "Site", "main"]
@@ -140,8 +151,12 @@ def all_figures(result: Json | None) -> dict[str, Json]:
         return {}
     shown: dict[str, Json] = {}
     for operator in result["implementations"]:
-        shown |= figures.figure_data(result, operator)
+        shown |= _pictures(result, operator)
     return shown
+
+
+def _pictures(result: Json, operator: str) -> dict[str, Json]:
+    return figures.figure_data(result, operator) if OPERATORS[operator].pictures else {}
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -173,41 +188,101 @@ def _comparison_rows(result: Json, operator: str, without: Collection[str] = ())
 
 
 def readme_section(result: Json, figure_prefix: str) -> str:
-    """One table for each operator, the means against the peers, and a picture."""
+    """For the forward a table, the means against the peers and a picture; for other operators the means alone."""
     parts = [f"{tables.headline(result)}."]
-    for operator in result["implementations"]:
-        title = OPERATORS[operator].title
-        families = _families(result, operator)
-        about = result["implementations"][operator]
-        peers = [name for name, what in about.items() if what["kind"] == "peer"]
-        recorded = {name: what for name, what in recorded_peers(result, operator).items() if name not in peers}
-        columns = ["shape", "lengths", "H", "roofline", *(f"ours, {family}" for family in families)]
-        columns += [about[name]["label"] for name in peers]
-        columns += [f"{what['label']} {RECORDED_MARK}" for what in recorded.values()]
-        rows = []
-        for case in cases(result, operator, families[0], "board"):
-            same = [c for f in families for c in cases(result, operator, f, "board") if c["shape"] == case["shape"]]
-            row = [case["shape"], tables.shape_of(case).lengths_text, str(case["heads"])]
-            row += [time_text(case["roofline_us"])]
-            row += [f"**{time_text(median_us(c, 'ours'))}**" for c in same]
-            row += [_pair([median_us(c, name) for c in same]) for name in peers]
-            row += [_pair([recorded_us(operator, c["shape"], name, c["family"]) for c in same]) for name in recorded]
-            rows.append(row)
-        both = " / ".join(families)
-        parts.append(
-            f"GPU time of the {title} in µs, K = V = 128, bf16, fp32 states in and out, transforms fused; gates {both} "
-            "where a column has two numbers:"
-        )
-        parts.append(markdown_table(columns, rows, left=2))
-        if summary := _comparison_rows(result, operator, without=peers):
-            parts.append("Time of the peer over ours, geometric mean over these shapes, and the worst one:")
-            parts.append(markdown_table(["peer", "gates", "mean", "worst", "at"], summary, left=2))
-        if recorded:
-            parts.append(f"{RECORDED_MARK} recorded earlier on such a GPU, not measured in this run.")
-        shown = figures.figure_data(result, operator)
-        if (name := f"{operator}_time.png") in shown:
-            parts.append(f"![time against the roofline]({figure_prefix}{name})")
+    measured = [OPERATORS[name] for name in result["implementations"]]
+    for operator in measured:
+        if operator.in_full:
+            parts += _readme_parts(result, operator, figure_prefix)
+    if brief := [operator for operator in measured if not operator.in_full]:
+        parts += _brief_parts(result, brief)
     return "\n\n".join(parts)
+
+
+def _readme_parts(result: Json, operator: Operator, figure_prefix: str) -> list[str]:
+    name = operator.name
+    families = _families(result, name)
+    about = result["implementations"][name]
+    peers = [peer for peer, what in about.items() if what["kind"] == "peer"]
+    recorded = {peer: what for peer, what in recorded_peers(result, name).items() if peer not in peers}
+    columns = ["shape", "lengths", "H", "roofline", *(f"ours, {family}" for family in families)]
+    columns += [about[peer]["label"] for peer in peers]
+    columns += [f"{what['label']} {RECORDED_MARK}" for what in recorded.values()]
+    rows = []
+    for case in cases(result, name, families[0], "board"):
+        same = [c for f in families for c in cases(result, name, f, "board") if c["shape"] == case["shape"]]
+        row = [case["shape"], tables.shape_of(case).lengths_text, str(case["heads"])]
+        row += [time_text(case["roofline_us"])]
+        row += [f"**{time_text(median_us(c, 'ours'))}**" for c in same]
+        row += [_pair([median_us(c, peer) for c in same]) for peer in peers]
+        row += [_pair([recorded_us(name, c["shape"], peer, c["family"]) for c in same]) for peer in recorded]
+        rows.append(row)
+    parts = [
+        f"GPU time of the {operator.title} in µs, K = V = 128, bf16, {operator.conditions}; "
+        f"gates {' / '.join(families)} where a column has two numbers:",
+        markdown_table(columns, rows, left=2),
+    ]
+    if summary := _comparison_rows(result, name, without=peers):
+        parts.append("Time of the peer over ours, geometric mean over these shapes, and the worst one:")
+        parts.append(markdown_table(["peer", "gates", "mean", "worst", "at"], summary, left=2))
+    if recorded:
+        parts.append(f"{RECORDED_MARK} recorded earlier on such a GPU, not measured in this run.")
+    if (picture := f"{name}_time.png") in figures.figure_data(result, name):
+        parts.append(f"![time against the roofline]({figure_prefix}{picture})")
+    return parts
+
+
+def _brief_parts(result: Json, operators: Sequence[Operator]) -> list[str]:
+    """The means of several operators in one table."""
+    rows = []
+    for operator in operators:
+        about = result["implementations"][operator.name]
+        peers = [peer for peer, what in about.items() if what["kind"] == "peer"]
+        rows += [[operator.title, *row] for row in _comparison_rows(result, operator.name, without=peers)]
+    parts = []
+    if rows:
+        parts.append(
+            "Of the backward and of training, time of the peer over ours ([docs](docs/benchmarks.md) has all of it):"
+        )
+        parts.append(markdown_table(["", "peer", "gates", "mean", "worst", "at"], rows, left=3))
+        if any(RECORDED_MARK in cell for row in rows for cell in row):
+            parts.append(f"{RECORDED_MARK} recorded earlier on such a GPU, not measured in this run.")
+    return [*parts, *_price_of_transforms(result)]
+
+
+def _price_of_transforms(result: Json) -> list[str]:
+    """What the transforms and their gradients cost inside the backward, as a sentence."""
+    ratios = ratios_of_operators(result, RAW_BACKWARD.name, BACKWARD.name)
+    if not ratios:
+        return []
+    shape, family = max(ratios, key=lambda key: ratios[key])
+    return [
+        f"With its transforms fused (raw gate and β logits, q and k not normalised) the backward takes "
+        f"{geometric_mean(ratios.values()):.2f}× the time that it takes with processed inputs (geometric mean; worst "
+        f"{ratios[shape, family]:.2f}×, {shape} with gates {family})."
+    ]
+
+
+def _memory_parts(result: Json) -> list[str]:
+    """What a training step takes beyond its inputs, outputs and gradients: a table of all implementations."""
+    about = result["implementations"][TRAINING.name]
+    rows = []
+    for case in cases(result, TRAINING.name, _families(result, TRAINING.name)[0]):
+        beyond = []
+        for name in about:
+            found = case["measurements"].get(name, {})
+            known = found.get("peak_bytes") is not None and found.get("output_bytes") is not None
+            beyond.append(found["peak_bytes"] - found["output_bytes"] if known else None)
+        if any(count is not None for count in beyond):
+            lengths = tables.shape_of(case).lengths_text
+            rows.append([case["shape"], lengths, str(case["heads"]), *map(tables.bytes_text, beyond)])
+    if not rows:
+        return []
+    columns = ["shape", "lengths", "H", *(what["label"] for what in about.values())]
+    return [
+        "Peak memory of a step beyond inputs, outputs and gradients, MiB (*saved*: with `disable_recompute`):",
+        markdown_table(columns, rows, left=2),
+    ]
 
 
 def details_section(result: Json, figure_prefix: str) -> str:
@@ -228,6 +303,10 @@ def details_section(result: Json, figure_prefix: str) -> str:
     for operator in result["implementations"]:
         about, recorded = result["implementations"][operator], recorded_peers(result, operator)
         parts.append(f"### The {OPERATORS[operator].title}")
+        if not OPERATORS[operator].in_full:
+            parts.append(f"K = V = 128, bf16, {OPERATORS[operator].conditions}.")
+        if operator == RAW_BACKWARD.name:
+            parts += _price_of_transforms(result)
         if summary := _comparison_rows(result, operator):
             parts.append("Time of the peer over ours, geometric mean over the board's shapes, and the worst one:")
             parts.append(markdown_table(["peer", "gates", "mean", "worst", "at"], summary, left=2))
@@ -251,6 +330,8 @@ def details_section(result: Json, figure_prefix: str) -> str:
                 row += [time_text(recorded_us(operator, case["shape"], name, family)) for name in recorded]
                 rows.append(row)
             parts += [f"Gates **{family}**, µs of GPU time:", markdown_table(columns, rows, left=2)]
+        if operator == TRAINING.name:
+            parts += _memory_parts(result)
         for what in about.values():
             method = "CUDA-graph replays" if what["method"] == "graph" else "events over calls back to back"
             note = f"; {what['note']}" if what["note"] else ""
@@ -260,7 +341,7 @@ def details_section(result: Json, figure_prefix: str) -> str:
         if recorded:
             kept = ", ".join(f"{what['label']} {what['version']}" for what in recorded.values())
             parts.append(f"- {RECORDED_MARK} recorded earlier on such a GPU (`bench/peers_h200.json`): {kept}")
-        for name in figures.figure_data(result, operator):
+        for name in _pictures(result, operator):
             parts.append(f"![{name.removesuffix('.png').replace('_', ' ')}]({figure_prefix}{name})")
     return "\n\n".join(parts)
 

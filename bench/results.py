@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,9 +17,11 @@ __all__ = [
     "RESULTS",
     "comparisons",
     "file_name",
+    "geometric_mean",
     "load",
     "median_us",
     "newest",
+    "ratios_of_operators",
     "recorded_peers",
     "recorded_us",
     "save",
@@ -100,6 +102,22 @@ def recorded_us(operator: str, shape: str, peer: str, family: str) -> float | No
     return times.get(family) if isinstance(times, dict) else times
 
 
+def geometric_mean(ratios: Iterable[float]) -> float:
+    logarithms = [math.log(ratio) for ratio in ratios]
+    return math.exp(sum(logarithms) / len(logarithms))
+
+
+def ratios_of_operators(result: Json, operator: str, other: str) -> dict[tuple[str, str], float]:
+    """Our time of an operator over that of another one for the same shapes and families, by (shape, family)."""
+    others = {(case["shape"], case["family"]): median_us(case, "ours") for case in cases(result, other)}
+    found = {}
+    for case in cases(result, operator):
+        key = case["shape"], case["family"]
+        if (us := median_us(case, "ours")) and (other_us := others.get(key)):
+            found[key] = us / other_us
+    return found
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Ours against one peer, for one family of gates: time of the peer over ours; above 1 we are faster."""
@@ -114,7 +132,7 @@ class Comparison:
     @property
     def mean(self) -> float:
         """Geometric mean."""
-        return math.exp(sum(map(math.log, self.ratios.values())) / len(self.ratios))
+        return geometric_mean(self.ratios.values())
 
     @property
     def worst(self) -> tuple[str, float]:

@@ -5,7 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["BOARD", "CURVES", "FORWARD_SHAPES", "QUICK", "Shape", "flop", "least_bytes", "parse_lengths", "select"]
+__all__ = [
+    "BACKWARD_BOARD",
+    "BACKWARD_QUICK",
+    "BOARD",
+    "CURVES",
+    "FORWARD_SHAPES",
+    "QUICK",
+    "Shape",
+    "backward_flop",
+    "backward_least_bytes",
+    "flop",
+    "least_bytes",
+    "parse_lengths",
+    "select",
+    "training_flop",
+    "training_least_bytes",
+]
 
 CHUNK_TOKENS = 64
 ACTIVATION_BYTES = 2  # bf16: q, k, v, g, beta, o
@@ -50,8 +66,7 @@ class Shape:
 def least_bytes(shape: Shape) -> int:
     """Bytes that any implementation moves: q, k, v, g, beta and the initial state in, o and the final state out."""
     per_token_and_head = (3 * shape.key_dim + 2 * shape.value_dim + 1) * ACTIVATION_BYTES
-    state = shape.heads * shape.key_dim * shape.value_dim * STATE_BYTES
-    return shape.tokens * shape.heads * per_token_and_head + 2 * shape.sequences * state
+    return shape.tokens * shape.heads * per_token_and_head + 2 * _state_bytes(shape)
 
 
 def flop(shape: Shape) -> int:
@@ -62,6 +77,44 @@ def flop(shape: Shape) -> int:
     """
     C, K, V = CHUNK_TOKENS, shape.key_dim, shape.value_dim
     return shape.tokens * shape.heads * (6 * C * K + 4 * C * V + 6 * K * V)
+
+
+def backward_least_bytes(shape: Shape, gate_bytes: int) -> int:
+    """Bytes of a backward, as the recorded table of the peers counts them: q, k, v, g, beta, o, do and both states and
+    the final state's gradient in, all gradients out.
+
+    gate_bytes: of an element of g and beta, and of their gradients; 4 for processed gates, 2 for raw ones.
+    """
+    K, V = shape.key_dim, shape.value_dim
+    read = (2 * K + 3 * V) * ACTIVATION_BYTES + (K + 1) * gate_bytes
+    written = (2 * K + V) * ACTIVATION_BYTES + (K + 1) * gate_bytes
+    return shape.tokens * shape.heads * (read + written) + 4 * _state_bytes(shape)
+
+
+def backward_flop(shape: Shape) -> int:
+    """As :func:`flop`, for what a backward has to multiply if nothing of the forward is computed again.
+
+    Per token and head with C = 64: the pairs' parts of dq and dk (8CK); Aqk^T dO, the solve's product with dU, dO U^T
+    and Y U^T (8CV); six products with the states (12KV).
+    """
+    C, K, V = CHUNK_TOKENS, shape.key_dim, shape.value_dim
+    return shape.tokens * shape.heads * (8 * C * K + 8 * C * V + 12 * K * V)
+
+
+def training_least_bytes(shape: Shape) -> int:
+    """Bytes of a forward and a backward, each for itself, processed gates in fp32."""
+    K, V, gate_bytes = shape.key_dim, shape.value_dim, 4
+    forward = (2 * K + 2 * V) * ACTIVATION_BYTES + (K + 1) * gate_bytes
+    return shape.tokens * shape.heads * forward + 2 * _state_bytes(shape) + backward_least_bytes(shape, gate_bytes)
+
+
+def training_flop(shape: Shape) -> int:
+    return flop(shape) + backward_flop(shape)
+
+
+def _state_bytes(shape: Shape) -> int:
+    """Of one state of each sequence and head."""
+    return shape.sequences * shape.heads * shape.key_dim * shape.value_dim * STATE_BYTES
 
 
 # The peers' recorded times (peers_h200.json) are of exactly these.
@@ -101,6 +154,17 @@ CURVES = (
 )
 
 FORWARD_SHAPES = BOARD + CURVES
+
+
+# Of the backward, and of training: likewise those of the recorded times.
+BACKWARD_BOARD = (
+    Shape("b12_2048", (2048,), 12),
+    Shape("b16_8192", (8192,), 16),
+    Shape("b32_8192", (8192,), 32),
+    Shape("b96_8192", (8192,), 96),
+    Shape("b16_8x2048", (2048,) * 8, 16),
+)
+BACKWARD_QUICK = ("b12_2048", "b16_8x2048")
 
 
 def select(shapes: Iterable[Shape], names: Iterable[str]) -> list[Shape]:

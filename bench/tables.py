@@ -84,7 +84,8 @@ def clock_warnings(result: Json) -> Iterator[str]:
             clocks = measurement.get("gpu", {}).get("clocks", {})
             before, after = (clocks.get(when, {}).get("sm_mhz") for when in ("before", "after"))
             if before and after and abs(after - before) > tolerated * before:
-                yield f"{case['shape']} {case['family']} {name}: SM clock {before:.0f} -> {after:.0f} MHz"
+                moved = f"SM clock {before:.0f} -> {after:.0f} MHz"
+                yield f"{case['operator']} {case['shape']} {case['family']} {name}: {moved}"
 
 
 def print_board(result: Json, console: Console) -> None:
@@ -103,7 +104,7 @@ def print_board(result: Json, console: Console) -> None:
     for case in result["cases"]:
         for name, measurement in case["measurements"].items():
             if "error" in measurement:
-                text = f"{case['shape']} {case['family']} {name}: {measurement['error']}"
+                text = f"{case['operator']} {case['shape']} {case['family']} {name}: {measurement['error']}"
                 console.print(text, markup=False, soft_wrap=True)
     warnings = list(clock_warnings(result))
     for warning in warnings:

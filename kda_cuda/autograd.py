@@ -1,5 +1,5 @@
 """Gradients of the operators: ``kda::chunk_fwd`` is differentiated by ``kda::chunk_bwd``, which recomputes what it
-needs.
+needs; so is ``kda::chunk_fwd_saving``, which has kept that.
 
 ``chunk_states`` are not differentiable, and neither is the gradient itself.
 
@@ -77,21 +77,23 @@ def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
         raise NotImplementedError(f"kda::{name}: forward-mode differentiation (jvp) is not supported")
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, final_state, chunk_states = output
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """The inputs, and the intermediates if there are any."""
+    _, final_state, chunk_states, *intermediates = output
     absent = () if inputs[_OUTPUT_FINAL_STATE] else (final_state,)
-    ctx.mark_non_differentiable(chunk_states, *absent)
+    ctx.mark_non_differentiable(chunk_states, *intermediates, *absent)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:_TENSORS])
+    ctx.save_for_backward(*inputs[:_TENSORS], *intermediates)
     ctx.options = (*inputs[_TENSORS:_OUTPUT_FINAL_STATE], inputs[_STATE_V_FIRST])
 
 
-def _backward(ctx: Any, do: Tensor | None, dfinal_state: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
+def _backward(ctx: Any, do: Tensor | None, dfinal_state: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    tensors, intermediates = saved[:_TENSORS], saved[_TENSORS:]
     v = tensors[2]
     if do is None:  # only the final state is used
         do = torch.zeros_like(v, memory_format=torch.contiguous_format)
-    gradients = torch.ops.kda.chunk_bwd(do, dfinal_state, *tensors, *ctx.options)
+    gradients = torch.ops.kda.chunk_bwd(do, dfinal_state, *tensors, *ctx.options, *intermediates)
     wanted = ctx.needs_input_grad[1:]  # without the dispatch keys
     return tuple(gradient if want else None for gradient, want in zip(gradients, wanted, strict=False))
 
@@ -196,6 +198,7 @@ _functorch_is_active = torch._C._are_functorch_transforms_active
 _grad_mode_is_on = torch.is_grad_enabled
 
 _register("chunk_fwd", _save_inputs, _backward)
+_register("chunk_fwd_saving", _save_inputs, _backward)
 _register("chunk_fwd_composite", _save_inputs, _backward)
 _register("chunk_bwd", _save_nothing, _no_double_backward)
 _register("chunk_bwd_composite", _save_nothing, _no_double_backward)

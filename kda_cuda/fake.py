@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from . import _extension  # noqa: F401  (defines the operators)
-from .conventions import CHUNK_TOKENS, compute_dtype
+from .conventions import CHUNK_TOKENS, compute_dtype, intermediate_bytes
 
+_CU_SEQLENS = 8  # its place among the arguments of kda::chunk_fwd
 _TENSORS = ("k", "v", "g", "beta", "A_log", "dt_bias", "initial_state", "cu_seqlens")  # beside q, in the schema's order
 
 
@@ -68,6 +69,13 @@ def _chunk_fwd(
     return o, final_state, chunk_states
 
 
+def _chunk_fwd_saving(q: Tensor, k: Tensor, v: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, ...]:
+    """As the forward; and bytes for the backward."""
+    cu_seqlens = kwargs.get("cu_seqlens", args[_CU_SEQLENS - 3] if len(args) > _CU_SEQLENS - 3 else None)
+    intermediates = q.new_empty((intermediate_bytes(q, v, cu_seqlens),), dtype=torch.uint8)
+    return (*_chunk_fwd(q, k, v, *args, **kwargs), intermediates)
+
+
 def _chunk_bwd(
     do: Tensor,
     dfinal_state: Tensor | None,
@@ -93,6 +101,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
 
 torch.library.register_fake("kda::chunk_fwd", _chunk_fwd)
 torch.library.register_fake("kda::inference_chunk_fwd", _chunk_fwd)
+torch.library.register_fake("kda::chunk_fwd_saving", _chunk_fwd_saving)
 torch.library.register_fake("kda::chunk_fwd_composite", _chunk_fwd)
 torch.library.register_fake("kda::chunk_fwd_cpu", _chunk_fwd)
 torch.library.register_fake("kda::chunk_bwd", _chunk_bwd)

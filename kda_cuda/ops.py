@@ -157,7 +157,8 @@ def chunk_kda(
         allow_neg_eigval: beta = 2 * sigmoid(beta); needs ``use_beta_sigmoid_in_kernel``.
         safe_gate: with ``use_gate_in_kernel`` requires ``lower_bound``. No effect otherwise: every gate is safe here.
         lower_bound: in [-5, 0).
-        disable_recompute: accepted; what the backward pass needs is always recomputed.
+        disable_recompute: save what the backward pass would otherwise recompute from the inputs: a faster step for
+            more memory (docs/design.md says how much). No effect where no gradient is wanted, and on a CPU.
         return_intermediate_states: return the states at entry of each chunk too; only with gradients off. With
             ``cu_seqlens`` on a CUDA device the number of chunks has to be read from it, which waits for the device,
             unless ``cu_seqlens_cpu`` or ``use_graph`` is given. (:func:`chunk_fwd` returns them in fp32 and never
@@ -220,7 +221,9 @@ def chunk_kda(
             raise _wrong("max_num_seqs", f"the number of sequences in `cu_seqlens`, {sequences}", max_num_seqs)
     q, k, v = _autocast(q, k, v)
 
-    o, final_state, chunk_states = torch.ops.kda.chunk_fwd(
+    saves = disable_recompute and _wants_gradients(q, k, v, g, beta, A_log, dt_bias, initial_state)
+    operator = torch.ops.kda.chunk_fwd_saving if saves else torch.ops.kda.chunk_fwd
+    o, final_state, chunk_states, *_ = operator(
         q,
         k,
         v,
@@ -252,6 +255,11 @@ def chunk_kda(
 def _wrong(argument: str, expected: object, got: object) -> ValueError:
     """The error for an argument of :func:`chunk_kda` that its operator would not see."""
     return ValueError(f"chunk_kda: argument `{argument}`: expected {expected}, got {got}")
+
+
+def _wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether the call is recorded for a backward pass."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _in_fp32(parameter: Tensor | None) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from bench.operators import FORWARD
+from bench.operators import FORWARD, Operator
 from bench.shapes import Shape
 
 BANDWIDTH_GBPS = 4300.0
@@ -22,15 +22,16 @@ def measurement(us: float, spread: float = 0.01) -> Json:
     return {
         "errors": {"o": 3e-3, "final_state": 3e-3},
         "peak_bytes": 3 << 20,
+        "output_bytes": 1 << 20,
         "host_us": statistics | {"median": 11.0},
         "gpu": {"us": statistics, "method": "graph", "calls_per_sample": 4, "warmup_calls": 8, "clocks": clocks},
     }
 
 
-def case(shape: Shape, family: str, **times: float) -> Json:
+def case(shape: Shape, family: str, operator: Operator = FORWARD, **times: float) -> Json:
     """times: of each implementation, in microseconds."""
     return {
-        "operator": "chunk_fwd",
+        "operator": operator.name,
         "shape": shape.name,
         "group": shape.group,
         "family": family,
@@ -38,9 +39,9 @@ def case(shape: Shape, family: str, **times: float) -> Json:
         "heads": shape.heads,
         "key_dim": shape.key_dim,
         "value_dim": shape.value_dim,
-        "least_bytes": FORWARD.least_bytes(shape),
-        "flop": FORWARD.flop(shape),
-        "roofline_us": FORWARD.least_bytes(shape) / (BANDWIDTH_GBPS * 1e3),
+        "least_bytes": operator.least_bytes(shape),
+        "flop": operator.flop(shape),
+        "roofline_us": operator.least_bytes(shape) / (BANDWIDTH_GBPS * 1e3),
         "input_sets": 3,
         "input_bytes": 1 << 20,
         "plan": {"path": "staged"},
@@ -94,3 +95,23 @@ def board(slower: float = 1.0, created: str = "2026-01-31T12:00:00+00:00", commi
             "cases": cases,
         }
     )
+
+
+def add_operator(run: Json, operator: Operator, times: dict[str, float]) -> None:
+    """Adds all cases of another operator to a run. times: of each implementation, in rooflines of its forward."""
+    for shape in operator.shapes:
+        for family in operator.families:
+            roofline = FORWARD.least_bytes(shape) / (BANDWIDTH_GBPS * 1e3)
+            us = {name: factor * roofline for name, factor in times.items()}
+            run["cases"].append(case(shape, family, operator, **us))
+    run["implementations"][operator.name] = {
+        name: {
+            "version": "1.0",
+            "note": "",
+            "label": name.upper(),
+            "kind": "peer" if name.startswith("fla") else "ours" if name == "ours" else "forced",
+            "method": "graph" if name == "ours" else "events",
+        }
+        for name in times
+    }
+    run["unavailable"][operator.name] = {}

@@ -102,8 +102,8 @@ def test_inputs_are_raw_and_in_the_types_of_the_board() -> None:
 # ---- hygiene ----
 
 
-def _sets(count: int) -> list[dict[str, Any]]:
-    return [inputs.make_inputs(TINY, "random", seed, "cpu") for seed in range(count)]
+def _sets(count: int, make: Callable[..., dict[str, Any]] = inputs.make_inputs) -> list[dict[str, Any]]:
+    return [make(TINY, "random", seed, "cpu") for seed in range(count)]
 
 
 def test_rotation_exceeds_the_cache() -> None:
@@ -126,7 +126,7 @@ def test_hygiene_accepts_what_the_board_makes() -> None:
 @pytest.mark.parametrize("name", inputs.RANDOM_TENSORS)
 @pytest.mark.parametrize(("spoil", "message"), [(0.0, "zeros"), (1.0, "degenerate"), (math.nan, "not finite")])
 def test_hygiene_refuses_degenerate_inputs(name: str, spoil: float, message: str) -> None:
-    sets = _sets(2)
+    sets = _sets(2, inputs.make_processed_inputs)
     sets[1][name].fill_(spoil)
     with pytest.raises(ValueError, match=f"{name}.*{message}"):
         inputs.check_hygiene(sets, 1)
@@ -325,7 +325,7 @@ def test_peers_that_are_not_installed_say_so() -> None:
     assert all(i.kind != "peer" for i in implementations.forward_implementations(peers=False))
 
 
-class Stub(implementations.ForwardImplementation):
+class Stub(implementations.Implementation):
     """Ours with a mistake of choice."""
 
     kind, label = "peer", "stub"
@@ -395,8 +395,17 @@ def test_declined_shapes_are_not_called() -> None:
 
 def test_board_runs_and_writes_everything(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """The whole machinery on the CPU: its numbers say nothing, its file has all there is to have."""
-    arguments = ["--device", "cpu", "--lengths", "70,50", "--heads", "1", "--families", "long"]
-    arguments += ["--results", str(tmp_path), "--commit", "0123456789abcdef-dirty", "--note", "trial"]
+    arguments = ["--device", "cpu", "--operator", "chunk_fwd", "--lengths", "70,50", "--heads", "1"]
+    arguments += [
+        "--families",
+        "long",
+        "--results",
+        str(tmp_path),
+        "--commit",
+        "0123456789abcdef-dirty",
+        "--note",
+        "trial",
+    ]
     assert board.main(arguments) == board.EXIT_GOOD
     (path,) = tmp_path.glob("board-*-01234567.json")
     result = results.load(path)
@@ -439,7 +448,8 @@ def test_what_was_measured_is_kept_when_the_device_fails(tmp_path: Any, monkeypa
         return measured(device, operator, shape, family, *rest)
 
     monkeypatch.setattr(board, "measure_case", fails_late)
-    arguments = ["--device", "cpu", "--lengths", "40", "--heads", "1", "--results", str(tmp_path)]
+    arguments = ["--device", "cpu", "--operator", "chunk_fwd", "--lengths", "40", "--heads", "1"]
+    arguments += ["--results", str(tmp_path)]
     assert board.main(arguments) == board.EXIT_WRONG
     result = results.load(results.newest("board", tmp_path, complete=False))
     assert "unspecified launch failure" in result["aborted"] and not result["complete"]
@@ -476,15 +486,17 @@ def test_failures_of_ours_decide_the_exit_status() -> None:
 
 
 def test_fla_is_compiled_once_for_each_kind_of_kernel() -> None:
-    found = fla_tuning.distinct(shapes.BOARD)
+    found = fla_tuning.distinct([("chunk_fwd", shape) for shape in shapes.BOARD])
     assert len({(s.heads, s.varlen) for s in shapes.BOARD}) == len(found) == 12
-    assert found[0].name == "h96_8192" and "h8_4096" in {s.name for s in found}
+    assert found[0][1].name == "h96_8192" and "h8_4096" in {s.name for _, s in found}
+    both = [(name, shape) for name in ("chunk_bwd", "training") for shape in shapes.BACKWARD_BOARD]
+    assert fla_tuning.distinct(both) == both
 
 
 def test_compiling_ahead_says_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done: list[int] = []
-    text = fla_tuning.compile_ahead([TINY], lambda: done.append(1))
+    text = fla_tuning.compile_ahead([("chunk_fwd", TINY)], lambda: done.append(1))
     assert done == [1] and "1 of 1 processes failed" in text and "tiny" in text
 
 

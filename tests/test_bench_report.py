@@ -98,8 +98,8 @@ def test_terminal_tables_have_all_shapes_and_say_what_failed(width: int) -> None
     tables.print_board(run, console)
     text = console.file.getvalue()
     assert all(text.count(f" {shape.name} ") >= 2 for shape in FORWARD_SHAPES)
-    assert "h96_8192 random ours: wrong result, not timed" in text and ("failed" in text or width == 80)
-    assert "h96_mixed random fla: SM clock 1980 -> 1400 MHz" in text
+    assert "chunk_fwd h96_8192 random ours: wrong result, not timed" in text and ("failed" in text or width == 80)
+    assert "chunk_fwd h96_mixed random fla: SM clock 1980 -> 1400 MHz" in text
     assert "3.00×" in text and "flash_kda not measured: flash_kda is not installed" in text
     assert ("p10 to p90" in text) == (width == 200)
 

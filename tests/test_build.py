@@ -88,9 +88,29 @@ class TestCMake:
         overrides = ("--path", "--value-tile", "--segment-chunks")
         assert {*shape, *features, *states, *overrides, "--iterations", "--json"} <= set(text.split())
 
+    def test_benchmark_of_the_backward_explains_itself(self, built):
+        text = run(built / "bench_chunk_bwd", "--help").stdout
+        features = {"--lengths", "--gate", "--log-gate", "--no-l2norm", "--no-beta-sigmoid", "--saved", "--json"}
+        assert features <= set(text.split()) and "--segment-chunks" not in text
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
+            (["--path", "fused"], "--path: it is a flag of bench_chunk_fwd"),
+            (["--segment-chunks", "2"], "--segment-chunks: it is a flag of bench_chunk_fwd"),
+            (["--chunk-states"], "--chunk-states: it is a flag of bench_chunk_fwd"),
+            (["--no-beta-sigmoid", "--negative-eigenvalues"], "--negative-eigenvalues: expected no --no-beta-sigmoid"),
+            (["--speed"], "unknown flag '--speed'"),
+        ],
+    )
+    def test_benchmark_of_the_backward_refuses_wrong_flags(self, built, arguments, message):
+        result = subprocess.run([built / "bench_chunk_bwd", *arguments], capture_output=True, text=True)
+        assert result.returncode == 2 and message in result.stderr
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--saved"], "--saved: it is a flag of bench_chunk_bwd"),
             (["--lengths", "12,x"], "--lengths: expected an integer"),
             (["--heads", "3", "--value-heads", "4"], "--value-heads: expected a multiple of --heads = 3, got 4"),
             (["--gate", "steep"], "--gate: expected random, long or unbounded, got 'steep'"),
@@ -113,8 +133,9 @@ class TestCMake:
 
     def test_benchmark_without_gpu_says_so(self, built):
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-        result = subprocess.run([built / "bench_chunk_fwd"], capture_output=True, text=True, env=environment)
-        assert result.returncode == 2 and "no usable CUDA device" in result.stderr
+        for binary in ("bench_chunk_fwd", "bench_chunk_bwd"):
+            result = subprocess.run([built / binary], capture_output=True, text=True, env=environment)
+            assert result.returncode == 2 and "no usable CUDA device" in result.stderr
 
 
 class TestExtensionIsRebuiltWhenNeeded:

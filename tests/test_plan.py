@@ -420,31 +420,76 @@ class TestJson:
 
 
 class TestBackward:
-    @pytest.mark.parametrize("activated_gate", [False, True])
-    @pytest.mark.parametrize("changes", [{}, {"heads": 4, "value_heads": 12}, {"key_dim": 64, "tokens": 100}])
-    def test_workspace(self, changes: dict[str, Any], activated_gate: bool) -> None:
-        """Every region has its size, starts aligned, and meets no other."""
-        p = problem(**changes)
-        plan = planner.plan_chunk_bwd(p, activated_gate)
-        K, V, tiles = p.key_dim, p.value_dim, plan.chunk_slots * p.value_heads
-        sizes = dict.fromkeys(("W", "K_decayed", "Q_gated"), 2 * C * K) | dict.fromkeys(("Aqk", "inverse"), 2 * C * C)
-        sizes |= {"U": 4 * V * C, "dU": 4 * V * C, "state": 2 * V * K, "dstate": 2 * V * K, "chunk_decay": 4 * K}
-        if activated_gate:
-            sizes |= {"dA_log": 4 * K, "ddt_bias": 4 * K}
-        regions = [(getattr(plan.workspace, name), tiles * size) for name, size in sizes.items()]
-        if p.value_heads > p.heads:
-            regions += [(getattr(plan.workspace, name), 4 * p.tokens * p.value_heads * K) for name in ("dq", "dk")]
-        regions.sort()
-        assert all(begin % ALIGNMENT == 0 for begin, _ in regions)
-        for (begin, size), (following, _) in pairwise([*regions, (plan.workspace.total_bytes, 0)]):
-            assert begin + size <= following < begin + size + ALIGNMENT
+    REUSED = ("W", "K_decayed", "Q_gated", "Aqk")  # read by the reverse recurrence last
 
-    def test_memory_of_a_token(self) -> None:
-        """As documented for K = V = 128: 3080 bytes for each token and head, and 16 with a gate's parameters."""
-        p = problem()
-        for activated_gate, expected in ((False, 3080), (True, 3096)):
-            total = planner.plan_chunk_bwd(p, activated_gate).workspace.total_bytes
-            assert total == expected * p.tokens * p.heads
+    @pytest.mark.parametrize("saved", [False, True])
+    @pytest.mark.parametrize("activated_gate", [False, True])
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {"heads": 4, "value_heads": 12},
+            {"heads": 1, "value_heads": 2, "value_dim": 64},
+            {"key_dim": 64, "tokens": 100},
+        ],
+    )
+    def test_workspace(self, changes: dict[str, Any], activated_gate: bool, saved: bool) -> None:
+        """Every region has its size and starts aligned. None meets another that is in use at the same time: the sums of
+        the last stages may lie over what the reverse recurrence was the last to read, unless that is saved.
+        """
+        p = problem(**changes)
+        plan = planner.plan_chunk_bwd(p, activated_gate, saved)
+        K, V, tiles = p.key_dim, p.value_dim, plan.chunk_slots * p.value_heads
+        kept = dict.fromkeys(("W", "K_decayed", "Q_gated"), 2 * C * K) | dict.fromkeys(("Aqk", "inverse"), 2 * C * C)
+        kept |= {"U": 4 * V * C, "state": 2 * V * K, "chunk_decay": 4 * K}
+        own, sums = {"dU": 4 * V * C, "dstate": 2 * V * K}, {}
+        if activated_gate:
+            sums = dict.fromkeys(("dA_log", "ddt_bias"), tiles * 4 * K)
+        if p.value_heads > p.heads:
+            sums |= dict.fromkeys(("dq", "dk"), 4 * p.tokens * p.value_heads * K)
+
+        intermediates = [(getattr(plan.intermediates, name), name, tiles * size) for name, size in kept.items()]
+        self.check_apart(intermediates, plan.intermediates.total_bytes)
+        assert plan.intermediates.total_bytes == planner.intermediate_bytes(p)
+        early = [(getattr(plan.workspace, name), name, tiles * size) for name, size in own.items()]
+        if not saved:
+            early += [(plan.workspace.intermediates + begin, name, size) for begin, name, size in intermediates]
+        late = [(getattr(plan.workspace, name), name, size) for name, size in sums.items()]
+        late += [region for region in early if region[1] not in self.REUSED]
+        for regions in (early, late):
+            self.check_apart(regions, plan.workspace.total_bytes)
+        used = sum(size for _, _, size in early), sum(size for _, _, size in late)
+        assert max(used) <= plan.workspace.total_bytes < max(used) + ALIGNMENT * (len(early) + len(late))
+
+    @staticmethod
+    def check_apart(regions: list[tuple[int, str, int]], total_bytes: int) -> None:
+        regions = sorted(regions)
+        assert all(begin % ALIGNMENT == 0 for begin, _, _ in regions)
+        for (begin, name, size), (following, other, _) in pairwise([*regions, (total_bytes, "the end", 0)]):
+            assert begin + size <= following, f"{name} meets {other}"
+
+    @pytest.mark.parametrize(
+        ("changes", "activated_gate", "expected", "expected_saved", "intermediates"),
+        [
+            ({}, False, 3080, 1024, 2056),
+            ({}, True, 3080, 1040, 2056),
+            ({"heads": 4, "value_heads": 12}, True, 3224, 2064, 2056),
+            ({"key_dim": 64, "value_dim": 64}, True, 1412, 392, 1028),
+        ],
+    )
+    def test_memory_of_a_token(
+        self, changes: dict[str, Any], activated_gate: bool, expected: int, expected_saved: int, intermediates: int
+    ) -> None:
+        """As documented, in bytes for each token and value head, K = V = 128 if nothing else is said."""
+        p = problem(**changes)
+        token_heads = p.tokens * p.value_heads
+        for saved, bytes_of_token in ((False, expected), (True, expected_saved)):
+            plan = planner.plan_chunk_bwd(p, activated_gate, saved)
+            assert plan.workspace.total_bytes == bytes_of_token * token_heads
+            assert plan.intermediates.total_bytes == intermediates * token_heads
+            content = json.loads(planner.to_json(plan))
+            assert content["workspace_bytes"] == plan.workspace.total_bytes
+            assert content["intermediate_bytes"] == plan.intermediates.total_bytes
 
     def test_paths(self) -> None:
         """The backward takes the kernels where the forward does."""

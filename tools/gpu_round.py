@@ -34,9 +34,9 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PARTS = ("tests", *SANITIZERS, "board")
 
 DEFAULT_BUDGET_S = 465  # the round ends within eight minutes
-TIMEOUT_S = {"tests": 270, "board": 270} | dict.fromkeys(SANITIZERS, 150)
-FULL_BOARD_S = 200  # with less time left the board is a quick one
-QUICK_BOARD_S = 20
+TIMEOUT_S = {"tests": 270, "board": 455} | dict.fromkeys(SANITIZERS, 150)
+FULL_BOARD_S = 400  # with less time left the board is a quick one; alone (--only board) it is a full one
+QUICK_BOARD_S = 50
 PROGRESS_EVERY_S = 15
 TAIL_LINES = 40
 SANITIZER_FOUND = 86  # exit status of compute-sanitizer for its own findings

@@ -50,7 +50,9 @@ class Case:
     features: dict[str, Any] = field(default_factory=dict)
     odd: bool = False  # inputs at odd offsets with odd strides: kernels that load single elements
     contents: tuple[int, ...] | None = None  # of cu_seqlens, instead of those of the lengths
-    path: str = "staged"  # of kernels, whatever the planner would choose; empty: its choice
+    # Of kernels, whatever the planner would choose; empty: its choice. "saving": the forward that saves its
+    # intermediates, and the backward that takes them.
+    path: str = "staged"
     segment_chunks: int | None = None  # of a cut into segments, instead of the planner's choice
     value_tile: int | None = None  # of the fused path, instead of the planner's choice
     zero_beta: bool = False  # every third token writes nothing
@@ -120,6 +122,18 @@ def cases() -> list[Case]:
         Case("fused_projection", {"B": 2, "T": 70, "HV": 4, "strided": "fused"}),
         Case("head_major", {"B": 2, "T": 70, "HV": 4, "strided": "head_major"}),
         Case("as_planned", {**packed, "K": 128, "V": 128}, path=""),
+        *(
+            Case(
+                f"saving_K{K}_V{V}_{str(dtype).removeprefix('torch.')}",
+                {"T": 70, "H": 1, "HV": 2, "K": K, "V": V, "dtype": dtype, "with_state": True},
+                path="saving",
+            )
+            for K in (64, 128)
+            for V in (64, 128)
+            for dtype in (torch.bfloat16, torch.float16)
+        ),
+        Case("saving_packed", {**packed, "K": 128, "V": 128}, path="saving"),
+        Case("saving_padded", {"lengths": [50, 50, 50, 50]}, contents=(0, 70, 100, 100, 100), path="saving"),
         *fused_cases(),
     ]
     wrong = {
@@ -225,10 +239,13 @@ def make_call(case: Case) -> dict[str, Any]:
     return inputs
 
 
-def run_backward(inputs: dict[str, Any], moved: dict[str, Any], device: str, is_wrong: bool) -> str:
+def run_backward(
+    inputs: dict[str, Any], moved: dict[str, Any], device: str, is_wrong: bool, intermediates: Tensor | None = None
+) -> str:
     """The gradients of a call. Returns what is wrong with them."""
     do, dstate = output_gradients(inputs)
-    results = torch.ops.kda.chunk_bwd(do.to(device), dstate.to(device), **backward_arguments(moved))
+    given = {**backward_arguments(moved), "intermediates": intermediates}
+    results = torch.ops.kda.chunk_bwd(do.to(device), dstate.to(device), **given)
     gradients = [x.cpu() for x in results]
     if is_wrong:
         return ""
@@ -251,7 +268,10 @@ def run_case(case: Case, device: str) -> str:
         return ""
     if reason := torch.ops.kda.composite_reason(**moved):
         return f"no kernel takes this call: {reason}"
-    if case.path == "" or device == "cpu":
+    intermediates = None
+    if case.path == "saving":
+        *outputs, intermediates = torch.ops.kda.chunk_fwd_saving(**moved)
+    elif case.path == "" or device == "cpu":
         outputs = kda_cuda.chunk_fwd(**moved)
     else:
         cut = {"segment_chunks": case.segment_chunks, "value_tile": case.value_tile}
@@ -267,7 +287,7 @@ def run_case(case: Case, device: str) -> str:
             return f"{name} has shape {list(actual.shape)}, not {list(e.shape)}"
         if (error := relative_rmse(actual, e)) > limit:
             return f"{name} misses by {error:.2e}, allowed are {limit:.1e}"
-    return run_backward(inputs, moved, device, is_wrong=False)
+    return run_backward(inputs, moved, device, is_wrong=False, intermediates=intermediates)
 
 
 def main() -> int:

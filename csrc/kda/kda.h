@@ -64,12 +64,17 @@ struct ChunkFwdParams {
 // graph; the contents of cu_seqlens may change between replays. Returns cudaErrorNotSupported if the plan is not a kernel path.
 [[nodiscard]] cudaError_t chunk_fwd(const ChunkFwdParams& params, const ChunkFwdPlan& plan, cudaStream_t stream);
 
+// The forward that also leaves what the gradients need, in params.workspace: plan.intermediates.total_bytes, 256-byte
+// aligned, instead of the workspace of chunk_fwd. In stages, sequences uncut; o and the states are those of that path.
+[[nodiscard]] cudaError_t chunk_fwd_saving(const ChunkFwdParams& params, const ChunkBwdPlan& plan, cudaStream_t stream);
+
 // All pointers are device pointers. Gradients are contiguous, each in the shape and type of its input.
 struct ChunkBwdParams {
   ChunkFwdParams inputs;  // those of the forward; its outputs and workspace are not used
 
   const void* dO = nullptr;             // [B, T, HV, V] contiguous, 16-byte aligned, activation_type
   const float* dfinal_state = nullptr;  // as final_state of the forward, contiguous; or null: zeros
+  const void* intermediates = nullptr;  // what chunk_fwd_saving left, 16-byte aligned; null unless plan.saved
 
   void* dq = nullptr;              // [B, T, H, K]   activation_type
   void* dk = nullptr;              // [B, T, H, K]   activation_type

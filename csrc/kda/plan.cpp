@@ -320,9 +320,17 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p, const ChunkFwdPlanOptions&
   return plan;
 }
 
-ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate) {
+size_t intermediate_bytes(const ChunkFwdProblem& p) {
+  constexpr size_t kBf16 = 2, kFp32 = 4, C = kChunkTokens;
+  const size_t K = p.key_dim, V = p.value_dim;
+  const size_t tile = C * (3 * K + 2 * C + 2 * V) * kBf16 + V * K * kBf16 + K * kFp32;
+  return static_cast<size_t>(chunk_slots(p)) * p.value_heads * tile;
+}
+
+ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool saved) {
   ChunkBwdPlan plan;
   plan.chunk_slots = chunk_slots(p);
+  plan.saved = saved;
   if (const char* reason = reason_for_composite(p)) {
     plan.reason = reason;
     return plan;
@@ -334,12 +342,16 @@ ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate) {
   constexpr size_t kBf16 = 2, kFp32 = 4, C = kChunkTokens;
   const size_t tiles = static_cast<size_t>(plan.chunk_slots) * p.value_heads;
   const size_t K = p.key_dim, V = p.value_dim;
+  ChunkIntermediates& i = plan.intermediates;
+  for (size_t* region : {&i.W, &i.K_decayed, &i.Q_gated}) *region = reserve(i, tiles * C * K * kBf16);
+  i.Aqk = reserve(i, tiles * C * C * kBf16);
+  const size_t reused_bytes = i.total_bytes;  // from here on the gradients are made of it
+  i.U = reserve(i, tiles * V * C * 2 * kBf16);
+  i.state = reserve(i, tiles * V * K * kBf16);
+  i.inverse = reserve(i, tiles * C * C * kBf16);
+  i.chunk_decay = reserve(i, tiles * K * kFp32);
+
   ChunkBwdWorkspace& w = plan.workspace;
-  for (size_t* region : {&w.W, &w.K_decayed, &w.Q_gated}) *region = reserve(w, tiles * C * K * kBf16);
-  for (size_t* region : {&w.Aqk, &w.inverse}) *region = reserve(w, tiles * C * C * kBf16);
-  for (size_t* region : {&w.U, &w.dU}) *region = reserve(w, tiles * V * C * 2 * kBf16);
-  for (size_t* region : {&w.state, &w.dstate}) *region = reserve(w, tiles * V * K * kBf16);
-  w.chunk_decay = reserve(w, tiles * K * kFp32);
   if (activated_gate) {
     for (size_t* region : {&w.dA_log, &w.ddt_bias}) *region = reserve(w, tiles * K * kFp32);
   }
@@ -347,6 +359,12 @@ ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate) {
     const size_t elements = static_cast<size_t>(p.batch) * p.tokens * p.value_heads * K;
     for (size_t* region : {&w.dq, &w.dk}) *region = reserve(w, elements * kFp32);
   }
+  if (!saved) {  // their first regions lie over the end of what has been reserved
+    w.intermediates = w.total_bytes > reused_bytes ? w.total_bytes - reused_bytes : 0;
+    w.total_bytes = w.intermediates + i.total_bytes;
+  }
+  w.dstate = reserve(w, tiles * V * K * kBf16);
+  w.dU = reserve(w, tiles * V * C * 2 * kBf16);
   return plan;
 }
 
@@ -361,6 +379,18 @@ std::string to_json(const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
   json.add("segment_chunks", plan.segment_chunks);
   json.add("segment_slots", plan.segment_slots);
   json.add("stage_ctas", stage_ctas(p, plan));
+  json.add("workspace_bytes", static_cast<int64_t>(plan.workspace.total_bytes));
+  return json.str();
+}
+
+std::string to_json(const ChunkBwdPlan& plan) {
+  JsonObject json;
+  json.add("path", name_of(plan.path));
+  json.add("reason", plan.reason);
+  json.add("chunk_tokens", int64_t{kChunkTokens});
+  json.add("chunk_slots", plan.chunk_slots);
+  json.add("value_tile", int64_t{plan.value_tile});
+  json.add("intermediate_bytes", static_cast<int64_t>(plan.intermediates.total_bytes));
   json.add("workspace_bytes", static_cast<int64_t>(plan.workspace.total_bytes));
   return json.str();
 }

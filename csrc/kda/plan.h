@@ -102,13 +102,27 @@ struct ChunkFwdPlan {
 
 [[nodiscard]] ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& problem, const ChunkFwdPlanOptions& options = {});
 
-// Byte offsets of the regions of the workspace of the backward, in the order of its stages. A region holds one tile for
-// each (chunk slot, value head), slot-major, but for the gradients at the end.
-struct ChunkBwdWorkspace {
-  size_t W = 0, K_decayed = 0, Q_gated = 0, Aqk = 0, U = 0, state = 0, chunk_decay = 0;  // as in ChunkFwdWorkspace
+// Byte offsets of what the first two stages leave for the gradients, in one piece of memory that the forward saves or
+// the backward computes again. A region holds one tile for each (chunk slot, value head), slot-major. No gradient is
+// among it: the backward only reads it.
+struct ChunkIntermediates {
+  size_t W = 0, K_decayed = 0, Q_gated = 0, Aqk = 0;  // as in ChunkFwdWorkspace; read by the reverse recurrence alone
+  size_t U = 0, chunk_decay = 0;                      // as in ChunkFwdWorkspace
+  size_t state = 0;    // state at entry of a chunk               [slots, HV, V, K]     bf16, fragments of S, not of S^T
   size_t inverse = 0;  // (I + Akk)^-1                           [slots, HV, C, C]     bf16, swizzled tile
-  size_t dstate = 0;   // dS', gradient of the state at the exit of a chunk  [slots, HV, V, K]  bf16, fragment order
-  size_t dU = 0;       // gradient of U as two bf16 operands      [slots, HV, V, C]
+  size_t total_bytes = 0;
+};
+
+// ChunkIntermediates::total_bytes of a call that kernels cover, and a number for any other: it depends on sizes alone.
+[[nodiscard]] size_t intermediate_bytes(const ChunkFwdProblem& problem);
+
+// Byte offsets of the regions of the workspace of the backward. The last four are written when the regions of
+// ChunkIntermediates that the reverse recurrence alone reads are of no more use, and take their place, unless the
+// forward has saved them.
+struct ChunkBwdWorkspace {
+  size_t intermediates = 0;  // those of ChunkIntermediates; none if the forward has saved them
+  size_t dstate = 0;  // dS', gradient of the state at the exit of a chunk  [slots, HV, V, K]  bf16, fragment order
+  size_t dU = 0;      // gradient of U as two bf16 operands      [slots, HV, V, C]
   size_t dA_log = 0;  // sums over each chunk, by channel        [slots, HV, K]        fp32; only with an activated gate
   size_t ddt_bias = 0;    // likewise
   size_t dq = 0, dk = 0;  // of each value head                     [B, T, HV, K]         fp32; only if HV > H
@@ -120,13 +134,16 @@ struct ChunkBwdPlan {
   const char* reason = "";  // one clause: why this path
   int64_t chunk_slots = 0;  // as in ChunkFwdPlan
   int value_tile = 0;       // V columns of one CTA of both recurrences
+  bool saved = false;       // the intermediates are those that the forward has saved
+  ChunkIntermediates intermediates;
   ChunkBwdWorkspace workspace;
 };
 
 // activated_gate: the log-gate is computed from A_log or dt_bias, whose gradients need room.
-[[nodiscard]] ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& problem, bool activated_gate);
+[[nodiscard]] ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& problem, bool activated_gate, bool saved = false);
 
 // The plan as one JSON object, for the command line and for logs.
 [[nodiscard]] std::string to_json(const ChunkFwdProblem& problem, const ChunkFwdPlan& plan);
+[[nodiscard]] std::string to_json(const ChunkBwdPlan& plan);
 
 }  // namespace kda

@@ -86,15 +86,19 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("segment_tile", &kda::ChunkFwdPlan::segment_tile)
       .def_readonly("workspace", &kda::ChunkFwdPlan::workspace);
 
+  py::class_<kda::ChunkIntermediates>(m, "ChunkIntermediates")
+      .def_readonly("W", &kda::ChunkIntermediates::W)
+      .def_readonly("K_decayed", &kda::ChunkIntermediates::K_decayed)
+      .def_readonly("Q_gated", &kda::ChunkIntermediates::Q_gated)
+      .def_readonly("Aqk", &kda::ChunkIntermediates::Aqk)
+      .def_readonly("U", &kda::ChunkIntermediates::U)
+      .def_readonly("state", &kda::ChunkIntermediates::state)
+      .def_readonly("chunk_decay", &kda::ChunkIntermediates::chunk_decay)
+      .def_readonly("inverse", &kda::ChunkIntermediates::inverse)
+      .def_readonly("total_bytes", &kda::ChunkIntermediates::total_bytes);
+
   py::class_<kda::ChunkBwdWorkspace>(m, "ChunkBwdWorkspace")
-      .def_readonly("W", &kda::ChunkBwdWorkspace::W)
-      .def_readonly("K_decayed", &kda::ChunkBwdWorkspace::K_decayed)
-      .def_readonly("Q_gated", &kda::ChunkBwdWorkspace::Q_gated)
-      .def_readonly("Aqk", &kda::ChunkBwdWorkspace::Aqk)
-      .def_readonly("U", &kda::ChunkBwdWorkspace::U)
-      .def_readonly("state", &kda::ChunkBwdWorkspace::state)
-      .def_readonly("chunk_decay", &kda::ChunkBwdWorkspace::chunk_decay)
-      .def_readonly("inverse", &kda::ChunkBwdWorkspace::inverse)
+      .def_readonly("intermediates", &kda::ChunkBwdWorkspace::intermediates)
       .def_readonly("dstate", &kda::ChunkBwdWorkspace::dstate)
       .def_readonly("dU", &kda::ChunkBwdWorkspace::dU)
       .def_readonly("dA_log", &kda::ChunkBwdWorkspace::dA_log)
@@ -108,6 +112,8 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("reason", &kda::ChunkBwdPlan::reason)
       .def_readonly("chunk_slots", &kda::ChunkBwdPlan::chunk_slots)
       .def_readonly("value_tile", &kda::ChunkBwdPlan::value_tile)
+      .def_readonly("saved", &kda::ChunkBwdPlan::saved)
+      .def_readonly("intermediates", &kda::ChunkBwdPlan::intermediates)
       .def_readonly("workspace", &kda::ChunkBwdPlan::workspace);
 
   m.def("chunk_slots", &kda::chunk_slots, py::arg("problem"));
@@ -120,8 +126,14 @@ PYBIND11_MODULE(kda_plan, m) {
       },
       py::arg("problem"), py::kw_only(), py::arg("path") = py::none(), py::arg("value_tile") = py::none(),
       py::arg("segment_chunks") = py::none());
-  m.def("plan_chunk_bwd", &kda::plan_chunk_bwd, py::arg("problem"), py::arg("activated_gate"));
-  m.def("to_json", &kda::to_json, py::arg("problem"), py::arg("plan"));
+  m.def("intermediate_bytes", &kda::intermediate_bytes, py::arg("problem"));
+  m.def("plan_chunk_bwd", &kda::plan_chunk_bwd, py::arg("problem"), py::arg("activated_gate"),
+        py::arg("saved") = false);
+  m.def(
+      "to_json",
+      [](const kda::ChunkFwdProblem& problem, const kda::ChunkFwdPlan& plan) { return kda::to_json(problem, plan); },
+      py::arg("problem"), py::arg("plan"));
+  m.def("to_json", [](const kda::ChunkBwdPlan& plan) { return kda::to_json(plan); }, py::arg("plan"));
   m.def(
       "shared_items",
       [](const std::vector<int64_t>& steps, int threads) {

@@ -90,12 +90,13 @@ inline ChunkFwdArguments read_arguments(StableIValue* stack) {
 
 // The arguments of kda::chunk_bwd: gradients of the outputs, and the call that they belong to.
 struct ChunkBwdArguments {
-  Tensor dO;                           // [B, T, HV, V]
-  std::optional<Tensor> dfinal_state;  // as final_state
-  ChunkFwdArguments forward;           // without requests of outputs
+  Tensor dO;                            // [B, T, HV, V]
+  std::optional<Tensor> dfinal_state;   // as final_state
+  ChunkFwdArguments forward;            // without requests of outputs
+  std::optional<Tensor> intermediates;  // of kda::chunk_fwd_saving; none, or of no bytes: to be computed again
 };
 
-inline constexpr uint64_t kChunkBwdArguments = 18;
+inline constexpr uint64_t kChunkBwdArguments = 19;
 
 // As read_arguments, for kda::chunk_bwd.
 inline ChunkBwdArguments read_bwd_arguments(StableIValue* stack) {
@@ -112,8 +113,10 @@ inline ChunkBwdArguments read_bwd_arguments(StableIValue* stack) {
        to<OptionalDouble>(stack[i++]), to<bool>(stack[i++]), to<bool>(stack[i++]), to<bool>(stack[i++]),
        to<bool>(stack[i++]), /*output_final_state=*/false, /*state_v_first=*/false, /*output_chunk_states=*/false,
        /*check_cu_seqlens=*/false},
+      /*intermediates=*/std::nullopt,
   };
   args.forward.state_v_first = to<bool>(stack[i++]);
+  args.intermediates = to<OptionalTensor>(stack[i++]);
   return args;
 }
 

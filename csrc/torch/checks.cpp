@@ -9,6 +9,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "coverage.h"
+
 namespace kda::binding {
 
 namespace {
@@ -315,6 +317,25 @@ void check_gradient(const char* argument, const Tensor& gradient, const char* sh
   }
 }
 
+// Bytes of chunk_fwd_saving for a call of the same sizes, or none.
+void check_intermediates(const Tensor& intermediates, const ChunkFwdArguments& args, const DeviceId& device) {
+  constexpr const char *kName = "chunk_bwd", *kArgument = "intermediates";
+  const DeviceId actual = device_of(intermediates);
+  if (!(actual == device)) {
+    fail_in(kName, kArgument, "expected device ", name_of(device), " as `q` is, got ", name_of(actual));
+  }
+  if (intermediates.scalar_type() != ScalarType::Byte) {
+    fail_in(kName, kArgument, "expected dtype uint8, got ", name_of(intermediates.scalar_type()));
+  }
+  const auto bytes = static_cast<int64_t>(intermediate_bytes(problem_of(args, Device{})));
+  const bool right = intermediates.dim() == 1 && (intermediates.numel() == 0 || intermediates.numel() == bytes) &&
+                     intermediates.is_contiguous();
+  if (!right) {
+    fail_in(kName, kArgument, "expected what chunk_fwd_saving returned for these inputs, packed and of shape [", bytes,
+            "] or [0], got shape ", join(intermediates.sizes()));
+  }
+}
+
 }  // namespace
 
 void check_cu_seqlens(const Tensor& cu_seqlens, int64_t tokens) {
@@ -345,6 +366,7 @@ void check_chunk_bwd(const ChunkBwdArguments& args) {
   const ChunkFwdSizes n = sizes_of(args.forward);
   const DeviceId device = device_of(args.forward.q);
   check_gradient("do", args.dO, "[B, T, HV, V]", {n.batch, n.tokens, n.value_heads, n.value_dim}, device);
+  if (args.intermediates) check_intermediates(*args.intermediates, args.forward, device);
   if (!args.dfinal_state) return;
   if (args.forward.state_v_first) {
     check_gradient("dfinal_state", *args.dfinal_state, "[N, HV, V, K] (state_v_first)",

@@ -1,4 +1,5 @@
-// kda::chunk_bwd on CUDA: tensors -> checked ChunkBwdParams -> plan -> kernels on the current stream.
+// kda::chunk_bwd and kda::chunk_fwd_saving on CUDA: tensors -> checked parameters -> plan -> kernels on the current
+// stream.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -6,6 +7,8 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
+#include <utility>
 
 #include "checks.h"
 #include "coverage.h"
@@ -106,7 +109,8 @@ std::array<StableIValue, kChunkBwdArguments> to_stack(const ChunkBwdArguments& a
           from(f.use_gate),
           from(f.use_beta_sigmoid),
           from(f.allow_neg_eigval),
-          from(f.state_v_first)};
+          from(f.state_v_first),
+          from(std::optional<Tensor>())};  // the composite computes everything
 }
 
 Gradients chunk_bwd_by_composite(const ChunkBwdArguments& args) {
@@ -122,7 +126,8 @@ Gradients chunk_bwd_cuda(ChunkBwdArguments args) {
   const int32_t device = inputs.q.get_device_index();
   if (layout_reason(inputs)) return chunk_bwd_by_composite(args);
   const ChunkFwdProblem problem = problem_of(inputs, cuda_device(device));
-  const ChunkBwdPlan plan = plan_chunk_bwd(problem, inputs.use_gate);
+  const bool saved = args.intermediates && args.intermediates->numel() > 0;
+  const ChunkBwdPlan plan = plan_chunk_bwd(problem, inputs.use_gate, saved);
   if (plan.path == ChunkFwdPath::kComposite) return chunk_bwd_by_composite(args);
 
   const DeviceScope scope(device);
@@ -132,10 +137,14 @@ Gradients chunk_bwd_cuda(ChunkBwdArguments args) {
   std::optional<Tensor> dfinal_state;
   if (args.dfinal_state) dfinal_state = make_readable(*args.dfinal_state, ScalarType::Float);
 
+  std::optional<Tensor> intermediates;
+  if (saved) intermediates = make_readable(*args.intermediates, ScalarType::Byte);
+
   ChunkBwdParams params;
   params.inputs = input_params(inputs, problem);
   params.dO = dO.data_ptr();
   if (dfinal_state) params.dfinal_state = static_cast<const float*>(dfinal_state->data_ptr());
+  if (intermediates) params.intermediates = intermediates->data_ptr();
   params.dq = gradients[0].data_ptr();
   params.dk = gradients[1].data_ptr();
   params.dv = gradients[2].data_ptr();
@@ -151,6 +160,37 @@ Gradients chunk_bwd_cuda(ChunkBwdArguments args) {
   return gradients;
 }
 
+// The forward, and the bytes that it saves: of no use where the composite computes, but of the size that the fake
+// states, which knows neither the device's capability nor strides.
+std::pair<Outputs, Tensor> chunk_fwd_saving_cuda(ChunkFwdArguments args) {
+  check_chunk_fwd(args);
+  const int32_t device = args.q.get_device_index();
+  const ChunkFwdProblem problem = problem_of(args, cuda_device(device));
+  const ChunkBwdPlan plan = plan_chunk_bwd(problem, args.use_gate, /*saved=*/true);
+  const ScalarType type = type_of(args.q);
+  const bool has_kernels = type == ScalarType::BFloat16 || type == ScalarType::Half;
+  const DeviceScope scope(device);
+  Tensor intermediates =
+      empty_tensor(std::array<int64_t, 1>{has_kernels ? static_cast<int64_t>(intermediate_bytes(problem)) : 0},
+                   aoti_torch_dtype_uint8(), aoti_torch_device_type_cuda(), device);
+  if (layout_reason(args) || plan.path == ChunkFwdPath::kComposite) return {call_composite(args), intermediates};
+
+  make_parameters_packed(args);
+  Outputs outputs = make_outputs(args, aoti_torch_device_type_cuda(), device);
+  if (problem.batch == 0) return {std::move(outputs), std::move(intermediates)};
+  const cudaStream_t stream = current_stream(device);
+  ChunkFwdParams params = forward_params(args, problem, outputs, stream);
+  params.workspace = intermediates.data_ptr();
+  check_cuda(chunk_fwd_saving(params, plan, stream), "kda::chunk_fwd_saving: launching the kernels");
+  return {std::move(outputs), std::move(intermediates)};
+}
+
+void boxed_chunk_fwd_saving_cuda(StableIValue* stack, uint64_t, uint64_t) {
+  const auto [outputs, intermediates] = chunk_fwd_saving_cuda(read_arguments(stack));
+  return_outputs(outputs, stack);
+  stack[3] = from(intermediates);
+}
+
 void boxed_chunk_bwd_cuda(StableIValue* stack, uint64_t, uint64_t) {
   const Gradients gradients = chunk_bwd_cuda(read_bwd_arguments(stack));
   for (size_t i = 0; i < kGradients; ++i) stack[i] = from(gradients[i]);
@@ -160,4 +200,7 @@ void boxed_chunk_bwd_cuda(StableIValue* stack, uint64_t, uint64_t) {
 
 }  // namespace kda::binding
 
-STABLE_TORCH_LIBRARY_IMPL(kda, CUDA, m) { m.impl("chunk_bwd", &kda::binding::boxed_chunk_bwd_cuda); }
+STABLE_TORCH_LIBRARY_IMPL(kda, CUDA, m) {
+  m.impl("chunk_bwd", &kda::binding::boxed_chunk_bwd_cuda);
+  m.impl("chunk_fwd_saving", &kda::binding::boxed_chunk_fwd_saving_cuda);
+}

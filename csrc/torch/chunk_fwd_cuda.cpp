@@ -20,14 +20,6 @@ namespace kda::binding {
 
 namespace {
 
-ChunkFwdParams make_params(const ChunkFwdArguments& args, const ChunkFwdProblem& problem, const Outputs& outputs) {
-  ChunkFwdParams p = input_params(args, problem);
-  p.o = outputs.o.data_ptr();
-  if (args.output_final_state) p.final_state = static_cast<float*>(outputs.final_state.data_ptr());
-  if (args.output_chunk_states) p.chunk_states = static_cast<float*>(outputs.chunk_states.data_ptr());
-  return p;
-}
-
 Outputs run_plan(ChunkFwdArguments args, const ChunkFwdProblem& problem, const ChunkFwdPlan& plan) {
   const int32_t device = args.q.get_device_index();
   const DeviceScope scope(device);
@@ -36,11 +28,7 @@ Outputs run_plan(ChunkFwdArguments args, const ChunkFwdProblem& problem, const C
   if (problem.batch == 0) return outputs;
 
   const cudaStream_t stream = current_stream(device);
-  ChunkFwdParams params = make_params(args, problem, outputs);
-  if (params.chunk_states && problem.varlen) {  // the kernels leave unused slots as they are
-    check_cuda(cudaMemsetAsync(params.chunk_states, 0, outputs.chunk_states.numel() * sizeof(float), stream),
-               "kda::chunk_fwd: clearing chunk_states");
-  }
+  ChunkFwdParams params = forward_params(args, problem, outputs, stream);
   const ScratchMemory workspace(plan.workspace.total_bytes);
   params.workspace = workspace.data();
   check_cuda(chunk_fwd(params, plan, stream), "kda::chunk_fwd: launching the kernels");

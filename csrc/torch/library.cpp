@@ -28,48 +28,80 @@ void boxed_composite_reason(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 template <typename Value>
-[[noreturn]] void fail_plan(const char* argument, const std::string& expected, const Value& got) {
+[[noreturn]] void fail_plan(const char* operation, const char* argument, const std::string& expected,
+                            const Value& got) {
   std::ostringstream message;
-  message << "kda::plan_chunk_fwd: argument `" << argument << "`: expected " << expected << ", got " << got;
+  message << "kda::" << operation << ": argument `" << argument << "`: expected " << expected << ", got " << got;
   throw std::runtime_error(message.str());
 }
 
-int at_least(int64_t smallest, int64_t value, const char* argument) {
-  if (value < smallest || value > INT_MAX) fail_plan(argument, "at least " + std::to_string(smallest), value);
-  return static_cast<int>(value);
-}
+// What a planning operator is asked about; bounded_gate and aligned_inputs are for the caller to say.
+struct PlanRequest {
+  const char* operation;
+  const std::vector<int64_t>& lengths;
+  int64_t batch, heads, value_heads, key_dim, value_dim;
+  const std::string& activation_dtype;
+  bool varlen;
+  int64_t compute_capability, sm_count;
 
-DataType parse_activation_dtype(const std::string& name) {
-  if (name == "bfloat16") return DataType::kBFloat16;
-  if (name == "float16") return DataType::kFloat16;
-  if (name == "float32") return DataType::kFloat32;
-  fail_plan("activation_dtype", "bfloat16, float16 or float32", name);
-}
+  [[nodiscard]] int at_least(int64_t smallest, int64_t value, const char* argument) const {
+    if (value < smallest || value > INT_MAX) {
+      fail_plan(operation, argument, "at least " + std::to_string(smallest), value);
+    }
+    return static_cast<int>(value);
+  }
+
+  [[nodiscard]] DataType activation_type() const {
+    if (activation_dtype == "bfloat16") return DataType::kBFloat16;
+    if (activation_dtype == "float16") return DataType::kFloat16;
+    if (activation_dtype == "float32") return DataType::kFloat32;
+    fail_plan(operation, "activation_dtype", "bfloat16, float16 or float32", activation_dtype);
+  }
+
+  [[nodiscard]] ChunkFwdProblem problem() const {
+    if (varlen && batch != 1) fail_plan(operation, "batch", "1 with varlen", batch);
+    if (!varlen && lengths.size() != 1) fail_plan(operation, "lengths", "one length without varlen", lengths.size());
+    ChunkFwdProblem problem;
+    problem.tokens = 0;
+    for (int64_t length : lengths) {
+      if (length < 0) fail_plan(operation, "lengths", "lengths of at least 0", length);
+      problem.tokens += length;
+    }
+    problem.batch = at_least(0, batch, "batch");
+    problem.sequences = varlen ? static_cast<int64_t>(lengths.size()) : batch;
+    problem.varlen = varlen;
+    problem.heads = at_least(1, heads, "heads");
+    problem.value_heads = at_least(1, value_heads, "value_heads");
+    if (value_heads % heads != 0) {
+      fail_plan(operation, "value_heads", "a multiple of " + std::to_string(heads), value_heads);
+    }
+    problem.key_dim = at_least(1, key_dim, "key_dim");
+    problem.value_dim = at_least(1, value_dim, "value_dim");
+    problem.activation_type = activation_type();
+    problem.compute_capability = at_least(0, compute_capability, "compute_capability");
+    problem.sm_count = at_least(0, sm_count, "sm_count");
+    return problem;
+  }
+};
 
 std::string plan_chunk_fwd_json(std::vector<int64_t> lengths, int64_t batch, int64_t heads, int64_t value_heads,
                                 int64_t key_dim, int64_t value_dim, std::string activation_dtype, bool varlen,
                                 int64_t compute_capability, int64_t sm_count, bool bounded_gate) {
-  if (varlen && batch != 1) fail_plan("batch", "1 with varlen", batch);
-  if (!varlen && lengths.size() != 1) fail_plan("lengths", "one length without varlen", lengths.size());
-  ChunkFwdProblem problem;
-  problem.tokens = 0;
-  for (int64_t length : lengths) {
-    if (length < 0) fail_plan("lengths", "lengths of at least 0", length);
-    problem.tokens += length;
-  }
-  problem.batch = at_least(0, batch, "batch");
-  problem.sequences = varlen ? static_cast<int64_t>(lengths.size()) : batch;
-  problem.varlen = varlen;
-  problem.heads = at_least(1, heads, "heads");
-  problem.value_heads = at_least(1, value_heads, "value_heads");
-  if (value_heads % heads != 0) fail_plan("value_heads", "a multiple of " + std::to_string(heads), value_heads);
-  problem.key_dim = at_least(1, key_dim, "key_dim");
-  problem.value_dim = at_least(1, value_dim, "value_dim");
-  problem.activation_type = parse_activation_dtype(activation_dtype);
+  const PlanRequest request{
+      "plan_chunk_fwd",   lengths, batch, heads, value_heads, key_dim, value_dim, activation_dtype, varlen,
+      compute_capability, sm_count};
+  ChunkFwdProblem problem = request.problem();
   problem.bounded_gate = bounded_gate;
-  problem.compute_capability = at_least(0, compute_capability, "compute_capability");
-  problem.sm_count = at_least(0, sm_count, "sm_count");
   return to_json(problem, plan_chunk_fwd(problem));
+}
+
+std::string plan_chunk_bwd_json(std::vector<int64_t> lengths, int64_t batch, int64_t heads, int64_t value_heads,
+                                int64_t key_dim, int64_t value_dim, std::string activation_dtype, bool varlen,
+                                int64_t compute_capability, int64_t sm_count, bool activated_gate, bool saved) {
+  const PlanRequest request{
+      "plan_chunk_bwd",   lengths, batch, heads, value_heads, key_dim, value_dim, activation_dtype, varlen,
+      compute_capability, sm_count};
+  return to_json(plan_chunk_bwd(request.problem(), activated_gate, saved));
 }
 
 }  // namespace
@@ -86,5 +118,6 @@ STABLE_TORCH_LIBRARY_IMPL(kda, CompositeExplicitAutograd, m) {
   m.impl("composite_reason", &kda::binding::boxed_composite_reason);
   m.impl("check_cu_seqlens", TORCH_BOX(&kda::binding::check_cu_seqlens));
   m.impl("plan_chunk_fwd", TORCH_BOX(&kda::binding::plan_chunk_fwd_json));
+  m.impl("plan_chunk_bwd", TORCH_BOX(&kda::binding::plan_chunk_bwd_json));
   m.impl("build_info", TORCH_BOX(&kda::binding::build_info_json));
 }

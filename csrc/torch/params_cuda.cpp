@@ -2,6 +2,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "runtime_cuda.h"
+
 namespace kda::binding {
 
 void make_parameters_packed(ChunkFwdArguments& args) {
@@ -46,6 +48,20 @@ ChunkFwdParams input_params(const ChunkFwdArguments& args, const ChunkFwdProblem
   p.qk_l2norm = args.use_qk_l2norm;
   p.beta_sigmoid = args.use_beta_sigmoid;
   p.beta_scale = args.allow_neg_eigval ? 2.0f : 1.0f;
+  return p;
+}
+
+ChunkFwdParams forward_params(const ChunkFwdArguments& args, const ChunkFwdProblem& problem, const Outputs& outputs,
+                              cudaStream_t stream) {
+  ChunkFwdParams p = input_params(args, problem);
+  p.o = outputs.o.data_ptr();
+  if (args.output_final_state) p.final_state = static_cast<float*>(outputs.final_state.data_ptr());
+  if (!args.output_chunk_states) return p;
+  p.chunk_states = static_cast<float*>(outputs.chunk_states.data_ptr());
+  if (problem.varlen) {
+    check_cuda(cudaMemsetAsync(p.chunk_states, 0, outputs.chunk_states.numel() * sizeof(float), stream),
+               "kda::chunk_fwd: clearing chunk_states");
+  }
   return p;
 }
 

@@ -3,6 +3,7 @@
 
 #include "arguments.h"
 #include "kda/kda.h"
+#include "outputs.h"
 
 namespace kda::binding {
 
@@ -11,5 +12,9 @@ void make_parameters_packed(ChunkFwdArguments& args);
 
 // Everything of the parameters but outputs and workspace. The arguments must outlive their use on the stream.
 [[nodiscard]] ChunkFwdParams input_params(const ChunkFwdArguments& args, const ChunkFwdProblem& problem);
+
+// Everything but the workspace. Clears, on the stream, slots of chunk_states that the kernels leave as they are.
+[[nodiscard]] ChunkFwdParams forward_params(const ChunkFwdArguments& args, const ChunkFwdProblem& problem,
+                                            const Outputs& outputs, cudaStream_t stream);
 
 }  // namespace kda::binding

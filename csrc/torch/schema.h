@@ -16,7 +16,7 @@ namespace kda::binding {
   "Tensor do, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log=None, " \
   "Tensor? dt_bias=None, Tensor? initial_state=None, Tensor? cu_seqlens=None, float? scale=None, "             \
   "float? lower_bound=None, bool use_qk_l2norm=False, bool use_gate=False, bool use_beta_sigmoid=False, "      \
-  "bool allow_neg_eigval=False, bool state_v_first=False"
+  "bool allow_neg_eigval=False, bool state_v_first=False, Tensor? intermediates=None"
 #define KDA_CHUNK_BWD_RETURNS                                                                   \
   "(Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dA_log, Tensor ddt_bias, " \
   "Tensor dinitial_state)"
@@ -27,6 +27,11 @@ inline constexpr const char* kSchemas[] = {
 
     // The forward where no gradient is wanted: the same kernels, nothing of this project at the Autograd keys.
     "inference_chunk_fwd(" KDA_CHUNK_FWD_ARGUMENTS ") -> (Tensor o, Tensor final_state, Tensor chunk_states)",
+
+    // The forward that also returns what chunk_bwd would compute again, as bytes: only for it, with the same inputs. None
+    // ([0]) where no CUDA kernel could have it: on other devices, and for types that kernels do not take.
+    "chunk_fwd_saving(" KDA_CHUNK_FWD_ARGUMENTS
+    ") -> (Tensor o, Tensor final_state, Tensor chunk_states, Tensor intermediates)",
 
     // The forward by CUDA kernels and nothing else, as planned with what is fixed here; for tests and measurements.
     // path: staged or fused; empty: as chunk_fwd. segment_chunks: chunks of a segment of the staged path; 0: no cut.
@@ -54,7 +59,7 @@ inline constexpr const char* kSchemas[] = {
     "check_cu_seqlens(Tensor cu_seqlens, SymInt tokens) -> ()",
 
     // The gradients of chunk_fwd, by kernels where they cover the call, else by the composite implementation. Those of
-    // absent inputs are empty, of shape [0].
+    // absent inputs are empty, of shape [0]. intermediates: those of chunk_fwd_saving; what is not given is computed.
     "chunk_bwd(" KDA_CHUNK_BWD_ARGUMENTS ") -> " KDA_CHUNK_BWD_RETURNS,
 
     // The gradients by PyTorch operators, on every device.
@@ -68,6 +73,11 @@ inline constexpr const char* kSchemas[] = {
     // without a CUDA device. bounded_gate: with use_gate and lower_bound.
     "plan_chunk_fwd(int[] lengths, int batch, int heads, int value_heads, int key_dim, int value_dim, "
     "str activation_dtype, bool varlen, int compute_capability, int sm_count, bool bounded_gate=True) -> str",
+
+    // The same of chunk_bwd. activated_gate: with use_gate. saved: with the intermediates of chunk_fwd_saving.
+    "plan_chunk_bwd(int[] lengths, int batch, int heads, int value_heads, int key_dim, int value_dim, "
+    "str activation_dtype, bool varlen, int compute_capability, int sm_count, bool activated_gate=True, "
+    "bool saved=False) -> str",
 
     // How the library was built, as JSON.
     "build_info() -> str",

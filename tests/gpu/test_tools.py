@@ -81,6 +81,13 @@ def test_cases_cover_every_instantiation_of_the_fused_kernel() -> None:
     assert levels == {(K, normalised) for K in head_sizes for normalised in (False, True)}
 
 
+def test_cases_cover_every_instantiation_of_the_forward_that_saves() -> None:
+    calls = [inputs for _, inputs in covering_cases("saving")]
+    covered = {(inputs["q"].shape[3], inputs["v"].shape[3], inputs["q"].dtype) for inputs in calls}
+    assert covered == {(K, V, d) for K in (64, 128) for V in (64, 128) for d in (torch.bfloat16, torch.float16)}
+    assert any("cu_seqlens" in inputs for inputs in calls)
+
+
 def test_cases_of_the_fused_kernel_are_aligned() -> None:
     """Others it does not take: rows of q, k, v and g start at multiples of 16 bytes."""
     for case, inputs in covering_cases("fused"):
@@ -101,10 +108,11 @@ def test_copies_keep_strides_and_own_their_storage() -> None:
 
 def test_cases_run_on_the_cpu() -> None:
     names = "K64_V128_float16_odd,packed_int32,no_tokens,gate_unbounded,wrong_beyond,fused_not_normalised_unbounded_K64"
+    names += ",saving_packed"
     command = [sys.executable, TOOLS / "sanitizer_cases.py", "--device", "cpu", "--only", names]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "6 of 6 cases right" in result.stdout
+    assert "7 of 7 cases right" in result.stdout
 
 
 def test_a_wrong_result_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,6 @@ struct GradientsOfValues : IntraChunkGradientsContext<Config> {
 
   // 1 / |x| of the rows of q and k: four lanes a row, eight rows of one of them a warp.
   __device__ __forceinline__ void store_norms() const {
-    constexpr float kEpsilon = 1e-6f;
     constexpr int kUnits = K / 8 / 4;  // of a lane
     for (int job = warp; job < 2 * C / 8; job += Config::kWarps) {
       const bool is_key = job & 1;
@@ -120,7 +119,7 @@ struct GradientsOfValues : IntraChunkGradientsContext<Config> {
       squares = sum_tokens(squares);
       if (member == 0) {
         tokens(is_key ? Config::kKeyNorm : Config::kQueryNorm)[token] =
-            call().qk_l2norm ? rsqrtf(squares + kEpsilon) : 1.0f;
+            call().qk_l2norm ? rsqrtf(squares + kL2NormEpsilon) : 1.0f;
       }
     }
   }

@@ -6,7 +6,7 @@
 namespace kda {
 
 struct ChunkBwdKernelParams {
-  // The call of the forward and the intermediates of its first two stages, which the backward runs again.
+  // The call of the forward and the intermediates of its first two stages, saved or computed again.
   ChunkFwdKernelParams forward;
 
   const void* dO;             // [B, T, HV, V] contiguous, activation type

@@ -20,7 +20,7 @@ struct ChunkFwdKernelParams {
   uint4* state;  // [slots, HV, V / 16, K / 16, 32 lanes] operand fragments of S^T; of S if `inverse` is wanted
   float* chunk_decay;  // [slots, HV, K]
   uint8_t* inverse;    // [slots, HV] tiles [C, C], bf16, swizzled: (I + Akk)^-1 on and below the diagonal; null in the
-                       // forward, written for the backward
+                       // forward, unless it saves for the backward, and written for the backward
 
   int64_t chunk_slots;
 

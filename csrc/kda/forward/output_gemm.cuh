@@ -17,11 +17,14 @@
 
 namespace kda {
 
-template <int K_, int V_, typename Element_>
+// kSaving: the state's operands are of S rather than of S^T, as the backward takes them.
+template <int K_, int V_, typename Element_, bool kSaving_>
 struct OutputGemmConfig {
   static constexpr int K = K_, V = V_, C = kChunkTokens;
   using Element = Element_;
-  static constexpr int kWarps = 4, kThreads = 32 * kWarps, kCtasPerSm = 4;
+  static constexpr bool kSaving = kSaving_;
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
+  static constexpr int kCtasPerSm = kSaving ? 3 : 4;  // transposing the operands takes registers
   using KeyTile = SwizzledTile<K>;
   using PairTile = SwizzledTile<C>;
   using OutputTile = SwizzledTile<V>;
@@ -116,7 +119,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   for (int kt = 0; kt < K / 16; ++kt) {
     uint4 state_operand[kRowTiles];
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) state_operand[r] = state[(r * (K / 16) + kt) * 32];
+    for (int r = 0; r < kRowTiles; ++r) {
+      state_operand[r] = state[(r * (K / 16) + kt) * 32];
+      if constexpr (Config::kSaving) state_operand[r] = transposed_fragment(state_operand[r]);
+    }
 #pragma unroll
     for (int mt = 0; mt < C / 16; ++mt) {
       uint32_t a[4];
