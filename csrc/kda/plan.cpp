@@ -52,7 +52,7 @@ const char* reason_for_composite(const ChunkFwdProblem& p) {
   return nullptr;
 }
 
-// Without a cut, the recurrence runs one CTA for each (sequence, value head, value tile). Cut V only as far as it takes
+// The recurrence runs one CTA for each (sequence, value head, value tile). Cut V only as far as it takes
 // to give every multiprocessor a CTA: each further cut reads the factors of a chunk once more. Within 5 % of the best
 // tile at every point of the sweep in bench/results (python -m bench.sweep).
 int choose_value_tile(const ChunkFwdProblem& p) {
@@ -95,7 +95,7 @@ struct Load {
 // The mean over what the lengths may be; equal ones are the more likely.
 template <typename Cost>
 double expected_us(const ChunkFwdProblem& p, Cost cost) {
-  constexpr double kEqual = 0.75;
+  constexpr double kEqual = 0.85;
   const double equal = cost(Load::of_equal_lengths(p));
   return p.varlen && p.sequences > 1 ? kEqual * equal + (1 - kEqual) * cost(Load::of_one_sequence(p)) : equal;
 }
@@ -120,8 +120,11 @@ class StepwiseModel {
     const double segments = segment_chunks == 0 ? 1 : std::ceil(load.chunks / segment_chunks);
     const double steps = Load::kStepsPerChunk * (segments > 1 ? segment_chunks : load.chunks);
     const double factors = load.steps() * (wide_ ? 0.0165 : 0.0105);
-    const double scans = turns(load.chains() * segments, load.sm_count * scans_per_sm_);
-    const double scan = std::max(scans * steps * (wide_ ? 1.5 : 1.05), load.steps() * traffic_us());
+    const double ctas_of_scan = load.chains() * segments;
+    // Alone, and where others share the memory.
+    const double step_us = ctas_of_scan < load.sm_count / 2 ? (wide_ ? 1.5 : 1.05) : (wide_ ? 1.7 : 1.2);
+    const double scan = std::max(turns(ctas_of_scan, load.sm_count * scans_per_sm_) * steps * step_us,
+                                 load.steps() * traffic_us());
     double cut = 0;
     if (segment_chunks != 0) cut = 2 * kLaunch + 4.0;  // the last steps of each segment, and their composition
     if (segments > 1) {
@@ -138,7 +141,7 @@ class StepwiseModel {
   static constexpr double kLaunch = 4.0;  // of a kernel: its launch, first loads and last stores
 
   // Of a step in the scan, where memory bounds it.
-  [[nodiscard]] double traffic_us() const { return (wide_ ? 0.0112 : 0.0064) + 0.00002 * value_rows_; }
+  [[nodiscard]] double traffic_us() const { return (wide_ ? 0.0122 : 0.0083) + 0.00002 * value_rows_; }
 
   bool wide_;
   double map_rows_, value_rows_;
@@ -304,14 +307,14 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p, const ChunkFwdPlanOptions&
   const bool is_forced = options.path.has_value();
   if (is_forced ? *options.path == ChunkFwdPath::kFused : p.bounded_gate && fused.us < stepwise.us) {
     plan.path = ChunkFwdPath::kFused;
-    plan.reason = is_forced ? "asked for" : "enough chains of steps to fill the device";
+    plan.reason = is_forced ? "asked for" : "its estimate is below that of the stepwise path";
     plan.value_tile = fused.value_tile;
     return plan;
   }
   plan.path = ChunkFwdPath::kStepwise;
   plan.reason = is_forced         ? "asked for"
                 : !p.bounded_gate ? "the gate has no bound, which costs the fused kernel more"
-                                  : "too few chains of steps to fill the device with the fused kernel";
+                                  : "its estimate is below that of the fused kernel";
   plan.step_slots = step_slots(p);
   plan.value_tile = p.value_dim;
   plan.segment_chunks = options.segment_chunks.value_or(stepwise.segment_chunks);

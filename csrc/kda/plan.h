@@ -28,7 +28,7 @@ struct ChunkFwdProblem {
   int value_dim = 128;                             // V
   DataType activation_type = DataType::kBFloat16;  // of q, k, v and o
   bool bounded_gate = false;                       // no log-gate is below kMinLowerBound
-  bool aligned_inputs = true;                      // inputs_are_aligned(): the fused path needs it
+  bool aligned_inputs = true;                      // inputs_are_aligned(): the copy engine needs it
   int compute_capability = 0;                      // major * 10 + minor of the device; 0: no CUDA device
   int sm_count = 0;                                // multiprocessors of the device
 };
@@ -43,7 +43,7 @@ enum class ChunkFwdPath : int32_t {
 // What a caller may fix that the planner otherwise chooses; for tests and measurements.
 struct ChunkFwdPlanOptions {
   std::optional<ChunkFwdPath> path;  // a path of kernels; kStaged where that does not cover the call
-  std::optional<int> value_tile;     // 64 or 128, of kStaged also 32; at most V. kStepwise has 64 alone
+  std::optional<int> value_tile;     // of kFused 64 or 128, of kStaged also 32; at most V
   std::optional<int64_t> segment_chunks;  // of kStepwise; 0: sequences are not cut
 };
 
@@ -80,8 +80,7 @@ struct ChunkFwdPlan {
   int64_t step_slots = 0;   // of kStepwise: grid extent over steps; see step_slots()
   int value_tile = 0;       // V columns of one CTA of the state recurrence, of the fused kernel or of the scan
 
-  // The cut of sequences into segments, whose affine maps S -> M S + B are computed side by side before the recurrence
-  // proper.
+  // The cut of sequences into segments, whose affine maps S -> M S + B are computed side by side before the scan.
   int64_t segment_chunks = 0;  // chunks of one segment; 0: sequences are not cut
   int64_t segment_slots = 0;   // grid extent over segments; see segment_slots(). The number of sequences if they are not cut
 

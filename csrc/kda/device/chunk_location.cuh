@@ -98,7 +98,7 @@ __device__ __forceinline__ SegmentRange segment_range(const ChunkFwdParams& p, i
   return {p.cu_seqlens == nullptr ? sequence * segments : range.begin / slot_tokens + sequence, segments};
 }
 
-// A run of chunks of one sequence that the state recurrence takes in one go.
+// A run of chunks of one sequence that a scan takes in one go.
 struct SegmentLocation {
   int64_t sequence;
   int64_t first_chunk;  // of the sequence

@@ -30,12 +30,12 @@ cudaError_t run_stage(const char* name, Launch launch) {
   return launch();
 }
 
-// The stages one after the other, until one fails.
 struct Stage {
   const char* name;
   cudaError_t (*launch)(const StepKernelParams&, cudaStream_t);
 };
 
+// The stages one after the other, until one fails.
 cudaError_t run_stepwise(const StepKernelParams& params, cudaStream_t stream) {
   const bool wide = params.call.problem.key_dim == 128;
   const Stage factors = {"kda.step_factors", wide ? launch_step_factors_k128 : launch_step_factors_k64};

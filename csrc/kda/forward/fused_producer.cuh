@@ -68,8 +68,7 @@ struct FusedProducer {
     const int stage_index = step % Config::kStages;
     uint8_t* const stage = shared + stage_index * Config::kStageBytes;
     const uint32_t full = Config::full(shared_base, stage_index), empty = Config::empty(shared_base, stage_index);
-    const StepProducer<Config> make{call,   raw(), stage, scratch(), item.tokens(step), kBarrier + producer,
-                                    thread, warp,  lane};
+    const StepProducer<Config> make{call, raw(), stage, scratch(), item.tokens(step), kBarrier + producer, thread, lane};
     // Those of the step before are read until its inverse is stored, by warps that may be behind.
     const RowValues rows(scratch() + Config::kRowValues + turn % 2 * Config::kRowValuesBytes);
     const StepOperands<Config> operands = make.operands(constants);
@@ -80,8 +79,8 @@ struct FusedProducer {
     load_values(stage, full, step);
     typename StepProducer<Config>::Products products;
     make.multiply_pairs(products, operands, rows, far_apart);
-    make.store_akk(products, rows);
-    make.store_aqk(products, rows);
+    make.store_akk(products, rows, far_apart);
+    make.store_aqk(products, rows, far_apart);
     ptx::fence_proxy_async_shared();  // the rows make room for others, which come through the copy engine
     make.sync();
     load_inputs(step + Config::kProducerGroups);

@@ -6,8 +6,8 @@
 // They meet in a ring of three stages with a full and an empty barrier each.
 //
 // Shared memory (bytes, K = V = kRows = 128): 3 stages of 41984 (gated operands 16384 and 8192, Tinv and Aqk 8192, V 8192, vectors);
-// for each producer group 32768 (rows of q, k, g, then gates and pair operands in their place) and 6400 (the solve, values of
-// the rows); for each consumer group 8192 (O).
+// for each producer group 32768 (rows of q, k, g, then gates and pair operands in their place) and 7168 (the solve, totals, values of the
+// rows); for each consumer group 8192 (O).
 // Registers: producers 96, consumers 160 a thread (K = 128: the state takes 64 of them, its bf16 copy 32).
 // Bound by the latency of the producers, of which registers allow eight warps: docs/performance.md.
 #pragma once

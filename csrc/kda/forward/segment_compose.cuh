@@ -1,7 +1,7 @@
 // The states at the ends of the segments of a cut sequence, from the affine map of each segment (segment_summary.cuh):
 //   S_end[0] as it is,      S_end[s] = M_s S_end[s - 1] + B_s,
 // at fp32-like accuracy; M_s of a segment that forgets all is taken as 0, and not read. segment_state holds B and is replaced by S_end, which is the entry of the next segment. The
-// end of the last segment is the final state and is left to the recurrence.
+// end of the last segment is the final state and is left to state_scan.cuh.
 //
 // Grid: one CTA for each (sequence, value head, 16 columns of V); K / 16 warps. A CTA keeps 16 rows of S^T and goes
 // through the segments:

@@ -34,7 +34,7 @@ struct SplitOperands {
 // What a step gives: outputs and the next state, or the next state alone.
 enum class StepResult { kOutputs, kState };
 
-// Config: a StepStage with Element, and with kHasRegisters, if a consumer has more than 160 registers: then more runs beside the products.
+// Config: a StepStage with Element, and with kHasRegisters, where ptxas finds room for more beside the products.
 // kResult: see StepResult.
 template <typename Config, StepResult kResult>
 struct StepConsumer {

@@ -1,9 +1,9 @@
 // The first stage of the stepwise forward: everything of each step of 32 tokens that does not depend on the state, into an image in the
 // workspace (StepImage). The formulas are those of step_producer.cuh and step_operands.cuh.
 //
-// Grid: one CTA of four warps for each (step slot, value head).
+// Grid: one CTA for each (step slot, value head), of four warps; of eight where there are too few of them to fill the device (K = 128).
 // Shared memory (bytes, K = 128): rows of q, k, g 24576, which become pair operands and then the tiles of Tinv and Aqk; the second half
-// of the gates in fp32 8192, which becomes K ⊙ e^{G_C - G}; K ⊙ e^G and Q ⊙ e^G 16384; the solve, totals and values of rows 7168.
+// of the gates in fp32 8192, which becomes K ⊙ e^{G_C - G}; K ⊙ e^G and Q ⊙ e^G 16384; the solve and values of rows 6144.
 // So four CTAs share a multiprocessor: one's copies and its one inverting warp run beside the products of others.
 // Registers: at most 128 a thread.
 // Bound by memory at many heads: 24 KiB in and 33 KiB out for a step.
@@ -15,12 +15,12 @@
 
 namespace kda {
 
-template <int K_, typename Element_>
+template <int K_, int kWarps, typename Element_>
 struct StepFactorsConfig : StepTiles<K_> {
   using Tiles = StepTiles<K_>;
   using Tiles::C, Tiles::K, Tiles::kKeyTileBytes, Tiles::kPairTileBytes;
   using Element = Element_;
-  static constexpr int kGroupThreads = 128, kCtasPerSm = K == 128 ? 4 : 5;
+  static constexpr int kGroupThreads = 32 * kWarps, kCtasPerSm = K == 128 ? 4 : 5;
 
   static constexpr int kRawQ = 0, kRawK = kKeyTileBytes, kRawG = 2 * kKeyTileBytes, kSecondGate = 3 * kKeyTileBytes;
   static constexpr int kGated = 4 * kKeyTileBytes;
@@ -34,9 +34,10 @@ struct StepFactorsConfig : StepTiles<K_> {
   // Scratch.
   static constexpr int kScratch = kVectors + Tiles::kVectorBytes;
   static constexpr int kSolve = 0;  // Akk, then its inverse   [C, 36] fp32
-  static constexpr int kTotals = kSolve + SolveMatrix32::kBytes;  // log-decay of each group of tokens   [groups, K] fp32
+  static constexpr int kTotals = kSolve;  // log-decay of each group of tokens   [groups, K] fp32; no longer needed when Akk comes
   static constexpr int kTokenGroups = kGroupThreads / (K / 2), kTokensPerThread = C / kTokenGroups;
-  static constexpr int kRowValues = kTotals + kTokenGroups * K * 4;  // see RowValues
+  static_assert(kTokenGroups * K * 4 <= SolveMatrix32::kBytes);
+  static constexpr int kRowValues = kSolve + SolveMatrix32::kBytes;  // see RowValues
   static constexpr int kScratchBytes = kRowValues + 6 * C * 4;
   static constexpr int kBarrier = kScratch + kScratchBytes;
   static constexpr int kSharedBytes = kBarrier + 8;
@@ -52,7 +53,7 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
   const ChunkFwdParams& call = params.call;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t shared_base = ptx::shared_address(shared);
-  const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
+  const int thread = threadIdx.x, lane = thread & 31;
   const int value_heads = call.problem.value_heads;
   const int64_t slot = blockIdx.x / value_heads;
   const int value_head = static_cast<int>(blockIdx.x % value_heads);
@@ -72,8 +73,7 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
     ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawK, &params.k, 0, token, 0, key_head, batch, loaded);
     ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawG, &params.g, 0, token, 0, value_head, batch, loaded);
   }
-  const StepProducer<Config> make{call,       shared, shared, shared + Config::kScratch, location.tokens,
-                                  kBarrierId, thread, warp,   lane};
+  const StepProducer<Config> make{call, shared, shared, shared + Config::kScratch, location.tokens, kBarrierId, thread, lane};
   const GateConstants constants(call, value_head, make.channel_of(thread));
   const uint32_t beta = BetaReader(call, location.batch, location.first_token,
                                    location.first_token + location.tokens, value_head, thread)
@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
     ptx::cp_async_bulk_store(image + Image::kKeysDecayed, shared_base + Config::kKeysDecayed, Config::kKeyTileBytes);
     ptx::cp_async_bulk_commit_group();
   }
-  make.store_akk(products, rows);
-  make.store_aqk(products, rows);
+  make.store_akk(products, rows, far_apart);
+  make.store_aqk(products, rows, far_apart);
   __syncthreads();
   make.invert();
   __syncthreads();

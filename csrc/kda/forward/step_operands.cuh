@@ -1,6 +1,6 @@
 // The producers' operands: from the rows of q, k and g of a step to
 //   K ⊙ e^G, Q ⊙ e^G, K ⊙ e^{G_C - G}   into the stage, for the consumers: factors at most 1, and
-//   the operands of the products between tokens of the step, in the place of the rows.
+//   the operands of the products between tokens of the step, in the place of the rows, or level by level in that of the gated operands.
 //
 // For the pairs, exp(G_i - G_j) is split at a reference token. If every channel decays by less than 2^-kMidRange on either side of the
 // middle of the step, one reference serves all pairs: P_i = exp(G_i - G_mid), R_j = exp(G_mid - G_j), both within 2^±kMidRange.

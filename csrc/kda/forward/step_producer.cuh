@@ -44,11 +44,11 @@ struct BetaReader {
 
   __device__ __forceinline__ BetaReader(const ChunkFwdParams& call, int64_t batch, int64_t first_token,
                                         int64_t end_token, int value_head, int thread) {
-    const int64_t token = first_token + 8 * (thread >> 5) + ((thread & 31) >> 2);
+    const int64_t token = first_token + 8 * (thread >> 5 & 3) + ((thread & 31) >> 2);
     const TokenStrides& stride = call.beta_stride;
     source = static_cast<const uint8_t*>(call.beta) +
              (batch * stride.batch + token * stride.token + value_head * stride.head) * bytes(call);
-    tokens_left = owns_diagonal(thread & 31) ? end_token - token : 0;
+    tokens_left = thread < 128 && owns_diagonal(thread & 31) ? end_token - token : 0;
   }
 
   // Then goes on by `tokens`.
@@ -68,6 +68,9 @@ struct StepProducer {
   using Element = typename Config::Element;
   static constexpr int K = Config::K, C = Config::C, kThreads = Config::kGroupThreads;
   static constexpr int kSolveWarp = 3;
+  // Of eight warps, those 4 .. 7 share the rows of 0 .. 3.
+  static constexpr bool kSharesRows = kThreads == 256;
+  static_assert(kThreads == 128 || kSharesRows);
 
   const ChunkFwdParams& call;
   uint8_t* const raw;      // rows of the step
@@ -75,8 +78,11 @@ struct StepProducer {
   uint8_t* const scratch;  // the group's own memory
   const int tokens;        // of the step
   const int barrier;       // of the group
-  const int thread, warp, lane;
+  const int thread, lane;
 
+  // The warp's rows are 8 row_warp() .. + 7.
+  __device__ __forceinline__ int row_warp() const { return thread >> 5 & 3; }
+  __device__ __forceinline__ bool is_second() const { return kSharesRows && thread >= 128; }
   __device__ __forceinline__ int row_group() const { return lane >> 2; }
   __device__ __forceinline__ int member() const { return lane & 3; }
   __device__ __forceinline__ void sync() const { ptx::barrier_sync(barrier, kThreads); }
@@ -95,7 +101,7 @@ struct StepProducer {
 #pragma unroll
     for (int kt = 0; kt < K / 16; ++kt) {
       uint32_t a[4];  // rows 0-7: q, rows 8-15: k
-      ptx::ldmatrix_x4(a, tile + Config::KeyTile::unit_offset(8 * warp + (lane & 7), 2 * kt + (matrix >> 1)));
+      ptx::ldmatrix_x4(a, tile + Config::KeyTile::unit_offset(8 * row_warp() + (lane & 7), 2 * kt + (matrix >> 1)));
       if constexpr (std::is_same_v<Element, BFloat16>) {
         ptx::mma_m16n8k16_bf16(with_k, a[0], a[1], a[2], a[3], a[1], a[3]);
         ptx::mma_m16n8k16_bf16(with_q, a[0], a[1], a[2], a[3], a[0], a[2]);
@@ -114,11 +120,12 @@ struct StepProducer {
 
   // q·k, |q|^2 and |k|^2 are on the diagonals of those products; what follows from them. Returns whether q and k are too large for one reference.
   __device__ __forceinline__ bool store_row_values(const RowValues& rows, float beta) const {
+    if (is_second()) return false;
     float with_q[4] = {}, with_k[4] = {};
     multiply_rows(with_q, with_k);
     if (!owns_diagonal(lane)) return false;
     const bool odd = row_group() & 1;
-    const int token = 8 * warp + row_group();
+    const int token = 8 * row_warp() + row_group();
     const float squares_q = odd ? with_q[1] : with_q[0], squares_k = odd ? with_k[3] : with_k[2];
     float inverse_q = 1.0f, inverse_k = 1.0f, norm_k = 1.0f;
     if (call.qk_l2norm) {
@@ -165,7 +172,7 @@ struct StepProducer {
 #pragma unroll
     for (int kt = 0; kt < K / 16; ++kt) {
       uint32_t a[4], b[4];
-      ptx::ldmatrix_x4(a, a_tile + Tile::unit_offset(8 * warp + row, 2 * kt + (matrix >> 1)));
+      ptx::ldmatrix_x4(a, a_tile + Tile::unit_offset(8 * row_warp() + row, 2 * kt + (matrix >> 1)));
       const auto product = [&](float(&acc)[4], uint32_t b0, uint32_t b1) {
         if (half) {
           ptx::mma_m16n8k16_f16(acc, a[0], a[1], a[2], a[3], b0, b1);
@@ -192,11 +199,18 @@ struct StepProducer {
     const uint32_t base = ptx::shared_address(raw);
     const PairTiles<typename Config::KeyTile> tiles{base + Config::kRawQ, base + Config::kRawK, base + Config::kRawG};
     // Token blocks above the diagonal may come along; their products, of any value, are not used.
-    if (warp < 2) {
-      float low[2][4] = {};
-      multiply<2>(low, tiles, 0, false);
+    if (kSharesRows || row_warp() < 2) {
+      if (is_second() && row_warp() < 2) return;
+      float two[2][4] = {};
+      multiply<2>(two, tiles, is_second() ? 2 : 0, false);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) products.tile[0][e] = low[0][e], products.tile[1][e] = low[1][e];
+      for (int e = 0; e < 4; ++e) {
+        if (is_second()) {
+          products.tile[2][e] = two[0][e], products.tile[3][e] = two[1][e];
+        } else {
+          products.tile[0][e] = two[0][e], products.tile[1][e] = two[1][e];
+        }
+      }
     } else {
       multiply<4>(products.tile, tiles, 0, false);
     }
@@ -214,8 +228,9 @@ struct StepProducer {
       sync();  // the operands of the level before have been read
       operands.store_level(block, rows, half);
       sync();
+      if (is_second()) continue;
       if (block == 16) {
-        if (warp >= 2) {
+        if (row_warp() >= 2) {
           float low[2][4] = {};
           multiply<2>(low, tiles, 0, half);
 #pragma unroll
@@ -225,8 +240,8 @@ struct StepProducer {
       }
       // Blocks of 8 pair the warp's tokens with those of the warp before, smaller ones with each other: a pair of those comes from the level that the
       // highest differing bit names.
-      const int earlier = block == 8 ? warp - 1 : warp;
-      if (block == 8 && !(warp & 1)) continue;
+      const int earlier = block == 8 ? row_warp() - 1 : row_warp();
+      if (block == 8 && !(row_warp() & 1)) continue;
       float d[1][4] = {};
       multiply<1>(d, tiles, earlier, half);
 #pragma unroll
@@ -244,31 +259,37 @@ struct StepProducer {
     for (int n = 0; n < 4; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float power = (e < 2 ? rows.query_power : rows.key_power)[8 * warp + row_group()];
+        const float power = (e < 2 ? rows.query_power : rows.key_power)[8 * row_warp() + row_group()];
         products.tile[n][e] *= 1.0f / (power * rows.key_power[8 * n + 2 * member() + (e & 1)]);
       }
     }
   }
 
+  // Whether the warp has the products with token block n. by_levels: as multiply_by_levels() makes them.
+  __device__ __forceinline__ bool has_block(int n, bool by_levels) const {
+    return !kSharesRows || (by_levels ? !is_second() : is_second() == (n >= 2));
+  }
+
   // Akk for the solve.
-  __device__ __forceinline__ void store_akk(const Products& products, const RowValues& rows) const {
-    const int row = 8 * warp + row_group();
+  __device__ __forceinline__ void store_akk(const Products& products, const RowValues& rows, bool by_levels) const {
+    const int row = 8 * row_warp() + row_group();
     const float write = rows.write[row];
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       const float(&p)[4] = products.tile[n];
-      if (n <= warp) {
+      if (n <= row_warp() && has_block(n, by_levels)) {
         *reinterpret_cast<float2*>(&solve_matrix().at(row, 8 * n + 2 * member())) = {write * p[2], write * p[3]};
       }
     }
   }
 
   // Aqk into the stage. What is not a pair is dropped by selection: it may be inf or NaN.
-  __device__ __forceinline__ void store_aqk(const Products& products, const RowValues& rows) const {
-    const int row = 8 * warp + row_group();
+  __device__ __forceinline__ void store_aqk(const Products& products, const RowValues& rows, bool by_levels) const {
+    const int row = 8 * row_warp() + row_group();
     const float diagonal = rows.query_key[row];
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
+      if (!has_block(n, by_levels)) continue;
       const int column = 8 * n + 2 * member();
       const float(&p)[4] = products.tile[n];
       const auto select = [&](float value, int j) { return j < row ? value : (j == row ? diagonal : 0.0f); };
@@ -279,24 +300,29 @@ struct StepProducer {
 
   // Into the stage: the values of the rows, and Tinv as the sum of three bf16 operands: its entries cancel in products where keys repeat and the gates hardly decay.
   __device__ __forceinline__ void store_inverse(const RowValues& rows) const {
-    const int row = thread >> 2, column = 8 * (thread & 3);
-    uint32_t high[4], middle[4], low[4];
-    float t[8], write[8];
-    load_8(t, &solve_matrix().at(row, column));  // of any value above the diagonal
-    load_8(write, rows.write + column);
+    constexpr int kColumns = C * C / kThreads;  // of a thread
+    const int row = thread / (C / kColumns), column = kColumns * (thread % (C / kColumns));
+    uint32_t high[kColumns / 2], middle[kColumns / 2], low[kColumns / 2];
+    float t[kColumns], write[kColumns];
+    load(t, &solve_matrix().at(row, column));  // of any value above the diagonal
+    load(write, rows.write + column);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) t[i] = column + i <= row ? t[i] * write[i] : 0.0f;
+    for (int i = 0; i < kColumns; ++i) t[i] = column + i <= row ? t[i] * write[i] : 0.0f;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kColumns / 2; ++i) {
       const float x = t[2 * i], y = t[2 * i + 1];
       high[i] = pack_bf16(x, y);
       const float2 h = unpack_bf16(high[i]);
       const SplitBf16 rest(x - h.x, y - h.y);
       middle[i] = rest.high, low[i] = rest.low;
     }
-    const auto store = [&](int tile, int tile_column, const uint32_t(&v)[4]) {
-      *reinterpret_cast<uint4*>(stage + tile + Config::PairTile::pair_offset(row, tile_column)) = {v[0], v[1], v[2],
-                                                                                                   v[3]};
+    const auto store = [&](int tile, int tile_column, const uint32_t(&v)[kColumns / 2]) {
+      uint8_t* const place = stage + tile + Config::PairTile::pair_offset(row, tile_column);
+      if constexpr (kColumns == 8) {
+        *reinterpret_cast<uint4*>(place) = {v[0], v[1], v[2], v[3]};
+      } else {
+        *reinterpret_cast<uint2*>(place) = {v[0], v[1]};
+      }
     };
     if (column == 0) {
       reinterpret_cast<float*>(stage + Config::kKeyNorm)[row] = rows.key_norm[row];
@@ -309,13 +335,16 @@ struct StepProducer {
 
   // The inverse of the solve matrix, in its place, by one warp.
   __device__ __forceinline__ void invert() const {
-    if (warp == kSolveWarp) invert_unit_lower_32x32(solve_matrix(), lane);
+    if (thread / 32 == kSolveWarp) invert_unit_lower_32x32(solve_matrix(), lane);
   }
 
-  static __device__ __forceinline__ void load_8(float (&values)[8], const float* source) {
-    const float4 low = reinterpret_cast<const float4*>(source)[0], high = reinterpret_cast<const float4*>(source)[1];
-    values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
-    values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+  template <int kCount>
+  static __device__ __forceinline__ void load(float (&values)[kCount], const float* source) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(source + i);
+      values[i] = four.x, values[i + 1] = four.y, values[i + 2] = four.z, values[i + 3] = four.w;
+    }
   }
 
   __device__ __forceinline__ StepOperands<Config> operands(const GateConstants& constants) const {
@@ -329,7 +358,7 @@ struct StepProducer {
       operands.clear_rows_past_end();
       sync();
     }
-    const float beta = 8 * warp + row_group() < tokens ? activate_beta(beta_bits) : 0.0f;  // past the end: no write
+    const float beta = 8 * row_warp() + row_group() < tokens ? activate_beta(beta_bits) : 0.0f;  // past the end: no write
     bool far_apart = store_row_values(rows, beta);
     far_apart |= operands.activate(call, constants.decay_rate, constants.bias, [&] { sync(); });
     return ptx::barrier_any(barrier, kThreads, far_apart);
@@ -351,6 +380,7 @@ struct StepProducer {
       multiply_by_levels(products, operands, rows);
       sync();  // the last level's operands have been read
       operands.store_state_operands();
+      sync();  // totals have been read
     }
   }
 };
