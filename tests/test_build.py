@@ -78,7 +78,7 @@ class TestCMake:
         run("cmake", "-S", CONSUMER, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={tmp_path / 'prefix'}")
         run("cmake", "--build", tmp_path / "build")
         plan = json.loads(run(tmp_path / "build/consumer").stdout)
-        assert plan["path"] == "staged" and plan["chunk_slots"] == 128
+        assert plan["path"] == "stepwise" and plan["chunk_slots"] == 128
 
     def test_benchmark_explains_itself(self, built):
         text = run(built / "bench_chunk_fwd", "--help").stdout
@@ -114,9 +114,11 @@ class TestCMake:
             (["--lengths", "12,x"], "--lengths: expected an integer"),
             (["--heads", "3", "--value-heads", "4"], "--value-heads: expected a multiple of --heads = 3, got 4"),
             (["--gate", "steep"], "--gate: expected random, long or unbounded, got 'steep'"),
-            (["--path", "composite"], "--path: expected auto, staged or fused, got 'composite'"),
+            (["--path", "composite"], "--path: expected auto, stepwise, fused or staged, got 'composite'"),
             (["--path", "fused", "--value-tile", "32"], "--value-tile: expected 64 or 128 with --path fused, got 32"),
-            (["--path", "fused", "--segment-chunks", "4"], "--segment-chunks: expected --path staged or auto"),
+            (["--path", "stepwise", "--value-tile", "64"], "--value-tile: expected --path fused, staged or auto"),
+            (["--path", "fused", "--segment-chunks", "4"], "--segment-chunks: expected --path stepwise or auto"),
+            (["--path", "staged", "--segment-chunks", "4"], "--segment-chunks: expected --path stepwise or auto"),
             (["--segment-chunks", "-1"], "--segment-chunks: expected an integer in [0, "),
             (["--value-tile", "48"], "--value-tile: expected a multiple of 16 that divides --value-dim = 128, got 48"),
             (["--value-tile", "20"], "--value-tile: expected a multiple of 16"),
