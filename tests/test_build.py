@@ -277,6 +277,24 @@ arch = sm_90a
         problems = report.check(kernels, self.changed("solve_kernel", instantiations=other), True)
         assert len(problems) == 1 and "no such instantiation: solve_kernelILi128E" in problems[0]
 
+    @pytest.mark.parametrize(("waits", "serialized"), [(6, 0), (12, 0), (48, 24), (50, 24)])
+    def test_products_of_warpgroups_that_wait_one_by_one(self, report, kernels, waits, serialized):
+        """Each with a WARPGROUP.ARRIVE before and a WARPGROUP.DEPBAR behind it; else there is one of both for many."""
+        solve, _ = kernels
+        solve.instructions.update({"HGMMA": 24, "WARPGROUP": waits})
+        assert solve.serialized_products == serialized
+        problems = report.check(kernels, self.BUDGETS, True)
+        named = ["serialized_products 24, allowed 0" in p and "solve_kernel" in p for p in problems]
+        assert named == ([True] if serialized else [])
+        assert report.check(kernels, self.changed("solve_kernel", serialized_products=24), True) == []
+
+    def test_no_products_wait_in_the_stepwise_path(self, report):
+        budgets = json.loads(report.BUDGET_FILE.read_text())["kernels"]
+        for name in ("state_scan_kernel", "segment_summary_kernel"):
+            limits = [budgets[name], *budgets[name]["instantiations"].values()]
+            assert "HGMMA" in budgets[name]["instructions"]
+            assert not any(limit.get("serialized_products", 0) for limit in limits)
+
     def test_instructions_are_not_checked_without_a_disassembler(self, report, kernels):
         assert report.check(kernels, self.changed("gemm_kernel", instructions=["LDSM"]), False) == []
 
