@@ -1,5 +1,6 @@
 // Checks and times kda::chunk_fwd without torch, for Nsight and for comparisons. See options.h or --help for the flags.
 #include <algorithm>
+#include <optional>
 
 #include "host_reference.h"
 #include "program.h"
@@ -11,11 +12,24 @@ namespace {
 constexpr double kLimitO = 4.5e-3;
 constexpr double kLimitState = 4.0e-3;
 
+std::optional<kda::ChunkFwdPath> path_of(PathChoice choice) {
+  switch (choice) {
+    case PathChoice::kStepwise:
+      return kda::ChunkFwdPath::kStepwise;
+    case PathChoice::kFused:
+      return kda::ChunkFwdPath::kFused;
+    case PathChoice::kStaged:
+      return kda::ChunkFwdPath::kStaged;
+    case PathChoice::kAuto:
+      break;
+  }
+  return std::nullopt;
+}
+
 // The planner's plan with what the options force.
 kda::ChunkFwdPlan make_plan(const kda::ChunkFwdProblem& problem, const Options& options) {
   kda::ChunkFwdPlanOptions forced;
-  if (options.path == PathChoice::kStaged) forced.path = kda::ChunkFwdPath::kStaged;
-  if (options.path == PathChoice::kFused) forced.path = kda::ChunkFwdPath::kFused;
+  forced.path = path_of(options.path);
   const bool tile_fits = options.path == PathChoice::kStaged || is_fused_value_tile(options.value_tile);
   if (options.value_tile != kAsPlanned && tile_fits) forced.value_tile = options.value_tile;
   if (options.segment_chunks != kAsPlanned) forced.segment_chunks = options.segment_chunks;
@@ -27,8 +41,11 @@ kda::ChunkFwdPlan make_plan(const kda::ChunkFwdProblem& problem, const Options& 
   if (plan.path == kda::ChunkFwdPath::kComposite) {
     throw std::runtime_error(std::string("no kernel covers this case: ") + plan.reason);
   }
-  if (plan.path == kda::ChunkFwdPath::kFused && options.segment_chunks != kAsPlanned) {
-    throw std::runtime_error("--segment-chunks: the plan takes the fused path, which cuts no sequences: --path staged");
+  if (plan.path != kda::ChunkFwdPath::kStepwise && options.segment_chunks > 0) {
+    throw std::runtime_error("--segment-chunks: the plan takes a path that cuts no sequences: --path stepwise");
+  }
+  if (options.value_tile != kAsPlanned && plan.path == kda::ChunkFwdPath::kStepwise) {
+    throw std::runtime_error("--value-tile: the plan takes the stepwise path, which has no tiles of V: --path fused");
   }
   if (options.value_tile != kAsPlanned && plan.value_tile != options.value_tile) {
     if (plan.path == kda::ChunkFwdPath::kFused) {
@@ -61,12 +78,18 @@ Errors verify(Options options, const kda::ChunkFwdPlan& timed, const Device& dev
   }
   options.value_heads = options.value_heads / options.heads * 2;
   options.heads = 2;
-  options.value_tile = timed.value_tile;
-  if (timed.path == kda::ChunkFwdPath::kFused) {
-    options.path = PathChoice::kFused;
-  } else {
-    options.path = PathChoice::kStaged;
-    options.segment_chunks = static_cast<int>(std::min(timed.segment_chunks, kMaxSegmentChunks));
+  switch (timed.path) {
+    case kda::ChunkFwdPath::kStepwise:
+      options.path = PathChoice::kStepwise;
+      options.segment_chunks = static_cast<int>(std::min(timed.segment_chunks, kMaxSegmentChunks));
+      break;
+    case kda::ChunkFwdPath::kFused:
+    case kda::ChunkFwdPath::kStaged:
+      options.path = timed.path == kda::ChunkFwdPath::kFused ? PathChoice::kFused : PathChoice::kStaged;
+      options.value_tile = timed.value_tile;
+      break;
+    case kda::ChunkFwdPath::kComposite:
+      throw std::runtime_error("no kernel covers this case");
   }
   const Shape shape(options);
   const kda::ChunkFwdProblem problem = make_problem(shape, device);
@@ -160,10 +183,11 @@ constexpr const char* kHelp[] = {R"(bench_chunk_fwd: checks and times kda::chunk
   --chunk-states       also write the state at entry of each chunk
 
 Overrides of the plan
-  --path PATH          auto, staged or fused: fail if the kernels of that path do not cover the case (default auto)
-  --value-tile N       V columns of one CTA, a divisor of V, at most 128: of the state recurrence of the staged path, a
-                       multiple of 16; of the fused path, 64 or 128                                 (default: the plan's)
-  --segment-chunks N   chunks of 64 tokens of one segment of a cut sequence, of the staged path; 0: no cut
+  --path PATH          auto, stepwise, fused or staged: fail if the kernels of that path do not cover the case
+                                                                                                    (default auto)
+  --value-tile N       V columns of one CTA, a divisor of V, at most 128: of the fused path, 64 or 128; of the state
+                       recurrence of the staged path, a multiple of 16                              (default: the plan's)
+  --segment-chunks N   chunks of 64 tokens of one segment of a cut sequence, of the stepwise path; 0: no cut
                                                                                                     (default: the plan's)
 )",
                                  kHelpMeasuring,

@@ -19,7 +19,7 @@ struct UsageError : std::runtime_error {
 };
 
 enum class GateFamily { kRandom, kLong, kUnbounded };
-enum class PathChoice { kAuto, kStaged, kFused };
+enum class PathChoice { kAuto, kStepwise, kFused, kStaged };
 
 struct Options {
   std::vector<int64_t> lengths = {8192};
@@ -139,8 +139,8 @@ struct IntegerFlag {
   int minimum, maximum;
 };
 inline constexpr int kMaxHeads = 1 << 16, kMaxDim = 1 << 12, kMaxIterations = 1 << 20, kMaxBatch = 1 << 16;
-// Of the state recurrence: a warp owns 16 rows of the transposed state, a CTA has up to 8 warps. Of the fused kernel: a CTA has one
-// or two warpgroups with 64 rows each.
+// Of the state recurrence (staged): a warp owns 16 rows of the transposed state, a CTA has up to 8 warps. Of the fused
+// kernel: a CTA has one or two warpgroups with 64 rows each.
 inline constexpr int kValueRowsPerWarp = 16, kMaxValueTile = 8 * kValueRowsPerWarp, kFusedRowsPerGroup = 64;
 inline constexpr int kMaxSegmentChunks = 1 << 24;
 inline constexpr IntegerFlag kIntegerFlags[] = {
@@ -173,9 +173,10 @@ inline GateFamily parse_gate(const std::string& flag, const std::string& value) 
 
 inline PathChoice parse_path(const std::string& flag, const std::string& value) {
   if (value == "auto") return PathChoice::kAuto;
-  if (value == "staged") return PathChoice::kStaged;
+  if (value == "stepwise") return PathChoice::kStepwise;
   if (value == "fused") return PathChoice::kFused;
-  throw UsageError(flag + ": expected auto, staged or fused, got '" + value + "'");
+  if (value == "staged") return PathChoice::kStaged;
+  throw UsageError(flag + ": expected auto, stepwise, fused or staged, got '" + value + "'");
 }
 
 // Whether `value` is `second`; it must be that or `first`.
@@ -215,12 +216,16 @@ inline void check_overrides(const Options& options) {
                      " that divides --value-dim = " + std::to_string(options.value_dim) + ", got " +
                      std::to_string(options.value_tile));
   }
-  if (options.path != PathChoice::kFused) return;
-  if (options.value_tile != kAsPlanned && !is_fused_value_tile(options.value_tile)) {
+  if (options.path == PathChoice::kStepwise && options.value_tile != kAsPlanned) {
+    throw UsageError("--value-tile: expected --path fused, staged or auto, as the stepwise path has no tiles of V");
+  }
+  if (options.path == PathChoice::kFused && options.value_tile != kAsPlanned &&
+      !is_fused_value_tile(options.value_tile)) {
     throw UsageError("--value-tile: expected 64 or 128 with --path fused, got " + std::to_string(options.value_tile));
   }
-  if (options.segment_chunks != kAsPlanned) {
-    throw UsageError("--segment-chunks: expected --path staged or auto, as the fused path cuts no sequences");
+  const bool cuts = options.path == PathChoice::kStepwise || options.path == PathChoice::kAuto;
+  if (options.segment_chunks > 0 && !cuts) {
+    throw UsageError("--segment-chunks: expected --path stepwise or auto, as the other paths cut no sequences");
   }
 }
 
@@ -262,7 +267,17 @@ inline Options parse_options(int argc, char** argv) {
 }
 
 inline const char* name_of(PathChoice path) {
-  return path == PathChoice::kAuto ? "auto" : path == PathChoice::kStaged ? "staged" : "fused";
+  switch (path) {
+    case PathChoice::kAuto:
+      return "auto";
+    case PathChoice::kStepwise:
+      return "stepwise";
+    case PathChoice::kFused:
+      return "fused";
+    case PathChoice::kStaged:
+      return "staged";
+  }
+  return "unknown";
 }
 
 inline const char* name_of(GateFamily gate) {

@@ -79,14 +79,21 @@ def _forced(name: str, **plan: Any) -> Choice:
 
 PLANNED = Choice("the plan's", (), ())
 
-# The value tile is the columns of V of one CTA, of the state recurrence or of the fused kernel: the smaller, the more
-# CTAs, and the more often factors are read or made. With a cut the recurrence's is left to the plan. The plan's own
-# choice comes last: its cut may have any length.
+# The value tile is the columns of V of one CTA of the fused kernel: the smaller, the more CTAs, and the more often
+# factors are made. Segments are of the stepwise path, 0: no cut; the shorter, the more CTAs, and the more maps to
+# compose. The staged path is none to choose: it is for inputs that the others cannot read. The plan's own choice comes
+# last: its cut may have any length.
+SEGMENT_CHUNKS = (4, 8, 16, 32, 64, 128)
 CHOICES = (
-    *(_forced(f"staged, value tile {n}", path="staged", value_tile=n, segment_chunks=0) for n in (32, 64, 128)),
     *(_forced(f"fused, value tile {n}", path="fused", value_tile=n) for n in (64, 128)),
-    *(_forced(f"staged, segments of {n} chunks", path="staged", segment_chunks=n) for n in (4, 16, 64)),
+    _forced("stepwise, no cut", path="stepwise", segment_chunks=0),
+    *(_forced(f"stepwise, segments of {n} chunks", path="stepwise", segment_chunks=n) for n in SEGMENT_CHUNKS),
     PLANNED,
+)
+
+# Of sweeps from before there was a stepwise path, which wrote down the names alone.
+PAST_CHOICES = tuple(
+    _forced(f"staged, value tile {n}", path="staged", value_tile=n, segment_chunks=0) for n in (32, 64, 128)
 )
 
 GRID = ((1, 4), (2, 4, 8, 16, 32, 64, 96), (1024, 8192))  # N, H, T of one sequence
@@ -183,7 +190,7 @@ def _measured(case: Json) -> list[tuple[Json, float]]:
 
     Sweeps of a time with fewer choices did not write down what ran: there the name of the choice says it.
     """
-    forced = {choice.name: dict(choice.plan) for choice in CHOICES}
+    forced = {choice.name: dict(choice.plan) for choice in (*PAST_CHOICES, *CHOICES)}
     found = [
         (m.get("plan", forced.get(name)), m["median_us"])
         for name, m in sorted(case["measurements"].items(), key=lambda item: item[0] == PLANNED.name)

@@ -29,14 +29,16 @@ MOST_TOKENS = 2**35  # above it, the bytes of a workspace could exceed 64 bits
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 STAGE_NAMES = {
-    "intra_chunk_solve": "intra-chunk solve",
+    "step_factors": "step factors",
     "segment_summary": "segment summary",
     "segment_compose": "segment composition",
+    "state_scan": "state scan",
+    "intra_chunk_solve": "intra-chunk solve",
     "state_recurrence": "state recurrence",
     "output_gemm": "output GEMM",
     "fused_scan": "fused scan",
 }
-FUSED_STEP_TOKENS = 32  # kStepTokens in csrc/kda/forward/fused_params.h
+STEP_TOKENS = 32  # kStepTokens in csrc/kda/types.h
 TYPICAL_CALL = {"heads": 1, "value_heads": 1, "key_dim": 128, "value_dim": 128, "activation_dtype": "bfloat16"}
 
 
@@ -77,12 +79,17 @@ def cut_rows(plan: dict[str, Any], value_dim: int) -> list[tuple[str, str]]:
     """How a path of kernels cuts its work, for `plan` as text."""
     tile = f"{plan['value_tile']} of {value_dim} columns"
     if plan["path"] == "fused":
-        steps = f"of {FUSED_STEP_TOKENS} tokens, one by one in the CTA of a sequence, value head and value tile"
+        steps = f"of {STEP_TOKENS} tokens, one by one in the CTA of a sequence, value head and value tile"
         return [("steps", steps), ("value tile", f"{tile} for each CTA")]
-    rows = [("chunks", f"{plan['chunk_slots']} slots of {plan['chunk_tokens']} tokens for each value head")]
-    if plan["segment_chunks"]:
-        rows.append(("segments", f"of {plan['segment_chunks']} chunks; {plan['segment_slots']} slots"))
-    return [*rows, ("value tile", f"{tile} for each CTA of the recurrence")]
+    if plan["path"] == "stepwise":
+        steps = f"of {STEP_TOKENS} tokens: their factors side by side, then one by one in a CTA for each value head"
+        segments = "none: a sequence is scanned in one piece"
+        if plan["segment_chunks"]:
+            tokens = plan["segment_chunks"] * plan["chunk_tokens"]
+            segments = f"of {plan['segment_chunks']} chunks ({tokens} tokens); {plan['segment_slots']} slots"
+        return [("steps", steps), ("segments", segments)]
+    chunks = f"{plan['chunk_slots']} slots of {plan['chunk_tokens']} tokens for each value head"
+    return [("chunks", chunks), ("value tile", f"{tile} for each CTA of the recurrence")]
 
 
 def why_no_kernels(device: Device | None) -> str | None:

@@ -44,7 +44,7 @@ def case(shape: Shape, family: str, operator: Operator = FORWARD, **times: float
         "roofline_us": operator.least_bytes(shape) / (BANDWIDTH_GBPS * 1e3),
         "input_sets": 3,
         "input_bytes": 1 << 20,
-        "plan": {"path": "staged"},
+        "plan": {"path": "stepwise"},
         "measurements": {name: measurement(us) for name, us in times.items()},
     }
 

@@ -78,7 +78,7 @@ class TestCMake:
         run("cmake", "-S", CONSUMER, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={tmp_path / 'prefix'}")
         run("cmake", "--build", tmp_path / "build")
         plan = json.loads(run(tmp_path / "build/consumer").stdout)
-        assert plan["path"] == "staged" and plan["chunk_slots"] == 128
+        assert plan["path"] == "stepwise" and plan["chunk_slots"] == 128
 
     def test_benchmark_explains_itself(self, built):
         text = run(built / "bench_chunk_fwd", "--help").stdout
@@ -114,9 +114,11 @@ class TestCMake:
             (["--lengths", "12,x"], "--lengths: expected an integer"),
             (["--heads", "3", "--value-heads", "4"], "--value-heads: expected a multiple of --heads = 3, got 4"),
             (["--gate", "steep"], "--gate: expected random, long or unbounded, got 'steep'"),
-            (["--path", "composite"], "--path: expected auto, staged or fused, got 'composite'"),
+            (["--path", "composite"], "--path: expected auto, stepwise, fused or staged, got 'composite'"),
             (["--path", "fused", "--value-tile", "32"], "--value-tile: expected 64 or 128 with --path fused, got 32"),
-            (["--path", "fused", "--segment-chunks", "4"], "--segment-chunks: expected --path staged or auto"),
+            (["--path", "stepwise", "--value-tile", "64"], "--value-tile: expected --path fused, staged or auto"),
+            (["--path", "fused", "--segment-chunks", "4"], "--segment-chunks: expected --path stepwise or auto"),
+            (["--path", "staged", "--segment-chunks", "4"], "--segment-chunks: expected --path stepwise or auto"),
             (["--segment-chunks", "-1"], "--segment-chunks: expected an integer in [0, "),
             (["--value-tile", "48"], "--value-tile: expected a multiple of 16 that divides --value-dim = 128, got 48"),
             (["--value-tile", "20"], "--value-tile: expected a multiple of 16"),
@@ -274,6 +276,24 @@ arch = sm_90a
         other = {"solve_kernelILi128E": {"registers": 160}}
         problems = report.check(kernels, self.changed("solve_kernel", instantiations=other), True)
         assert len(problems) == 1 and "no such instantiation: solve_kernelILi128E" in problems[0]
+
+    @pytest.mark.parametrize(("waits", "serialized"), [(6, 0), (12, 0), (48, 24), (50, 24)])
+    def test_products_of_warpgroups_that_wait_one_by_one(self, report, kernels, waits, serialized):
+        """Each with a WARPGROUP.ARRIVE before and a WARPGROUP.DEPBAR behind it; else there is one of both for many."""
+        solve, _ = kernels
+        solve.instructions.update({"HGMMA": 24, "WARPGROUP": waits})
+        assert solve.serialized_products == serialized
+        problems = report.check(kernels, self.BUDGETS, True)
+        named = ["serialized_products 24, allowed 0" in p and "solve_kernel" in p for p in problems]
+        assert named == ([True] if serialized else [])
+        assert report.check(kernels, self.changed("solve_kernel", serialized_products=24), True) == []
+
+    def test_no_products_wait_in_the_stepwise_path(self, report):
+        budgets = json.loads(report.BUDGET_FILE.read_text())["kernels"]
+        for name in ("state_scan_kernel", "segment_summary_kernel"):
+            limits = [budgets[name], *budgets[name]["instantiations"].values()]
+            assert "HGMMA" in budgets[name]["instructions"]
+            assert not any(limit.get("serialized_products", 0) for limit in limits)
 
     def test_instructions_are_not_checked_without_a_disassembler(self, report, kernels):
         assert report.check(kernels, self.changed("gemm_kernel", instructions=["LDSM"]), False) == []

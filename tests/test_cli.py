@@ -85,27 +85,38 @@ class TestPlan:
         without_gpu(monkeypatch)
         text = run(capsys, "plan", "--lengths", "8192", "--heads", "96")
         assert "132 SMs, compute capability 9.0 (an H200 is assumed, there is no GPU here)" in text
-        assert "fused: " in text and "grid of fused scan" in text and "96 CTAs" in text
+        assert "stepwise: " in text and "grid of state scan" in text and "96 CTAs" in text
 
     def test_fused(self, capsys):
-        text = run(capsys, "plan", *self.H200, "--lengths", "8192", "--heads", "96")
+        text = run(capsys, "plan", *self.H200, "--lengths", "8x1024", "--heads", "96")
+        assert "fused: " in text and "grid of fused scan" in text and "768 CTAs" in text
         assert "steps" in text and "of 32 tokens" in text and "128 of 128 columns for each CTA\n" in text
         assert "0 B (0 bytes)" in text and "gate" in text and "bounded (use_gate" in text
         assert "slots" not in text and "recurrence" not in text
 
-    def test_staged(self, capsys):
+    def test_stepwise(self, capsys):
         text = run(capsys, "plan", *self.H200, "--lengths", "8192", "--heads", "96", "--unbounded-gate")
-        assert "staged: " in text and "GiB" in text and "not bounded" in text
-        assert "128 slots of 64 tokens" in text and "columns for each CTA of the recurrence" in text
-        for stage in ("intra-chunk solve", "state recurrence", "output GEMM"):
+        assert "stepwise: " in text and "MiB" in text and "not bounded" in text
+        assert "of 32 tokens: their factors side by side" in text and "in one piece" in text
+        assert "grid of step factors" in text and "grid of state scan" in text
+        assert "value tile" not in text and "grid of segment" not in text
+
+    def test_cut(self, capsys):
+        arguments = ["--lengths", "65536", "--heads", "4"]
+        plan = json.loads(run(capsys, "plan", *self.H200, *arguments, "--json"))["plan"]
+        text = run(capsys, "plan", *self.H200, *arguments)
+        chunks, slots = plan["segment_chunks"], plan["segment_slots"]
+        assert chunks > 0 and f"of {chunks} chunks ({64 * chunks} tokens); {slots} slots" in text
+        for stage in ("step factors", "segment summary", "segment composition", "state scan"):
             assert f"grid of {stage}" in text
 
-    def test_cut(self):
-        plan = {"path": "staged", "chunk_slots": 128, "chunk_tokens": 64, "value_tile": 64}
-        rows = dict(cli.cut_rows(plan | {"segment_chunks": 16, "segment_slots": 8}, 128))
-        assert rows["segments"] == "of 16 chunks; 8 slots"
-        assert "segments" not in dict(cli.cut_rows(plan | {"segment_chunks": 0, "segment_slots": 1}, 128))
-        assert {"segment_summary", "segment_compose"} < set(cli.STAGE_NAMES)
+    def test_staged(self):
+        """No call of `plan` takes it, as that knows no strides."""
+        plan = {"path": "staged", "chunk_slots": 128, "chunk_tokens": 64, "value_tile": 64, "segment_chunks": 0}
+        rows = dict(cli.cut_rows(plan, 128))
+        assert rows["chunks"] == "128 slots of 64 tokens for each value head"
+        assert rows["value tile"] == "64 of 128 columns for each CTA of the recurrence"
+        assert {"intra_chunk_solve", "state_recurrence", "output_gemm"} < set(cli.STAGE_NAMES)
 
     def test_uses_the_gpu_that_is_there(self, capsys, monkeypatch):
         with_gpu(monkeypatch, 90, 78)

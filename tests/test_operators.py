@@ -220,11 +220,12 @@ def test_no_warning_on_the_cpu(recwarn: pytest.WarningsRecorder) -> None:
 
 
 def test_plan() -> None:
-    plan = json.loads(torch.ops.kda.plan_chunk_fwd([8192], 1, 96, 96, 128, 128, "bfloat16", False, 90, 132))
-    assert plan["path"] == "fused" and plan["stage_ctas"] == {"fused_scan": 96}
+    call = ([1024], 8, 96, 96, 128, 128, "bfloat16", False, 90, 132)
+    plan = json.loads(torch.ops.kda.plan_chunk_fwd(*call))
+    assert plan["path"] == "fused" and plan["stage_ctas"] == {"fused_scan": 8 * 96}
     assert plan["workspace_bytes"] == 0
-    plan = json.loads(torch.ops.kda.plan_chunk_fwd([8192], 1, 96, 96, 128, 128, "bfloat16", False, 90, 132, False))
-    assert plan["path"] == "staged" and "bound" in plan["reason"]
+    plan = json.loads(torch.ops.kda.plan_chunk_fwd(*call, False))
+    assert plan["path"] == "stepwise" and "bound" in plan["reason"]
     assert plan["workspace_bytes"] > 0
     plan = json.loads(torch.ops.kda.plan_chunk_fwd([3, 0, 5], 1, 4, 8, 80, 128, "float16", True, 90, 132))
     assert plan["path"] == "composite"

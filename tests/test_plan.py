@@ -18,6 +18,8 @@ from hypothesis import strategies as st  # noqa: E402
 BUILD_SCRIPT = Path(__file__).resolve().parents[1] / "tools/build_planner.py"
 H200 = {"compute_capability": 90, "sm_count": 132}
 C = 64
+STEP = 32
+MOST_SEGMENTS = 64  # of a sequence, as their composition goes from one to the next
 ALIGNMENT = 256
 
 
@@ -33,6 +35,8 @@ def load_planner() -> ModuleType:
 
 
 planner = load_planner()
+COMPOSITE, STAGED = planner.ChunkFwdPath.composite, planner.ChunkFwdPath.staged
+FUSED, STEPWISE = planner.ChunkFwdPath.fused, planner.ChunkFwdPath.stepwise
 
 
 def problem(**changes: Any):
@@ -60,11 +64,12 @@ def problems(tokens: int, sequences: tuple[int, int] = (0, 300), **fixed: Any) -
     )
 
 
-def slots_of(cu_seqlens: list[int]) -> list[list[int]]:
-    """The slots of the chunks of each sequence, as the kernels compute them from cu_seqlens."""
+def slots_of(cu_seqlens: list[int], tokens: int) -> list[int]:
+    """The slots of the chunks or steps of all sequences, as the kernels compute them from cu_seqlens."""
     return [
-        [begin // C + n + c for c in range(-(-(end - begin) // C))]
+        begin // tokens + n + c
         for n, (begin, end) in enumerate(pairwise(cu_seqlens))
+        for c in range(-(-(end - begin) // tokens))
     ]
 
 
@@ -84,36 +89,38 @@ lengths_of_sequences = st.lists(
 )
 
 
-class TestSlots:
-    @settings(deadline=None, max_examples=300)
-    @given(lengths_of_sequences)
-    def test_slots_of_sequences_never_meet_and_fit(self, lengths):
-        cu_seqlens = list(accumulate(lengths, initial=0))
-        used = [slot for slots in slots_of(cu_seqlens) for slot in slots]
-        p = problem(tokens=cu_seqlens[-1], sequences=len(lengths), varlen=True)
-        assert len(used) == len(set(used))
-        assert all(0 <= slot < planner.chunk_slots(p) for slot in used)
+SLOTS = {"chunks": (planner.chunk_slots, C), "steps": (planner.step_slots, STEP)}
+all_slots = pytest.mark.parametrize(("slots", "slot_tokens"), SLOTS.values(), ids=SLOTS)
 
-    @settings(deadline=None)
+
+class TestSlots:
+    @all_slots
+    @settings(deadline=None, max_examples=300)
     @given(lengths_of_sequences, st.integers(0, 500))
-    def test_slots_fit_if_rows_follow_the_last_sequence(self, lengths, padding):
+    def test_slots_of_sequences_never_meet_and_fit(self, slots, slot_tokens, lengths, padding):
+        """Of chunks and of steps, also if rows follow the last sequence."""
         cu_seqlens = list(accumulate(lengths, initial=0))
         p = problem(tokens=cu_seqlens[-1] + padding, sequences=len(lengths), varlen=True)
-        assert all(slot < planner.chunk_slots(p) for slots in slots_of(cu_seqlens) for slot in slots)
+        used = slots_of(cu_seqlens, slot_tokens)
+        assert len(used) == len(set(used))
+        assert all(0 <= slot < slots(p) for slot in used)
 
     @pytest.mark.parametrize(
-        ("batch", "tokens", "expected"),
-        [(1, 0, 0), (1, 1, 1), (1, 64, 1), (1, 65, 2), (3, 130, 9), (0, 100, 0), (2, 2**31, 2**26)],
+        ("batch", "tokens", "chunks", "steps"),
+        [(1, 0, 0, 0), (1, 1, 1, 1), (1, 64, 1, 2), (1, 65, 2, 3), (3, 130, 9, 15), (0, 100, 0, 0)]
+        + [(2, 2**31, 2**26, 2**27)],
     )
-    def test_equal_lengths(self, batch, tokens, expected):
-        assert planner.chunk_slots(problem(batch=batch, sequences=batch, tokens=tokens)) == expected
+    def test_equal_lengths(self, batch, tokens, chunks, steps):
+        p = problem(batch=batch, sequences=batch, tokens=tokens)
+        assert (planner.chunk_slots(p), planner.step_slots(p)) == (chunks, steps)
 
     @pytest.mark.parametrize(
-        ("sequences", "tokens", "expected"),
-        [(0, 0, 0), (5, 0, 5), (1, 8192, 129), (6, 8192, 134), (1, 2**33, 2**27 + 1)],
+        ("sequences", "tokens", "chunks", "steps"),
+        [(0, 0, 0, 0), (5, 0, 5, 5), (1, 8192, 129, 257), (6, 8192, 134, 262), (1, 2**33, 2**27 + 1, 2**28 + 1)],
     )
-    def test_cu_seqlens(self, sequences, tokens, expected):
-        assert planner.chunk_slots(problem(sequences=sequences, tokens=tokens, varlen=True)) == expected
+    def test_cu_seqlens(self, sequences, tokens, chunks, steps):
+        p = problem(sequences=sequences, tokens=tokens, varlen=True)
+        assert (planner.chunk_slots(p), planner.step_slots(p)) == (chunks, steps)
 
     @settings(deadline=None, max_examples=300)
     @given(lengths_of_sequences, st.integers(1, 40), st.integers(0, 500))
@@ -142,17 +149,26 @@ class TestSlots:
     def test_segment_slots(self, change, segment_chunks, expected):
         assert planner.segment_slots(problem(**change), segment_chunks) == expected
 
-    def test_chunk_size_is_the_one_of_the_kernels(self):
-        assert planner.CHUNK_TOKENS == C
+    def test_sizes_are_those_of_the_kernels(self):
+        assert (planner.CHUNK_TOKENS, planner.STEP_TOKENS) == (C, STEP)
+
+
+PACKED = {"tokens": 8192, "sequences": 8, "varlen": True}  # 8 x 1024
+ROWS = {"tokens": 1024, "batch": 8, "sequences": 8}
 
 
 class TestPath:
+    """Which path a call takes, and that the plan says why."""
+
     @pytest.mark.parametrize("key_dim", [64, 128])
     @pytest.mark.parametrize("value_dim", [64, 128])
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-    def test_kernels_cover(self, key_dim, value_dim, dtype):
-        p = problem(key_dim=key_dim, value_dim=value_dim, activation_type=getattr(planner.DataType, dtype))
-        assert planner.plan_chunk_fwd(p).path == planner.ChunkFwdPath.staged
+    @pytest.mark.parametrize("bounded_gate", [False, True])
+    def test_kernels_cover(self, key_dim, value_dim, dtype, bounded_gate):
+        """Eight sequences of 96 heads: enough for the fused kernel, where the gate allows it."""
+        sizes = {"key_dim": key_dim, "value_dim": value_dim, "activation_type": getattr(planner.DataType, dtype)}
+        plan = planner.plan_chunk_fwd(problem(**ROWS, **sizes, bounded_gate=bounded_gate))
+        assert plan.path == (FUSED if bounded_gate else STEPWISE)
 
     @pytest.mark.parametrize(
         ("change", "clause"),
@@ -169,30 +185,108 @@ class TestPath:
     )
     def test_composite_says_why(self, change, clause):
         plan = planner.plan_chunk_fwd(problem(**change))
-        assert plan.path == planner.ChunkFwdPath.composite
+        assert plan.path == COMPOSITE
         assert clause in plan.reason
         assert plan.workspace.total_bytes == 0
+        for path in (STAGED, FUSED, STEPWISE):
+            forced = planner.plan_chunk_fwd(problem(**change), path=path)
+            assert (forced.path, forced.reason) == (COMPOSITE, plan.reason)
 
-    def test_a_path_can_be_fixed(self):
-        plan = planner.plan_chunk_fwd(problem(), path=planner.ChunkFwdPath.fused)
-        assert plan.path == planner.ChunkFwdPath.fused and plan.reason
-        refused = planner.plan_chunk_fwd(problem(key_dim=7), path=planner.ChunkFwdPath.fused)
-        assert refused.path == planner.ChunkFwdPath.composite
+    @pytest.mark.parametrize(
+        ("change", "clause"), [({"aligned_inputs": False}, "16 bytes"), ({"tokens": 2**31}, "more tokens")]
+    )
+    @pytest.mark.parametrize("bounded_gate", [False, True])
+    def test_what_the_copy_engine_cannot_read_is_staged(self, change, clause, bounded_gate):
+        """It alone: no gate, and no wish for another path."""
+        p = problem(**change, bounded_gate=bounded_gate)
+        for path in (None, STAGED, FUSED, STEPWISE):
+            plan = planner.plan_chunk_fwd(p, path=path)
+            assert plan.path == STAGED and clause in plan.reason
+            assert plan.workspace.total_bytes > 0
+            assert plan.step_slots == plan.segment_chunks == 0
+
+    @pytest.mark.parametrize("shape", [{}, {"heads": 1, "tokens": 64}, ROWS, PACKED, {"heads": 256}, {"value_dim": 64}])
+    def test_unbounded_gates_are_stepwise(self, shape):
+        plan = planner.plan_chunk_fwd(problem(**shape, bounded_gate=False))
+        assert plan.path == STEPWISE and "no bound" in plan.reason
+
+    @pytest.mark.parametrize("path", [STAGED, FUSED, STEPWISE], ids=str)
+    @pytest.mark.parametrize("change", [{"heads": 1, "tokens": 64}, {"bounded_gate": False}, {"heads": 16}, ROWS])
+    def test_a_path_can_be_fixed(self, path, change):
+        plan = planner.plan_chunk_fwd(problem(**{"bounded_gate": True, **change}), path=path)
+        assert plan.path == path and plan.reason == "asked for"
+        assert (plan.workspace.total_bytes == 0) == (path == FUSED)
 
     @pytest.mark.parametrize("change", [{"tokens": 0}, {"tokens": 0, "sequences": 0}, {"batch": 0, "sequences": 0}])
-    def test_empty_calls_have_a_plan(self, change):
-        plan = planner.plan_chunk_fwd(problem(**change))
-        assert plan.path == planner.ChunkFwdPath.staged
-        assert plan.chunk_slots == 0
+    @pytest.mark.parametrize("path", [None, STAGED, FUSED, STEPWISE], ids=str)
+    def test_empty_calls_have_a_plan(self, change, path):
+        plan = planner.plan_chunk_fwd(problem(**change), path=path)
+        assert plan.path == (path or STEPWISE)
+        assert plan.chunk_slots == plan.step_slots == plan.segment_chunks == 0
         assert plan.workspace.total_bytes == 0
+
+
+class TestFused:
+    """Where gates are bounded, the kernel without a workspace is for calls whose chains of steps fill the device."""
+
+    @staticmethod
+    def plan(options: dict[str, Any] | None = None, **changes: Any):
+        return planner.plan_chunk_fwd(problem(**{"bounded_gate": True, **changes}), **(options or {}))
+
+    @pytest.mark.parametrize(
+        ("change", "value_tile"),
+        [
+            (PACKED, 128),
+            (ROWS, 128),
+            ({"key_dim": 64, **ROWS}, 128),
+            ({"value_dim": 64}, 64),
+            ({"value_dim": 64, **ROWS}, 64),
+            ({"heads": 48, "value_heads": 96, **ROWS}, 128),
+            ({"activation_type": planner.DataType.float16, **ROWS}, 128),
+        ],
+    )
+    def test_many_chains_are_fused(self, change, value_tile):
+        plan = self.plan(**change)
+        assert plan.path == FUSED and "enough chains" in plan.reason
+        assert plan.value_tile == value_tile
+        assert plan.workspace.total_bytes == 0
+        assert plan.segment_chunks == plan.step_slots == 0
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"heads": 16}, {"heads": 8, "tokens": 65536}, {"heads": 4, "tokens": 32768}, {"heads": 8}, {"heads": 32}]
+        + [{"heads": 1, "tokens": 64}, {"heads": 2, **PACKED}],
+    )
+    def test_few_chains_are_stepwise(self, change):
+        plan = self.plan(**change)
+        assert plan.path == STEPWISE and "too few chains" in plan.reason
+        assert plan.workspace.total_bytes > 0
+
+    @pytest.mark.parametrize("value_tile", [64, 128])
+    @pytest.mark.parametrize("heads", [1, 64, 96])
+    def test_value_tile_can_be_forced(self, value_tile, heads):
+        plan = self.plan({"path": FUSED, "value_tile": value_tile}, heads=heads)
+        assert plan.path == FUSED and plan.value_tile == value_tile
+
+    @settings(deadline=None)
+    @given(problems(tokens=2**20, bounded_gate=True))
+    def test_any_choice_is_sound(self, p):
+        plan = planner.plan_chunk_fwd(p, path=FUSED)
+        assert plan.value_tile in (64, 128) and plan.value_tile <= p.value_dim
+        assert plan.workspace.total_bytes == 0
+        ctas = json.loads(planner.to_json(p, plan))["stage_ctas"]
+        assert ctas == {"fused_scan": p.sequences * p.heads * (p.value_dim // plan.value_tile)}
 
 
 class TestValueTile:
+    """Of the staged path, and of the recurrences of the backward. The stepwise path has none: V is one tile."""
+
     @settings(deadline=None)
     @given(st.integers(1, 64), st.integers(1, 128), st.sampled_from([64, 128]), st.integers(1, 200))
     def test_cut_is_the_least_that_fills_the_device(self, sequences, heads, value_dim, sm_count):
         p = problem(sequences=sequences, batch=sequences, heads=heads, value_dim=value_dim, sm_count=sm_count)
-        tile = planner.plan_chunk_fwd(p, segment_chunks=0).value_tile
+        tile = planner.plan_chunk_fwd(p, path=STAGED).value_tile
+        assert tile == planner.plan_chunk_bwd(p, True).value_tile
         assert value_dim % tile == 0 and 32 <= tile <= value_dim
 
         def ctas(tile: int) -> int:
@@ -201,51 +295,80 @@ class TestValueTile:
         assert ctas(tile) >= sm_count or tile == 32
         assert tile == value_dim or ctas(2 * tile) < sm_count
 
+    @pytest.mark.parametrize("value_tile", [32, 64, 128])
+    def test_can_be_forced(self, value_tile):
+        plan = planner.plan_chunk_fwd(problem(), path=STAGED, value_tile=value_tile)
+        assert plan.path == STAGED and plan.value_tile == value_tile
+
+    @pytest.mark.parametrize("value_dim", [64, 128])
+    @pytest.mark.parametrize("heads", [1, 96])
+    def test_stepwise_has_all_of_V(self, value_dim, heads):
+        plan = planner.plan_chunk_fwd(problem(heads=heads, value_dim=value_dim))
+        assert plan.path == STEPWISE and plan.value_tile == value_dim
+
 
 class TestCut:
-    """The cut of sequences into segments."""
+    """The cut of sequences into segments, of the stepwise path alone."""
+
+    @staticmethod
+    def shape(sequences: int, tokens: int, varlen: bool) -> dict[str, Any]:
+        """Sequences of so many tokens each, packed or as rows."""
+        layout = {"tokens": tokens * sequences, "varlen": True} if varlen else {"tokens": tokens, "batch": sequences}
+        return {"sequences": sequences, **layout}
 
     @pytest.mark.parametrize(
-        ("heads", "lengths"),
-        [(8, [65536]), (4, [32768]), (16, [8192]), (8, [4096]), (12, [2048]), (1, [2**20]), (2, [16384] * 2)],
-        ids=str,
+        ("heads", "tokens"), [(8, 65536), (4, 32768), (16, 8192), (8, 4096), (12, 2048), (32, 8192), (1, 2**20)]
     )
     @pytest.mark.parametrize("varlen", [False, True])
-    def test_few_heads_and_long_sequences_are_cut(self, heads, lengths, varlen):
-        N, T = len(lengths), lengths[0]
-        shape = {"tokens": T * N, "varlen": True} if varlen else {"tokens": T, "batch": N}
-        plan = planner.plan_chunk_fwd(problem(heads=heads, sequences=N, **shape))
-        segments = -(-T // C // plan.segment_chunks)
-        assert 3 <= segments <= 64
-        assert plan.segment_slots == N * segments + (N if varlen and T % (plan.segment_chunks * C) == 0 else 0)
-        assert plan.segment_tile == plan.value_tile == 64
+    def test_few_heads_and_long_sequences_are_cut(self, heads, tokens, varlen):
+        """Into as many segments as give most multiprocessors a CTA of the scan, and none two."""
+        plan = planner.plan_chunk_fwd(problem(heads=heads, **self.shape(1, tokens, varlen)))
+        assert plan.path == STEPWISE and plan.segment_chunks > 0
+        segments = -(-tokens // C // plan.segment_chunks)
+        assert 66 < segments * heads <= 132 or segments == MOST_SEGMENTS
+        # With cu_seqlens a slot for the remainder of a segment that the last sequence may have.
+        assert plan.segment_slots == (tokens // (plan.segment_chunks * C) + 1 if varlen else segments)
 
     @pytest.mark.parametrize(
         ("heads", "sequences", "tokens"),
-        [(96, 1, 8192), (96, 8, 1024), (64, 1, 8192), (32, 1, 8192), (16, 8, 2048), (4, 1, 1024), (1, 1, 64), (1, 1, 0)]
-        + [(64, 0, 0), (96, 256, 8192), (4, 64, 500)],
+        [(96, 1, 8192), (96, 8, 1024), (1, 1, 64), (1, 1, 0), (64, 0, 0), (96, 256, 8192), (128, 2, 1024)],
     )
     @pytest.mark.parametrize("varlen", [False, True])
     def test_a_full_device_and_short_sequences_are_not(self, heads, sequences, tokens, varlen):
-        shape = {"tokens": tokens * sequences, "varlen": True} if varlen else {"tokens": tokens, "batch": sequences}
-        plan = planner.plan_chunk_fwd(problem(heads=heads, sequences=sequences, **shape))
-        assert plan.segment_chunks == 0 and plan.segment_tile == 0
+        plan = planner.plan_chunk_fwd(problem(heads=heads, **self.shape(sequences, tokens, varlen)))
+        assert plan.path == STEPWISE and plan.segment_chunks == 0
         assert plan.segment_slots == sequences
-        assert plan.workspace.segment_map == plan.workspace.segment_state == 0
+        assert plan.workspace.segment_map == plan.workspace.segment_state == plan.workspace.segment_faded == 0
 
-    def test_a_packed_batch_counts_as_equally_long_sequences(self):
-        """The host does not know the lengths: eight sequences of 1024 tokens, or one of 8000 and seven short ones."""
-        assert planner.plan_chunk_fwd(problem(heads=2, tokens=8192, varlen=True)).segment_chunks > 0
-        assert planner.plan_chunk_fwd(problem(heads=2, tokens=8192, sequences=8, varlen=True)).segment_chunks == 0
+    @pytest.mark.parametrize(("heads", "sequences", "tokens"), [(8, 64, 1024), (2, 64, 1024), (4, 64, 500)])
+    def test_a_packed_batch_may_be_one_long_sequence(self, heads, sequences, tokens):
+        """The host does not know the lengths. Rows of a batch are equally long, and fill the device without a cut; the
+        same sequences packed may be one that has nearly all tokens: it gets several segments.
+        """
+        assert planner.plan_chunk_fwd(problem(heads=heads, **self.shape(sequences, tokens, False))).segment_chunks == 0
+        plan = planner.plan_chunk_fwd(problem(heads=heads, **self.shape(sequences, tokens, True)))
+        assert plan.segment_chunks > 0
+        assert -(-sequences * tokens // (plan.segment_chunks * C)) >= 8
 
-    @settings(deadline=None)
+    @pytest.mark.parametrize("heads", [1, 2, 4])
+    def test_a_packed_batch_may_be_equally_long_sequences(self, heads):
+        """Each of the eight gets several segments where all of them together leave multiprocessors idle."""
+        plan = planner.plan_chunk_fwd(problem(heads=heads, **PACKED))
+        assert 0 < plan.segment_chunks <= 1024 // C // 2
+
+    @settings(deadline=None, max_examples=300)
     @given(problems(tokens=2**22))
     def test_any_choice_is_sound(self, p):
-        plan = planner.plan_chunk_fwd(p)
+        """Some sequence may have two segments, else a cut has no use; no equally long one has more than are good."""
+        plan = planner.plan_chunk_fwd(p, path=STEPWISE)
+        assert plan.value_tile == p.value_dim
+        assert plan.step_slots == planner.step_slots(p)
         assert plan.segment_slots == planner.segment_slots(p, plan.segment_chunks)
         if plan.segment_chunks:
-            longest = -(-(-(-p.tokens // p.sequences) if p.varlen else p.tokens) // C)
-            assert 3 <= -(-longest // plan.segment_chunks) <= 64
+            longest = -(-p.tokens // C)
+            equal = -(-(-(-p.tokens // p.sequences) if p.varlen else p.tokens) // C)
+            assert -(-longest // plan.segment_chunks) >= 2
+            assert -(-equal // plan.segment_chunks) <= MOST_SEGMENTS
 
     @pytest.mark.parametrize("segment_chunks", [0, 1, 7, 10**6])
     def test_a_cut_can_be_fixed(self, segment_chunks):
@@ -253,10 +376,16 @@ class TestCut:
         assert plan.segment_chunks == segment_chunks
         assert plan.segment_slots == (-(-128 // segment_chunks) if segment_chunks else 1)
 
+    @pytest.mark.parametrize("path", [STAGED, FUSED], ids=str)
+    @pytest.mark.parametrize("heads", [4, 96])
+    def test_other_paths_do_not_cut(self, path, heads):
+        plan = planner.plan_chunk_fwd(problem(heads=heads, tokens=65536), path=path, segment_chunks=4)
+        assert plan.path == path and plan.segment_chunks == 0
+
 
 class TestWorkspace:
-    # Bytes of each region, for each (slot, value head).
-    REGIONS = {
+    # Bytes of each region of the staged path, for each (chunk slot, value head).
+    STAGED_REGIONS = {
         "W": lambda K, V: C * K * 2,
         "K_decayed": lambda K, V: C * K * 2,
         "Q_gated": lambda K, V: C * K * 2,
@@ -265,153 +394,112 @@ class TestWorkspace:
         "state": lambda K, V: V * K * 2,
         "chunk_decay": lambda K, V: K * 4,
     }
-    # Of each region of a cut, for each (segment slot, value head).
-    SEGMENT_REGIONS = {"segment_map": lambda K, V: K * K * 4, "segment_state": lambda K, V: V * K * 4}
+    # Of the stepwise path, for each (step slot, value head).
+    STEP_REGIONS = {"step_images": lambda K, V: planner.step_image_bytes(K)}
+    # Of a cut, for each (segment slot, value head).
+    SEGMENT_REGIONS = {
+        "segment_map": lambda K, V: K * K * 4,
+        "segment_state": lambda K, V: V * K * 4,
+        "segment_faded": lambda K, V: 4,
+    }
 
-    @settings(deadline=None)
-    @given(problems(tokens=2**34, sequences=(1, 300)), st.sampled_from([None, 0, 1, 50]))
-    def test_regions_are_aligned_and_disjoint(self, p, segment_chunks):
-        plan = planner.plan_chunk_fwd(p, segment_chunks=segment_chunks)
-        K, V = p.key_dim, p.value_dim
-        tiles = plan.chunk_slots * p.heads
-        regions = [(name, tiles * size(K, V)) for name, size in self.REGIONS.items()]
+    def regions(self, p: Any, plan: Any) -> list[tuple[int, int]]:
+        """Where each region of a plan begins, and its size."""
+        kinds = [(plan.chunk_slots, self.STAGED_REGIONS)]
+        if plan.path == STEPWISE:
+            kinds = [(plan.step_slots, self.STEP_REGIONS)]
         if plan.segment_chunks:
-            tiles = plan.segment_slots * p.heads
-            regions += [(name, tiles * size(K, V)) for name, size in self.SEGMENT_REGIONS.items()]
-        spans = sorted((getattr(plan.workspace, name), size) for name, size in regions)
+            kinds.append((plan.segment_slots, self.SEGMENT_REGIONS))
+        return [
+            (getattr(plan.workspace, name), slots * p.heads * size(p.key_dim, p.value_dim))
+            for slots, sizes in kinds
+            for name, size in sizes.items()
+        ]
+
+    @settings(deadline=None, max_examples=200)
+    @given(
+        problems(tokens=2**34, sequences=(1, 300)),
+        st.sampled_from([None, STAGED, STEPWISE]),
+        st.sampled_from([None, 0, 1, 50]),
+    )
+    def test_regions_are_aligned_and_disjoint(self, p, path, segment_chunks):
+        plan = planner.plan_chunk_fwd(p, path=path, segment_chunks=segment_chunks)
+        spans = sorted(self.regions(p, plan))
         assert all(offset % ALIGNMENT == 0 for offset, _ in spans)
         assert all(offset + size <= following for (offset, size), (following, _) in pairwise(spans))
         assert spans[-1][0] + spans[-1][1] <= plan.workspace.total_bytes
+        used = sum(size for _, size in spans)
+        assert plan.workspace.total_bytes < used + ALIGNMENT * len(spans)
 
     def test_every_region_is_tested(self):
         assert {n for n in dir(planner.ChunkFwdWorkspace) if not n.startswith("_")} == {
-            *self.REGIONS,
+            *self.STAGED_REGIONS,
+            *self.STEP_REGIONS,
             *self.SEGMENT_REGIONS,
             "total_bytes",
         }
 
-    def test_sizes_are_64_bit(self):
-        plan = planner.plan_chunk_fwd(problem(tokens=2**24, heads=64), segment_chunks=0)
-        tiles = 2**18 * 64
-        assert plan.workspace.total_bytes == tiles * sum(size(128, 128) for size in self.REGIONS.values()) > 2**40
+    @pytest.mark.parametrize("key_dim", [64, 128])
+    def test_image_of_a_step(self, key_dim):
+        """Three operands [tokens, K] and pairs [tokens, 4 tokens] in bf16; in fp32 the decay of each channel and two
+        numbers for each token.
+        """
+        size = 3 * 2 * STEP * key_dim + 2 * STEP * (4 * STEP) + 4 * (key_dim + 2 * STEP)
+        assert planner.step_image_bytes(key_dim) == size
+        assert size % 16 == 0  # as the copy engine needs it
 
+    @pytest.mark.parametrize("path", [STAGED, STEPWISE], ids=str)
+    def test_sizes_are_64_bit(self, path):
+        p = problem(tokens=2**24, heads=64)
+        plan = planner.plan_chunk_fwd(p, path=path, segment_chunks=0)
+        assert plan.workspace.total_bytes == sum(size for _, size in self.regions(p, plan)) > 2**40
 
-class TestFused:
-    """The choice between the fused and the staged path, for calls that kernels cover. Elsewhere gates have no bound."""
-
-    @staticmethod
-    def plan(options: dict[str, Any] | None = None, **changes: Any):
-        return planner.plan_chunk_fwd(problem(**{"bounded_gate": True, **changes}), **(options or {}))
-
-    PACKED = {"tokens": 8192, "sequences": 8, "varlen": True}  # 8 x 1024
-    ROWS = {"tokens": 1024, "batch": 8, "sequences": 8}
-
-    @pytest.mark.parametrize(
-        ("change", "value_tile"),
-        [
-            ({"heads": 96}, 128),
-            ({"heads": 64}, 64),  # 128 CTAs, a turn on 132 multiprocessors
-            ({"heads": 96, **PACKED}, 128),
-            ({"heads": 96, **ROWS}, 128),
-            ({"heads": 96, "key_dim": 64}, 128),
-            ({"heads": 96, "value_dim": 64}, 64),
-            ({"heads": 48, "value_heads": 96}, 128),
-            ({"heads": 96, "activation_type": planner.DataType.float16}, 128),
-        ],
-    )
-    def test_many_chains_are_fused(self, change, value_tile):
-        plan = self.plan(**change)
-        assert plan.path == planner.ChunkFwdPath.fused and plan.reason
-        assert plan.value_tile == value_tile
-        assert plan.workspace.total_bytes == 0
-        assert plan.segment_chunks == 0
-
-    @pytest.mark.parametrize(
-        "change", [{"heads": 16}, {"heads": 8, "tokens": 65536}, {"heads": 4, "tokens": 32768}, {"heads": 8}]
-    )
-    def test_few_chains_are_staged(self, change):
-        plan = self.plan(**change)
-        assert plan.path == planner.ChunkFwdPath.staged and "too few chains" in plan.reason
-        assert plan.workspace.total_bytes > 0
-
-    @pytest.mark.parametrize(
-        ("change", "clause"),
-        [
-            ({"aligned_inputs": False}, "16 bytes"),
-            ({"bounded_gate": False}, "no bound"),
-            ({"tokens": 2**31, "heads": 96}, "more tokens"),
-        ],
-    )
-    def test_staged_says_why(self, change, clause):
-        plan = self.plan(**change)
-        assert plan.path == planner.ChunkFwdPath.staged and clause in plan.reason
-
-    @pytest.mark.parametrize("change", [{"heads": 1, "tokens": 64}, {"bounded_gate": False}, {"heads": 16}])
-    def test_forced(self, change):
-        plan = self.plan({"path": planner.ChunkFwdPath.fused}, **change)
-        assert plan.path == planner.ChunkFwdPath.fused and plan.workspace.total_bytes == 0
-
-    def test_staged_can_be_forced(self):
-        plan = self.plan({"path": planner.ChunkFwdPath.staged})
-        assert plan.path == planner.ChunkFwdPath.staged and plan.reason == "asked for"
-        assert plan.workspace.total_bytes > 0
-
-    def test_what_it_does_not_cover_cannot_be_forced(self):
-        forced = {"path": planner.ChunkFwdPath.fused}
-        plan = self.plan(forced, aligned_inputs=False)
-        assert plan.path == planner.ChunkFwdPath.staged and "16 bytes" in plan.reason
-        plan = self.plan(forced, key_dim=60)
-        assert plan.path == planner.ChunkFwdPath.composite and "K in" in plan.reason
-
-    @pytest.mark.parametrize("value_tile", [64, 128])
-    @pytest.mark.parametrize("heads", [1, 64, 96])
-    def test_value_tile_can_be_forced(self, value_tile, heads):
-        plan = self.plan({"path": planner.ChunkFwdPath.fused, "value_tile": value_tile}, heads=heads)
-        assert plan.path == planner.ChunkFwdPath.fused and plan.value_tile == value_tile
-
-    @settings(deadline=None)
-    @given(problems(tokens=2**20, bounded_gate=True))
-    def test_any_choice_is_sound(self, p):
-        plan = planner.plan_chunk_fwd(p)
-        if plan.path == planner.ChunkFwdPath.fused:
-            assert plan.value_tile in (64, 128) and plan.value_tile <= p.value_dim
-            assert plan.workspace.total_bytes == 0
-            ctas = json.loads(planner.to_json(p, plan))["stage_ctas"]
-            assert ctas == {"fused_scan": p.sequences * p.heads * (p.value_dim // plan.value_tile)}
+    def test_sizes_of_a_cut_are_64_bit(self):
+        p = problem(tokens=2**24, heads=64)
+        plan = planner.plan_chunk_fwd(p, path=STEPWISE, segment_chunks=1)
+        assert plan.segment_slots == 2**18
+        assert plan.workspace.segment_faded > plan.workspace.segment_state > plan.workspace.segment_map > 2**40
+        assert plan.workspace.total_bytes == sum(size for _, size in self.regions(p, plan))
 
 
 class TestJson:
+    @staticmethod
+    def content(p: Any, **options: Any) -> dict[str, Any]:
+        return json.loads(planner.to_json(p, planner.plan_chunk_fwd(p, **options)))
+
     def test_states_the_plan(self):
         p = problem(heads=8, value_heads=16, tokens=1000)
-        content = json.loads(planner.to_json(p, planner.plan_chunk_fwd(p)))
-        assert content["path"] == "staged"
+        plan, content = planner.plan_chunk_fwd(p), self.content(p)
+        assert content["path"] == "stepwise" and content["reason"] == plan.reason
         assert content["chunk_slots"] == 16
-        assert content["value_tile"] == 32
-        assert content["stage_ctas"]["state_recurrence"] == 16 * 4
-        assert content["workspace_bytes"] == planner.plan_chunk_fwd(p).workspace.total_bytes
+        assert content["value_tile"] == 128
+        assert content["segment_chunks"] == plan.segment_chunks
+        assert content["segment_slots"] == plan.segment_slots
+        assert content["workspace_bytes"] == plan.workspace.total_bytes
 
     def test_ctas_of_each_stage_with_cu_seqlens(self):
         p = problem(heads=4, tokens=1000, sequences=3, varlen=True)
-        ctas = json.loads(planner.to_json(p, planner.plan_chunk_fwd(p)))["stage_ctas"]
+        ctas = self.content(p, path=STEPWISE, segment_chunks=0)["stage_ctas"]
+        assert ctas == {"step_factors": (1000 // 32 + 3) * 4, "state_scan": 3 * 4}
+        ctas = self.content(p, path=STAGED)["stage_ctas"]
         assert ctas == {"intra_chunk_solve": 18 * 4, "state_recurrence": 3 * 4 * 4, "output_gemm": 19 * 4}
 
     def test_ctas_of_a_cut(self):
+        """Of the summary one for 64 rows of the map and one for 64 of the state; of the composition one for 16."""
         p = problem(heads=4, tokens=1000, key_dim=64)
-        content = json.loads(planner.to_json(p, planner.plan_chunk_fwd(p, segment_chunks=5)))
-        assert content["segment_chunks"] == 5 and content["segment_slots"] == 4 and content["segment_tile"] == 64
+        content = self.content(p, path=STEPWISE, segment_chunks=5)
+        assert content["segment_chunks"] == 5 and content["segment_slots"] == 4
         assert content["stage_ctas"] == {
-            "intra_chunk_solve": 16 * 4,
-            "segment_summary": 4 * 4 * 3,
-            "segment_compose": 4 * 8,
-            "state_recurrence": 4 * 4 * 2,
-            "output_gemm": 16 * 4,
+            "step_factors": 32 * 4,
+            "segment_summary": 4 * 4 * (64 + 128) // 64,
+            "segment_compose": 4 * 128 // 16,
+            "state_scan": 4 * 4,
         }
 
     def test_fused(self):
-        p = problem(bounded_gate=True)
-        content = json.loads(planner.to_json(p, planner.plan_chunk_fwd(p)))
+        content = self.content(problem(bounded_gate=True, **ROWS))
         assert content["path"] == "fused" and content["value_tile"] == 128
-        assert content["stage_ctas"] == {"fused_scan": 96} and content["workspace_bytes"] == 0
+        assert content["stage_ctas"] == {"fused_scan": 8 * 96} and content["workspace_bytes"] == 0
 
     def test_composite(self):
         p = problem(key_dim=7)
@@ -496,7 +584,7 @@ class TestBackward:
         for changes in ({}, {"key_dim": 96}, {"compute_capability": 80}, {"tokens": 0}):
             p = problem(**changes)
             forward, backward = planner.plan_chunk_fwd(p), planner.plan_chunk_bwd(p, True)
-            if forward.path == planner.ChunkFwdPath.composite:
+            if forward.path == COMPOSITE:
                 assert (backward.path, backward.reason) == (forward.path, forward.reason)
             else:  # in stages, whatever the forward takes
-                assert backward.path == planner.ChunkFwdPath.staged and backward.value_tile in (32, 64, 128)
+                assert backward.path == STAGED and backward.value_tile in (32, 64, 128)

@@ -87,15 +87,15 @@ def test_support_table_agrees_with_the_operator() -> None:
 
     def path(key_dim: int, value_dim: int, dtype: str, capability: int, heads: int = 2, bounded: bool = True) -> str:
         sizes = (heads, heads, key_dim, value_dim)
-        plan = torch.ops.kda.plan_chunk_fwd([8192], 1, *sizes, dtype, False, capability, 132, bounded)
+        plan = torch.ops.kda.plan_chunk_fwd([1024], 8, *sizes, dtype, False, capability, 132, bounded)
         return json.loads(plan)["path"]
 
     for key_dim in (64, 128):
         for value_dim in (64, 128):
             for dtype in ("bfloat16", "float16"):
-                assert path(key_dim, value_dim, dtype, 90) == "staged"  # few heads
+                assert path(key_dim, value_dim, dtype, 90) == "stepwise"  # few heads
                 assert path(key_dim, value_dim, dtype, 90, heads=96) == "fused"
-                assert path(key_dim, value_dim, dtype, 90, heads=96, bounded=False) == "staged"
+                assert path(key_dim, value_dim, dtype, 90, heads=96, bounded=False) == "stepwise"
     assert path(128, 128, "float32", 90) == "composite"
     assert path(96, 128, "bfloat16", 90) == "composite" and path(128, 256, "bfloat16", 90) == "composite"
     for capability in (0, 80, 89, 100, 120):

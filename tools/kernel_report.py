@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Checks the compiled kernels against tools/kernel_budget.json: registers, stack, spills, shared memory, instructions.
+"""Checks the compiled kernels against tools/kernel_budget.json: registers, stack, spills, shared memory, instructions,
+and that no products of warpgroups wait for each other one by one.
 
     python tools/kernel_report.py kda_cuda/_C.abi3.so [--json FILE]
 
@@ -29,7 +30,7 @@ BUDGET_FILE = Path(__file__).with_name("kernel_budget.json")
 EXIT_GOOD, EXIT_EXCEEDED, EXIT_CANNOT_CHECK = 0, 1, 2
 
 # Limits of a budget that does not state them.
-DEFAULT_LIMITS = {"stack_bytes": 0, "spill_instructions": 0, "static_shared_bytes": 1024}
+DEFAULT_LIMITS = {"stack_bytes": 0, "spill_instructions": 0, "static_shared_bytes": 1024, "serialized_products": 0}
 SPILL_INSTRUCTIONS = ("LDL", "STL")
 
 
@@ -47,6 +48,14 @@ class Kernel:
     @property
     def spill_instructions(self) -> int:
         return sum(self.instructions[name] for name in SPILL_INSTRUCTIONS)
+
+    @property
+    def serialized_products(self) -> int:
+        """Products of warpgroups if ptxas put a fence before and a wait behind each of them, which it does to all of a
+        kernel or to none (its messages C7510 to C7520: "wgmma.mma_async instructions are serialized"); else 0.
+        """
+        products = self.instructions["HGMMA"]
+        return products if self.instructions["WARPGROUP"] >= 2 * products else 0
 
 
 def find_tool(name: str) -> Path | None:
@@ -134,13 +143,14 @@ def readable(symbols: list[str]) -> list[str]:
 
 
 def print_table(kernels: list[Kernel], budgets: dict[str, Any], with_instructions: bool) -> None:
-    header = ("kernel", "arch", "registers", "limit", "stack B", "spills", "static smem B", "instructions")
+    header = ("kernel", "arch", "registers", "limit", "stack B", "spills", "smem B", "serialized", "instructions")
     rows: list[tuple[str, ...]] = [header]
     for kernel, name in zip(kernels, readable([kernel.symbol for kernel in kernels]), strict=True):
         budget = limits_of(kernel.symbol, budgets.get(budget_of(kernel.symbol, budgets) or "", {}))
         counts = [f"{i} {kernel.instructions[i]}" for i in budget.get("instructions", [])]
         figures = [kernel.registers, budget.get("registers", "-"), kernel.stack_bytes]
         figures += [kernel.spill_instructions if with_instructions else "-", kernel.static_shared_bytes]
+        figures.append(kernel.serialized_products if with_instructions else "-")
         rows.append((name, kernel.architecture, *map(str, figures), ", ".join(counts) if with_instructions else "-"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     for row in rows:
@@ -191,7 +201,8 @@ def main() -> int:
     if nvdisasm is None:
         print("nvdisasm not found: instructions and spills were not checked, registers and stack were")
     if args.json:
-        figures = [{**asdict(kernel), "spill_instructions": kernel.spill_instructions} for kernel in kernels]
+        counted = ("spill_instructions", "serialized_products")
+        figures = [{**asdict(kernel), **{name: getattr(kernel, name) for name in counted}} for kernel in kernels]
         args.json.write_text(json.dumps(figures, indent=1))
     problems = check(kernels, budgets, nvdisasm is not None)
     for problem in problems:

@@ -53,7 +53,7 @@ class Case:
     # Of kernels, whatever the planner would choose; empty: its choice. "saving": the forward that saves its
     # intermediates, and the backward that takes them.
     path: str = "staged"
-    segment_chunks: int | None = None  # of a cut into segments, instead of the planner's choice
+    segment_chunks: int | None = None  # of a cut of the stepwise path, 0: none; instead of the planner's choice
     value_tile: int | None = None  # of the fused path, instead of the planner's choice
     zero_beta: bool = False  # every third token writes nothing
     is_wrong: bool = False  # the contents are no cu_seqlens: nothing to compare, and unwritten workspace may be read
@@ -102,15 +102,6 @@ def cases() -> list[Case]:
         Case("no_rows", {"B": 0, "T": 70, "with_state": True}),
         Case("no_sequences", {"lengths": []}),
         Case("empty_sequences", {"lengths": [0, 0], "with_state": True}),
-        # The cut into segments: both parts of a map, a map given up, its composition over several segments.
-        *(
-            Case(f"segments_K{K}_V{V}", {"T": 460, "H": 1, "K": K, "V": V, "with_state": True}, segment_chunks=2)
-            for K in (64, 128)
-            for V in (64, 128)
-        ),
-        Case("segments_faded", {"family": "random", "T": 460, "H": 1, "K": 128}, segment_chunks=3),
-        Case("segments_packed", {**packed, "lengths": [0, 1, 330, 0, 64, 200]}, segment_chunks=1),
-        Case("segments_padded", {"lengths": [100, 100, 100]}, contents=(0, 200, 210, 210), segment_chunks=1),
         # Gates, types and layouts.
         Case("gate_random_fp32", {"family": "random", "T": 80, "gate_dtype": torch.float32}),
         Case("gate_unbounded", {"family": "unbounded", "T": 80, "gate_dtype": torch.float16, "HV": 4}),
@@ -135,6 +126,7 @@ def cases() -> list[Case]:
         Case("saving_packed", {**packed, "K": 128, "V": 128}, path="saving"),
         Case("saving_padded", {"lengths": [50, 50, 50, 50]}, contents=(0, 70, 100, 100, 100), path="saving"),
         *fused_cases(),
+        *stepwise_cases(),
     ]
     wrong = {
         "decreasing": (0, 200, 100, 260),
@@ -148,8 +140,12 @@ def cases() -> list[Case]:
     features = {"lengths": [60, 100, 100], "with_state": True}
     result += [Case(f"wrong_{name}", features, contents=contents, is_wrong=True) for name, contents in wrong.items()]
     result += [
-        Case(f"wrong_segments_{name}", features, contents=contents, segment_chunks=1, is_wrong=True)
+        stepwise_case(f"wrong_cut_{name}", 1, features, contents=contents, is_wrong=True)
         for name, contents in wrong.items()
+    ]
+    result += [
+        stepwise_case(f"wrong_{name}", 0, features, contents=wrong[name], is_wrong=True)
+        for name in ("decreasing", "beyond", "extreme")
     ]
     result += [
         fused_case(f"wrong_{name}", 64, features, contents=contents, is_wrong=True) for name, contents in wrong.items()
@@ -205,6 +201,85 @@ def fused_cases() -> list[Case]:
         fused_case("negative_eigenvalues", 64, {"T": 80, "allow_neg_eigval": True, "scale": -0.5}),
         fused_case("fused_projection", 64, {"B": 2, "T": 70, "HV": 4, "strided": "fused"}),
         fused_case("head_major", 64, {"B": 2, "T": 70, "HV": 4, "strided": "head_major"}),
+    ]
+
+
+def stepwise_case(name: str, segment_chunks: int, features: dict[str, Any], **changes: Any) -> Case:
+    return Case(f"stepwise_{name}", features, path="stepwise", segment_chunks=segment_chunks, **changes)
+
+
+def stepwise_cases() -> list[Case]:
+    """Factors of steps of 32 tokens, then a scan; maps of segments and their composition where there is a cut. It cuts
+    into segments of so many chunks; 0: not at all.
+    """
+    packed = {"lengths": [1, 0, 31, 33, 0, 130, 64], "with_state": True}
+    types = [(K, V, dtype) for K in (64, 128) for V in (64, 128) for dtype in (torch.bfloat16, torch.float16)]
+    result = [
+        # Four segments, the last one not full: maps that are kept (a long memory), more steps than a ring has stages.
+        stepwise_case(
+            f"cut_K{K}_V{V}_{str(dtype).removeprefix('torch.')}",
+            2,
+            {"T": 460, "H": 1, "K": K, "V": V, "dtype": dtype, "with_state": True},
+        )
+        for K, V, dtype in types
+    ]
+    # The scan alone, more steps than its deepest ring has stages (7).
+    result += [
+        stepwise_case(f"uncut_K{K}_V{V}", 0, {"T": 300, "H": 1, "HV": 2, "K": K, "V": V, "with_state": True})
+        for K in (64, 128)
+        for V in (64, 128)
+    ]
+    # Maps that fade within the last steps of a segment, and those of which that may not be assumed.
+    result += [
+        stepwise_case(f"faded_K{K}_V{V}", 3, {"family": "random", "T": 460, "H": 1, "K": K, "V": V, "with_state": True})
+        for K, V in ((64, 128), (128, 64))
+    ]
+    raw = {"family": "random", "T": 460, "H": 1, "K": 128}
+    result += [
+        stepwise_case("faded_not_normalised", 3, {**raw, "use_qk_l2norm": False}),
+        stepwise_case("faded_beta_given", 3, {**raw, "use_beta_sigmoid": False}, zero_beta=True),
+        stepwise_case("cut_gate_log", 2, {"family": "unbounded_log", "T": 460, "H": 1, "gate_dtype": torch.float32}),
+    ]
+    # All kinds of gates, in fp32 and in 16 bits. Pairs take one reference where the gate is bounded, levels elsewhere;
+    # those are in fp16 where q and k are normalised, in bf16 elsewhere.
+    gates = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    result += [
+        stepwise_case(f"{family}_{name}_K{K}", 0, {"family": family, "T": 80, "K": K, "gate_dtype": gates[name]})
+        for family, K, name in (
+            ("random", 64, "fp32"),
+            ("random", 128, "fp16"),
+            ("unbounded", 64, "fp16"),
+            ("unbounded", 128, "fp32"),
+            ("unbounded_log", 64, "fp32"),
+            ("unbounded_log", 128, "bf16"),
+        )
+    ]
+    result += [
+        stepwise_case(f"not_normalised_{family}_K{K}", 0, {"family": family, "T": 80, "K": K, "use_qk_l2norm": False})
+        for family, K in (("long", 128), ("unbounded", 64), ("unbounded", 128))
+    ]
+    batch = {"B": 2, "T": 65, "V": 128, "with_state": True, "state_dtype": torch.bfloat16}
+    several = {**packed, "lengths": [0, 1, 330, 0, 64, 200]}
+    return [
+        *result,
+        stepwise_case("packed_int32", 0, {**packed, "index_dtype": torch.int32}),
+        stepwise_case("packed_int64_v_first", 0, {**packed, "state_v_first": True, "K": 128, "V": 128}),
+        stepwise_case("packed_cut", 1, several),
+        stepwise_case("packed_cut_v_first", 2, {**several, "state_v_first": True, "K": 128, "V": 128}),
+        stepwise_case("padded", 0, {"lengths": [50, 50, 50, 50]}, contents=(0, 70, 100, 100, 100)),
+        stepwise_case("padded_cut", 1, {"lengths": [100, 100, 100]}, contents=(0, 200, 210, 210)),
+        stepwise_case("padded_to_nothing", 1, {"lengths": [64, 64], "V": 128}, contents=(0, 0, 0)),
+        stepwise_case("seventy_sequences", 1, {"lengths": [0, 1, 3, 0, 2, 70, 1] * 10, "H": 1}),
+        stepwise_case("batch_v_first_bf16_state", 1, {**batch, "state_v_first": True}),
+        stepwise_case("one_token", 0, {"T": 1, "with_state": True}),
+        stepwise_case("one_token_cut", 1, {"T": 1, "with_state": True}),
+        stepwise_case("only_o", 1, {"T": 129, "output_final_state": False, "output_chunk_states": False}),
+        stepwise_case("no_tokens", 1, {"B": 2, "T": 0, "with_state": True}),
+        stepwise_case("no_sequences", 1, {"lengths": []}),
+        stepwise_case("empty_sequences", 1, {"lengths": [0, 0], "with_state": True}),
+        stepwise_case("negative_eigenvalues", 1, {"T": 140, "allow_neg_eigval": True, "scale": -0.5}),
+        stepwise_case("fused_projection", 0, {"B": 2, "T": 70, "HV": 4, "strided": "fused"}),
+        stepwise_case("head_major", 1, {"B": 2, "T": 70, "HV": 4, "strided": "head_major"}),
     ]
 
 

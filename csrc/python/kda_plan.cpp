@@ -11,6 +11,7 @@ namespace py = pybind11;
 PYBIND11_MODULE(kda_plan, m) {
   m.doc() = "Host-side planning of kda::chunk_fwd (csrc/kda/plan.h)";
   m.attr("CHUNK_TOKENS") = kda::kChunkTokens;
+  m.attr("STEP_TOKENS") = kda::kStepTokens;
 
   py::enum_<kda::DataType>(m, "DataType")
       .value("bfloat16", kda::DataType::kBFloat16)
@@ -20,7 +21,8 @@ PYBIND11_MODULE(kda_plan, m) {
   py::enum_<kda::ChunkFwdPath>(m, "ChunkFwdPath")
       .value("composite", kda::ChunkFwdPath::kComposite)
       .value("staged", kda::ChunkFwdPath::kStaged)
-      .value("fused", kda::ChunkFwdPath::kFused);
+      .value("fused", kda::ChunkFwdPath::kFused)
+      .value("stepwise", kda::ChunkFwdPath::kStepwise);
 
   const kda::ChunkFwdProblem defaults;
   py::class_<kda::ChunkFwdProblem>(m, "ChunkFwdProblem")
@@ -72,18 +74,20 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("U", &kda::ChunkFwdWorkspace::U)
       .def_readonly("state", &kda::ChunkFwdWorkspace::state)
       .def_readonly("chunk_decay", &kda::ChunkFwdWorkspace::chunk_decay)
+      .def_readonly("step_images", &kda::ChunkFwdWorkspace::step_images)
       .def_readonly("segment_map", &kda::ChunkFwdWorkspace::segment_map)
       .def_readonly("segment_state", &kda::ChunkFwdWorkspace::segment_state)
+      .def_readonly("segment_faded", &kda::ChunkFwdWorkspace::segment_faded)
       .def_readonly("total_bytes", &kda::ChunkFwdWorkspace::total_bytes);
 
   py::class_<kda::ChunkFwdPlan>(m, "ChunkFwdPlan")
       .def_readonly("path", &kda::ChunkFwdPlan::path)
       .def_readonly("reason", &kda::ChunkFwdPlan::reason)
       .def_readonly("chunk_slots", &kda::ChunkFwdPlan::chunk_slots)
+      .def_readonly("step_slots", &kda::ChunkFwdPlan::step_slots)
       .def_readonly("value_tile", &kda::ChunkFwdPlan::value_tile)
       .def_readonly("segment_chunks", &kda::ChunkFwdPlan::segment_chunks)
       .def_readonly("segment_slots", &kda::ChunkFwdPlan::segment_slots)
-      .def_readonly("segment_tile", &kda::ChunkFwdPlan::segment_tile)
       .def_readonly("workspace", &kda::ChunkFwdPlan::workspace);
 
   py::class_<kda::ChunkIntermediates>(m, "ChunkIntermediates")
@@ -117,6 +121,8 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("workspace", &kda::ChunkBwdPlan::workspace);
 
   m.def("chunk_slots", &kda::chunk_slots, py::arg("problem"));
+  m.def("step_slots", &kda::step_slots, py::arg("problem"));
+  m.def("step_image_bytes", &kda::step_image_bytes, py::arg("key_dim"));
   m.def("segment_slots", &kda::segment_slots, py::arg("problem"), py::arg("segment_chunks"));
   m.def(
       "plan_chunk_fwd",

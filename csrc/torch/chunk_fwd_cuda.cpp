@@ -44,6 +44,11 @@ Outputs chunk_fwd_cuda(ChunkFwdArguments args) {
   return run_plan(std::move(args), problem, plan);
 }
 
+[[noreturn]] void refuse(const char* argument, const std::string& what) {
+  throw std::runtime_error(std::string("kda::chunk_fwd_planned: argument `") + argument + "`: " + what);
+}
+
+// What no path can do is refused here, what the plan's path cannot do in check_plan().
 ChunkFwdPlanOptions plan_options(const std::string& path, std::optional<int64_t> segment_chunks,
                                  std::optional<int64_t> value_tile, int64_t value_dim) {
   ChunkFwdPlanOptions options;
@@ -54,23 +59,36 @@ ChunkFwdPlanOptions plan_options(const std::string& path, std::optional<int64_t>
   } else if (path == "stepwise") {
     options.path = ChunkFwdPath::kStepwise;
   } else if (!path.empty()) {
-    throw std::runtime_error("kda::chunk_fwd_planned: argument `path`: expected staged, fused, stepwise or nothing, got " + path);
+    refuse("path", "expected stepwise, fused, staged or nothing, got " + path);
   }
   if (segment_chunks && *segment_chunks < 0) {
-    throw std::runtime_error("kda::chunk_fwd_planned: argument `segment_chunks`: expected at least 0, got " +
-                             std::to_string(*segment_chunks));
+    refuse("segment_chunks", "expected at least 0, got " + std::to_string(*segment_chunks));
   }
   options.segment_chunks = segment_chunks;
   if (value_tile) {
     const bool known = *value_tile == 128 || *value_tile == 64 || (*value_tile == 32 && path == "staged");
     if (!known || *value_tile > value_dim) {
-      throw std::runtime_error(
-          "kda::chunk_fwd_planned: argument `value_tile`: expected 64 or 128, or 32 with path staged, at most V = " +
-          std::to_string(value_dim) + ", got " + std::to_string(*value_tile));
+      refuse("value_tile", "expected 64 or 128, or 32 with path staged, at most V = " + std::to_string(value_dim) +
+                               ", got " + std::to_string(*value_tile));
     }
     options.value_tile = static_cast<int>(*value_tile);
   }
   return options;
+}
+
+// Nothing that was asked for is ignored: the plan has taken all of it, or the call is refused.
+void check_plan(const ChunkFwdPlan& plan, const ChunkFwdPlanOptions& options) {
+  if (options.path && plan.path != *options.path) refuse("path", plan.reason);
+  const bool is_stepwise = plan.path == ChunkFwdPath::kStepwise;
+  if (options.value_tile && is_stepwise) {
+    refuse("value_tile",
+           "expected none with path stepwise, which has no tiles of V, got " + std::to_string(*options.value_tile));
+  }
+  if (options.segment_chunks.value_or(0) > 0 && !is_stepwise) {
+    refuse("segment_chunks",
+           "expected none or 0 with path fused or staged, as path stepwise alone cuts sequences, got " +
+               std::to_string(*options.segment_chunks));
+  }
 }
 
 Outputs chunk_fwd_planned_cuda(ChunkFwdArguments args, const ChunkFwdPlanOptions& options) {
@@ -79,9 +97,7 @@ Outputs chunk_fwd_planned_cuda(ChunkFwdArguments args, const ChunkFwdPlanOptions
   }
   const ChunkFwdProblem problem = problem_of(args, cuda_device(args.q.get_device_index()));
   const ChunkFwdPlan plan = plan_chunk_fwd(problem, options);
-  if (options.path && plan.path != *options.path) {
-    throw std::runtime_error(std::string("kda::chunk_fwd_planned: argument `path`: ") + plan.reason);
-  }
+  check_plan(plan, options);
   return run_plan(std::move(args), problem, plan);
 }
 

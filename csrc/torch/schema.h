@@ -34,8 +34,9 @@ inline constexpr const char* kSchemas[] = {
     ") -> (Tensor o, Tensor final_state, Tensor chunk_states, Tensor intermediates)",
 
     // The forward by CUDA kernels and nothing else, as planned with what is fixed here; for tests and measurements.
-    // path: staged or fused; empty: as chunk_fwd. segment_chunks: chunks of a segment of the staged path; 0: no cut.
-    // value_tile: V columns of a CTA of the fused kernel, or of the recurrence of the staged path.
+    // path: stepwise, fused or staged; empty: as chunk_fwd. segment_chunks: chunks of a segment of the stepwise path, 0: no
+    // cut; the others cut nothing. value_tile: V columns of a CTA of the fused kernel, or of the recurrence of the staged
+    // path; the stepwise path has none. What the path cannot do is refused.
     "chunk_fwd_planned(" KDA_CHUNK_FWD_ARGUMENTS
     ", str path=\"\", int? segment_chunks=None, int? value_tile=None) -> "
     "(Tensor o, Tensor final_state, Tensor chunk_states)",

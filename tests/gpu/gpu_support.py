@@ -64,12 +64,14 @@ def kernels_only(function: str = "chunk_fwd") -> Iterator[None]:
 
 _forced_path: str | None = None  # of call(), see all_paths
 
-PATHS = ("staged", "fused")
+PATHS = ("stepwise", "fused", "staged")
 
 
 @pytest.fixture(params=PATHS)
 def all_paths(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test once for each path of the kernels: :func:`call` takes it, whatever the planner would choose."""
+    """Runs a test once for each path of the kernels: :func:`call` takes it, whatever the planner would choose, and does
+    not cut sequences (test_forward_segments.py does).
+    """
     global _forced_path
     if not ON_CUDA and request.param != PATHS[0]:
         pytest.skip("the composite implementation has one path")
@@ -79,7 +81,7 @@ def all_paths(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def is_aligned(inputs: dict[str, Any]) -> bool:
-    """Whether the fused path takes these inputs: see `aligned_inputs` in csrc/kda/plan.h."""
+    """Whether the fused and the stepwise path take these inputs: see `aligned_inputs` in csrc/kda/plan.h."""
     for x in (inputs[name] for name in ("q", "k", "v", "g")):
         steps = [stride * x.element_size() for stride in x.stride()[:-1]]
         expanded = any(step == 0 and size > 1 for step, size in zip(steps, x.shape, strict=False))
@@ -92,7 +94,7 @@ def call(inputs: dict[str, Any], value_tile: int | None = None) -> tuple[Tensor,
     """(o, final_state, chunk_states) of the operator, by the kernels.
 
     Args:
-        value_tile: V columns of a CTA, in a test of all paths.
+        value_tile: V columns of a CTA, in a test of all paths; the stepwise path has none.
     """
     with kernels_only():
         return launch(inputs, value_tile)
@@ -103,7 +105,7 @@ def launch(inputs: dict[str, Any], value_tile: int | None = None) -> tuple[Tenso
     if not ON_CUDA or _forced_path is None:
         return run(inputs)
     path = _forced_path if is_aligned(inputs) else "staged"
-    return torch.ops.kda.chunk_fwd_planned(**inputs, path=path, value_tile=value_tile)
+    return torch.ops.kda.chunk_fwd_planned(**inputs, path=path, segment_chunks=0, value_tile=value_tile)
 
 
 def reference(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,7 +175,7 @@ def assert_all_same_bits(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...
 
 
 def plan(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The planner's answer for a call."""
+    """The planner's answer for a call whose inputs are aligned."""
     B, T, H, K = inputs["q"].shape
     HV, V = inputs["v"].shape[2:]
     cu_seqlens = inputs.get("cu_seqlens")
@@ -191,6 +193,7 @@ def plan(inputs: dict[str, Any]) -> dict[str, Any]:
             cu_seqlens is not None,
             device.major * 10 + device.minor,
             device.multi_processor_count,
+            bool(inputs.get("use_gate")) and inputs.get("lower_bound") is not None,
         )
     )
 

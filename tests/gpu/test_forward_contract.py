@@ -38,8 +38,9 @@ from kda_cuda import composite
 pytestmark = [*gpu_tests, pytest.mark.usefixtures("all_paths")]
 
 KERNELS = {
-    "staged": ("intra_chunk_solve_kernel", "state_recurrence_kernel", "output_gemm_kernel"),
+    "stepwise": ("step_factors_kernel", "state_scan_kernel"),
     "fused": ("fused_scan_kernel",),
+    "staged": ("intra_chunk_solve_kernel", "state_recurrence_kernel", "output_gemm_kernel"),
 }
 HEAD_SIZES = [(64, 64), (64, 128), (128, 64), (128, 128)]
 SLEEP_CYCLES = 200_000_000  # about 0.1 s

@@ -25,13 +25,15 @@ SM_COUNT = 132
 # --- The sanitizer set ----------------------------------------------------------------------------------------------
 
 
-def plan_of(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Of the staged path, as for gates without a bound."""
+def staged_value_tile(inputs: dict[str, Any]) -> int:
+    """V columns of a CTA of the recurrences: of the staged path and of the backward, which are planned alike."""
     (B, T, H, K), (HV, V) = inputs["q"].shape, inputs["v"].shape[2:]
     packed = "cu_seqlens" in inputs
     lengths = inputs["cu_seqlens"].diff().tolist() if packed else [T]
     dtype = str(inputs["q"].dtype).removeprefix("torch.")
-    return json.loads(torch.ops.kda.plan_chunk_fwd(lengths, B, H, HV, K, V, dtype, packed, 90, SM_COUNT, False))
+    plan = json.loads(torch.ops.kda.plan_chunk_bwd(lengths, B, H, HV, K, V, dtype, packed, 90, SM_COUNT, False, False))
+    assert plan["path"] == "staged"
+    return plan["value_tile"]
 
 
 def longest_sequence(inputs: dict[str, Any]) -> int:
@@ -45,17 +47,19 @@ def covering_cases(path: str) -> list[tuple[sanitizer_cases.Case, dict[str, Any]
     return [(case, inputs) for case, inputs in calls if inputs["q"].numel()]
 
 
+def kind_of_gate(inputs: dict[str, Any]) -> str:
+    return "log" if not inputs.get("use_gate") else "softplus" if "lower_bound" not in inputs else "sigmoid"
+
+
 def test_cases_cover_every_instantiation() -> None:
     solve, recurrence = set(), set()
     names = [case.name for case in sanitizer_cases.cases()]
     assert len(names) == len(set(names))
     for case, inputs in covering_cases("staged"):
-        plan = plan_of(inputs)
-        assert plan["path"] == "staged", case.name
         K, V = inputs["q"].shape[3], inputs["v"].shape[3]
         solve.add((K, V, inputs["q"].dtype, case.odd))
         if longest_sequence(inputs) > 4 * 64:  # the ring has four stages at most
-            recurrence.add((K, plan["value_tile"]))
+            recurrence.add((K, staged_value_tile(inputs)))
     head_sizes, dtypes = (64, 128), (torch.bfloat16, torch.float16)
     assert solve == {(K, V, d, odd) for K in head_sizes for V in head_sizes for d in dtypes for odd in (False, True)}
     assert recurrence == {(K, tile) for K in head_sizes for tile in (32, 64, 128)}
@@ -70,7 +74,7 @@ def test_cases_cover_every_instantiation_of_the_fused_kernel() -> None:
         assert case.value_tile in (64, 128) and case.value_tile <= V, case.name
         if longest > 2 * stages * step_tokens and longest % step_tokens:
             scan.add((K, V, case.value_tile, inputs["q"].dtype))
-        kind = "log" if not inputs.get("use_gate") else "softplus" if "lower_bound" not in inputs else "sigmoid"
+        kind = kind_of_gate(inputs)
         gates.add((kind, K, inputs["g"].dtype == torch.float32))
         if kind != "sigmoid":  # steps that decay too far for one reference
             levels.add((K, inputs["use_qk_l2norm"]))
@@ -81,6 +85,41 @@ def test_cases_cover_every_instantiation_of_the_fused_kernel() -> None:
     assert levels == {(K, normalised) for K in head_sizes for normalised in (False, True)}
 
 
+def test_cases_cover_every_instantiation_of_the_stepwise_kernels() -> None:
+    """A scan that is not cut goes round its ring and ends with a step that is not full; a cut has four segments."""
+    step_tokens, stages = 32, 7  # of the deepest ring
+    factors, rings, cuts, gates, levels, faded = set(), set(), set(), set(), set(), set()
+    for case, inputs in covering_cases("stepwise"):
+        K, V, dtype, longest = inputs["q"].shape[3], inputs["v"].shape[3], inputs["q"].dtype, longest_sequence(inputs)
+        kind = kind_of_gate(inputs)
+        assert case.segment_chunks is not None and case.value_tile is None, case.name
+        factors.add((K, dtype))
+        gates |= {(kind, K), (kind, inputs["g"].dtype)}
+        if kind != "sigmoid":
+            levels.add((K, inputs["use_qk_l2norm"]))
+        if case.segment_chunks == 0 and longest > stages * step_tokens and longest % step_tokens:
+            rings.add((K, V))
+        if case.segment_chunks and longest > 3 * 64 * case.segment_chunks:
+            cuts.add((K, V, dtype))
+        if case.segment_chunks and case.features.get("family") == "random":
+            faded.add((inputs["use_qk_l2norm"], inputs["use_beta_sigmoid"]))
+    head_sizes, dtypes = (64, 128), (torch.bfloat16, torch.float16)
+    assert factors == {(K, dtype) for K in head_sizes for dtype in dtypes}
+    assert rings == {(K, V) for K in head_sizes for V in head_sizes}
+    assert cuts == {(K, V, dtype) for K in head_sizes for V in head_sizes for dtype in dtypes}
+    kinds, gate_dtypes = ("log", "softplus", "sigmoid"), (torch.float32, torch.bfloat16, torch.float16)
+    assert {(kind, K) for kind in kinds for K in head_sizes} <= gates
+    assert {("sigmoid", dtype) for dtype in gate_dtypes} <= gates
+    assert {(kind, torch.float32) for kind in kinds} <= gates
+    assert levels == {(K, normalised) for K in head_sizes for normalised in (False, True)}
+    assert faded == {(True, True), (False, True), (True, False)}  # assumed where keys and beta allow it, else not
+
+
+def test_the_number_of_cases_is_moderate() -> None:
+    """racecheck takes the better part of a second for each."""
+    assert len(sanitizer_cases.cases()) <= 200
+
+
 def test_cases_cover_every_instantiation_of_the_forward_that_saves() -> None:
     calls = [inputs for _, inputs in covering_cases("saving")]
     covered = {(inputs["q"].shape[3], inputs["v"].shape[3], inputs["q"].dtype) for inputs in calls}
@@ -88,9 +127,10 @@ def test_cases_cover_every_instantiation_of_the_forward_that_saves() -> None:
     assert any("cu_seqlens" in inputs for inputs in calls)
 
 
-def test_cases_of_the_fused_kernel_are_aligned() -> None:
-    """Others it does not take: rows of q, k, v and g start at multiples of 16 bytes."""
-    for case, inputs in covering_cases("fused"):
+@pytest.mark.parametrize("path", ["fused", "stepwise"])
+def test_cases_of_the_copy_engine_are_aligned(path: str) -> None:
+    """Others these paths do not take: rows of q, k, v and g start at multiples of 16 bytes."""
+    for case, inputs in covering_cases(path):
         for name in ("q", "k", "v", "g"):
             x = inputs[name]
             places = (x.storage_offset(), *x.stride()[:-1])
@@ -108,11 +148,11 @@ def test_copies_keep_strides_and_own_their_storage() -> None:
 
 def test_cases_run_on_the_cpu() -> None:
     names = "K64_V128_float16_odd,packed_int32,no_tokens,gate_unbounded,wrong_beyond,fused_not_normalised_unbounded_K64"
-    names += ",saving_packed"
+    names += ",saving_packed,stepwise_packed_cut,stepwise_wrong_cut_beyond"
     command = [sys.executable, TOOLS / "sanitizer_cases.py", "--device", "cpu", "--only", names]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "7 of 7 cases right" in result.stdout
+    assert "9 of 9 cases right" in result.stdout
 
 
 def test_a_wrong_result_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
