@@ -76,7 +76,8 @@ struct Load {
   double sm_count;
 
   static Load of_equal_lengths(const ChunkFwdProblem& p) {
-    const double tokens = p.varlen && p.sequences > 0 ? std::ceil(static_cast<double>(p.tokens) / p.sequences) : p.tokens;
+    const double tokens =
+        p.varlen && p.sequences > 0 ? std::ceil(static_cast<double>(p.tokens) / p.sequences) : p.tokens;
     return {static_cast<double>(p.sequences), std::ceil(tokens / kChunkTokens), static_cast<double>(p.value_heads),
             static_cast<double>(std::max(p.sm_count, 1))};
   }
@@ -123,8 +124,8 @@ class StepwiseModel {
     const double ctas_of_scan = load.chains() * segments;
     // Alone, and where others share the memory.
     const double step_us = ctas_of_scan < load.sm_count / 2 ? (wide_ ? 1.5 : 1.05) : (wide_ ? 1.7 : 1.2);
-    const double scan = std::max(turns(ctas_of_scan, load.sm_count * scans_per_sm_) * steps * step_us,
-                                 load.steps() * traffic_us());
+    const double scan =
+        std::max(turns(ctas_of_scan, load.sm_count * scans_per_sm_) * steps * step_us, load.steps() * traffic_us());
     double cut = 0;
     if (segment_chunks != 0) cut = 2 * kLaunch + 4.0;  // the last steps of each segment, and their composition
     if (segments > 1) {
@@ -162,7 +163,8 @@ StepwiseEstimate estimate_stepwise(const ChunkFwdProblem& p) {
   StepwiseEstimate best = {0, cost(0)};
   if (p.sequences == 0) return best;
   const auto consider = [&](double chunks_of_sequence) {
-    for (int segments = 2; segments <= kMostSegments && segments <= chunks_of_sequence; segments += std::max(1, segments / 8)) {
+    for (int segments = 2; segments <= kMostSegments && segments <= chunks_of_sequence;
+         segments += std::max(1, segments / 8)) {
       const auto chunks = static_cast<int64_t>(std::ceil(chunks_of_sequence / segments));
       if (const double us = cost(chunks); us < best.us) best = {chunks, us};
     }
@@ -202,7 +204,8 @@ FusedEstimate estimate_fused(const ChunkFwdProblem& p, std::optional<int> value_
 // Why a call that kernels cover takes the three stages; null if it does not.
 const char* reason_for_staged(const ChunkFwdProblem& p, std::optional<ChunkFwdPath> forced) {
   constexpr int64_t kMaxCoordinate = (int64_t{1} << 31) - 2 * kChunkTokens;  // of the copy engine
-  if (!p.aligned_inputs) return "rows of q, k, v or g are not multiples of 16 bytes apart, as the copy engine needs them";
+  if (!p.aligned_inputs)
+    return "rows of q, k, v or g are not multiples of 16 bytes apart, as the copy engine needs them";
   if (p.tokens > kMaxCoordinate || p.batch > kMaxCoordinate) return "more tokens than the copy engine can address";
   return forced == ChunkFwdPath::kStaged ? "asked for" : nullptr;
 }

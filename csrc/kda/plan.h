@@ -42,8 +42,8 @@ enum class ChunkFwdPath : int32_t {
 
 // What a caller may fix that the planner otherwise chooses; for tests and measurements.
 struct ChunkFwdPlanOptions {
-  std::optional<ChunkFwdPath> path;  // a path of kernels; kStaged where that does not cover the call
-  std::optional<int> value_tile;     // of kFused 64 or 128, of kStaged also 32; at most V
+  std::optional<ChunkFwdPath> path;       // a path of kernels; kStaged where that does not cover the call
+  std::optional<int> value_tile;          // of kFused 64 or 128, of kStaged also 32; at most V
   std::optional<int64_t> segment_chunks;  // of kStepwise; 0: sequences are not cut
 };
 
@@ -82,7 +82,8 @@ struct ChunkFwdPlan {
 
   // The cut of sequences into segments, whose affine maps S -> M S + B are computed side by side before the scan.
   int64_t segment_chunks = 0;  // chunks of one segment; 0: sequences are not cut
-  int64_t segment_slots = 0;   // grid extent over segments; see segment_slots(). The number of sequences if they are not cut
+  int64_t segment_slots =
+      0;  // grid extent over segments; see segment_slots(). The number of sequences if they are not cut
 
   ChunkFwdWorkspace workspace;
 };

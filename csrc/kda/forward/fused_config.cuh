@@ -3,8 +3,8 @@
 
 #include "../device/chunk_location.cuh"
 #include "../device/triangular_inverse.cuh"
-#include "step_params.h"
 #include "step_layout.cuh"
+#include "step_params.h"
 
 namespace kda {
 

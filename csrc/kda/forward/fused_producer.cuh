@@ -68,7 +68,8 @@ struct FusedProducer {
     const int stage_index = step % Config::kStages;
     uint8_t* const stage = shared + stage_index * Config::kStageBytes;
     const uint32_t full = Config::full(shared_base, stage_index), empty = Config::empty(shared_base, stage_index);
-    const StepProducer<Config> make{call, raw(), stage, scratch(), item.tokens(step), kBarrier + producer, thread, lane};
+    const StepProducer<Config> make{call,   raw(), stage, scratch(), item.tokens(step), kBarrier + producer,
+                                    thread, lane};
     // Those of the step before are read until its inverse is stored, by warps that may be behind.
     const RowValues rows(scratch() + Config::kRowValues + turn % 2 * Config::kRowValuesBytes);
     const StepOperands<Config> operands = make.operands(constants);

@@ -10,7 +10,8 @@ cudaError_t launch_for_key_dim(const StepKernelParams& params, cudaStream_t stre
   using Config = SegmentComposeConfig<K>;
   const ChunkFwdProblem& problem = params.call.problem;
   const int64_t ctas = problem.sequences * problem.value_heads * (problem.value_dim / Config::kRows);
-  return launch_grid(segment_compose_kernel<Config>, {ctas, Config::kThreads, Config::kSharedBytes, 1, true}, stream, params);
+  return launch_grid(segment_compose_kernel<Config>, {ctas, Config::kThreads, Config::kSharedBytes, 1, true}, stream,
+                     params);
 }
 
 }  // namespace

@@ -25,8 +25,8 @@ struct SegmentOfSteps {
         value_head(value_head) {
     constexpr int kStepsPerChunk = kChunkTokens / kStepTokens;
     first_token = range.begin + location.first_chunk * kChunkTokens;
-    first_step_slot = first_slot_of(params.call, location.sequence, range, kStepTokens) +
-                      location.first_chunk * kStepsPerChunk;
+    first_step_slot =
+        first_slot_of(params.call, location.sequence, range, kStepTokens) + location.first_chunk * kStepsPerChunk;
     all_tokens = static_cast<int>(min(range.end - first_token, location.chunks * kChunkTokens));
     steps = (all_tokens + kStepTokens - 1) / kStepTokens;
   }
@@ -88,8 +88,8 @@ struct StageRing {
       const int token = static_cast<int>(segment.first_token) + step * kStepTokens;
 #pragma unroll
       for (int block = 0; block < Config::kRows / 64; ++block) {
-        ptx::cp_async_bulk_tensor_load(to + Config::kValues + block * Config::ValueTile::kBlockBytes, &params.v, 0, token,
-                                       first_value_column / 64 + block, segment.value_head,
+        ptx::cp_async_bulk_tensor_load(to + Config::kValues + block * Config::ValueTile::kBlockBytes, &params.v, 0,
+                                       token, first_value_column / 64 + block, segment.value_head,
                                        static_cast<int>(segment.range.batch), barrier);
       }
     }

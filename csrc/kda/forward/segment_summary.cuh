@@ -79,9 +79,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     if (!is_map && pass == 1 && segment.location.is_first) {
       load_initial_state(state, call, segment.location.sequence, segment.value_head, warp_row, lane);
     } else {
-      state.for_each(lane, [&](float& value, int row, int channel) {
-        value = is_map && warp_row + row == channel ? 1.0f : 0.0f;
-      });
+      state.for_each(
+          lane, [&](float& value, int row, int channel) { value = is_map && warp_row + row == channel ? 1.0f : 0.0f; });
     }
     for (int step = first_step; step < segment.steps; ++step) {
       uint32_t operands[K / 16][4];

@@ -27,8 +27,8 @@ cudaError_t launch_for_key_dim(const ChunkFwdKernelParams& params, int value_til
   const int warps = value_tile / Config::kRowsPerWarp;
   const int64_t ctas = problem.sequences * problem.value_heads * (problem.value_dim / value_tile);
   const int stages = choose_stages<Config>(warps, ctas, problem.sm_count);
-  return launch(state_recurrence_kernel<Config>, ctas, 32 * warps, Config::shared_bytes(warps, stages), stream,
-                params, warps, stages);
+  return launch(state_recurrence_kernel<Config>, ctas, 32 * warps, Config::shared_bytes(warps, stages), stream, params,
+                warps, stages);
 }
 
 }  // namespace

@@ -74,8 +74,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   typename Consumer::PackedOutput output;  // of the step before, stored while the products of the next one run
   const auto store_output = [&](int step) {
     uint8_t* const tile = ring.stage(step) + Config::kValues + group * OutputWriter<Config>::kTileBytes;
-    writer.store(output, tile, segment.tokens(step),
-                 [&] { ptx::barrier_sync(1 + group, Config::kGroupThreads); });
+    writer.store(output, tile, segment.tokens(step), [&] { ptx::barrier_sync(1 + group, Config::kGroupThreads); });
   };
   for (int step = 0; step < steps; ++step) {
     if (call.chunk_states != nullptr && step % (kChunkTokens / C) == 0) {

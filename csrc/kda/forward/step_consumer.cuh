@@ -115,8 +115,7 @@ struct StepConsumer {
     const uint32_t stage_address = ptx::shared_address(stage);
     const uint64_t tiles = wgmma::descriptor(stage_address, 16);  // K-major
     const uint64_t gated = wgmma::advance(tiles, Config::kGated);
-    const uint64_t keys_decayed =
-        wgmma::descriptor(stage_address + Config::kKeysDecayed, Config::KeyTile::kBlockBytes);
+    const uint64_t keys_decayed = wgmma::descriptor(stage_address + Config::kKeysDecayed, Config::KeyTile::kBlockBytes);
     const uint64_t inverse_high = wgmma::advance(tiles, Config::kInverseTile);
     const uint64_t inverse_middle = wgmma::advance(inverse_high, 2 * C);
     const uint64_t aqk = wgmma::advance(tiles, Config::kAqkTile), inverse_low = wgmma::advance(aqk, 2 * C);
@@ -239,8 +238,8 @@ struct OutputWriter {
     const int warp = thread >> 5, lane = thread & 31, matrix = lane >> 3;
     const int row = thread / kUnits, unit = thread % kUnits;
     // Rows 8 and 16 further on have the same permutation of units.
-    const uint32_t to = ptx::shared_address(tile) +
-                        Tile::unit_offset(8 * (matrix >> 1) + (lane & 7), 2 * warp + (matrix & 1));
+    const uint32_t to =
+        ptx::shared_address(tile) + Tile::unit_offset(8 * (matrix >> 1) + (lane & 7), 2 * warp + (matrix & 1));
 #pragma unroll
     for (int n = 0; n < Config::C / 8; n += 2) {
       ptx::stmatrix_x4_trans(to + 8 * n * 128, packed.pairs[n][0], packed.pairs[n][1], packed.pairs[n + 1][0],

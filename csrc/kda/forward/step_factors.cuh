@@ -24,7 +24,8 @@ struct StepFactorsConfig : StepTiles<K_> {
 
   static constexpr int kRawQ = 0, kRawK = kKeyTileBytes, kRawG = 2 * kKeyTileBytes, kSecondGate = 3 * kKeyTileBytes;
   static constexpr int kGated = 4 * kKeyTileBytes;
-  static constexpr int kKeysDecayed = kSecondGate;  // each pair of channels in the place of its second gate, by the same thread
+  static constexpr int kKeysDecayed =
+      kSecondGate;  // each pair of channels in the place of its second gate, by the same thread
   static constexpr int kInverseTile = 0, kAqkTile = kPairTileBytes;  // over rows that have been read
   static constexpr int kVectors = kGated + 2 * kKeyTileBytes;
   static constexpr int kStepDecay = kVectors;
@@ -34,7 +35,8 @@ struct StepFactorsConfig : StepTiles<K_> {
   // Scratch.
   static constexpr int kScratch = kVectors + Tiles::kVectorBytes;
   static constexpr int kSolve = 0;  // Akk, then its inverse   [C, 36] fp32
-  static constexpr int kTotals = kSolve;  // log-decay of each group of tokens   [groups, K] fp32; no longer needed when Akk comes
+  static constexpr int kTotals =
+      kSolve;  // log-decay of each group of tokens   [groups, K] fp32; no longer needed when Akk comes
   static constexpr int kTokenGroups = kGroupThreads / (K / 2), kTokensPerThread = C / kTokenGroups;
   static_assert(kTokenGroups * K * 4 <= SolveMatrix32::kBytes);
   static constexpr int kRowValues = kSolve + SolveMatrix32::kBytes;  // see RowValues
@@ -73,11 +75,12 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
     ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawK, &params.k, 0, token, 0, key_head, batch, loaded);
     ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawG, &params.g, 0, token, 0, value_head, batch, loaded);
   }
-  const StepProducer<Config> make{call, shared, shared, shared + Config::kScratch, location.tokens, kBarrierId, thread, lane};
+  const StepProducer<Config> make{call,       shared, shared, shared + Config::kScratch, location.tokens,
+                                  kBarrierId, thread, lane};
   const GateConstants constants(call, value_head, make.channel_of(thread));
-  const uint32_t beta = BetaReader(call, location.batch, location.first_token,
-                                   location.first_token + location.tokens, value_head, thread)
-                            .next(call, C);
+  const uint32_t beta =
+      BetaReader(call, location.batch, location.first_token, location.first_token + location.tokens, value_head, thread)
+          .next(call, C);
   const RowValues rows(shared + Config::kScratch + Config::kRowValues);
   const StepOperands<Config> operands = make.operands(constants);
   __syncthreads();

@@ -49,8 +49,8 @@ cudaError_t launch_segment_summary_of(const StepKernelParams& params, cudaStream
     using Config = SegmentSummaryConfig<K, value_dim(), decltype(element)>;
     constexpr int kClusterCtas = (K + value_dim()) / 64;
     const int64_t ctas = params.segment_slots * params.call.problem.value_heads * kClusterCtas;
-    return launch_grid(segment_summary_kernel<Config>, {ctas, Config::kThreads, Config::kSharedBytes, kClusterCtas, true},
-                       stream, params);
+    return launch_grid(segment_summary_kernel<Config>,
+                       {ctas, Config::kThreads, Config::kSharedBytes, kClusterCtas, true}, stream, params);
   });
 }
 
@@ -59,7 +59,8 @@ cudaError_t launch_state_scan_of(const StepKernelParams& params, cudaStream_t st
   return for_values(params.call.problem, [&](auto value_dim, auto element) {
     using Config = StateScanConfig<K, value_dim(), decltype(element)>;
     const int64_t ctas = params.segment_slots * params.call.problem.value_heads;
-    return launch_grid(state_scan_kernel<Config>, {ctas, Config::kThreads, Config::kSharedBytes, 1, true}, stream, params);
+    return launch_grid(state_scan_kernel<Config>, {ctas, Config::kThreads, Config::kSharedBytes, 1, true}, stream,
+                       params);
   });
 }
 

@@ -13,10 +13,10 @@ struct StepKernelParams {
   CUtensorMap q, k, g, v;
 
   // Of the stepwise path:
-  uint8_t* images;           // [step slots, HV] StepImage
-  float* segment_map;        // [segment slots, HV, K / 16, K / 8] tiles of M^T [16, 8], column by column
-  float4* segment_state;     // [segment slots, HV, V / 16, K / 8, 32 lanes] fragments of S^T at the end of a segment
-  uint32_t* segment_faded;   // [segment slots, HV] whether nothing of the state at the entry is left: M is 0
+  uint8_t* images;          // [step slots, HV] StepImage
+  float* segment_map;       // [segment slots, HV, K / 16, K / 8] tiles of M^T [16, 8], column by column
+  float4* segment_state;    // [segment slots, HV, V / 16, K / 8, 32 lanes] fragments of S^T at the end of a segment
+  uint32_t* segment_faded;  // [segment slots, HV] whether nothing of the state at the entry is left: M is 0
   int64_t step_slots;
   int64_t segment_chunks;  // chunks of one segment; 0: sequences are not cut
   int64_t segment_slots;   // of a cut; else the number of sequences

@@ -358,7 +358,8 @@ struct StepProducer {
       operands.clear_rows_past_end();
       sync();
     }
-    const float beta = 8 * row_warp() + row_group() < tokens ? activate_beta(beta_bits) : 0.0f;  // past the end: no write
+    const float beta =
+        8 * row_warp() + row_group() < tokens ? activate_beta(beta_bits) : 0.0f;  // past the end: no write
     bool far_apart = store_row_values(rows, beta);
     far_apart |= operands.activate(call, constants.decay_rate, constants.bias, [&] { sync(); });
     return ptx::barrier_any(barrier, kThreads, far_apart);
