@@ -114,7 +114,7 @@ def test_a_thousand_calls_leave_nothing_behind() -> None:
     for _ in range(1000):
         call(inputs)
     torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() == allocated
+    assert torch.cuda.memory_allocated() <= allocated  # less, if Python collects what other tests left
     assert torch.cuda.memory_reserved() <= reserved + 64 * 2**20  # at most what two generations of outputs need
 
 
@@ -135,7 +135,7 @@ def test_q_and_states_beyond_2_to_the_31_elements() -> None:
     """q, k, v, g, o, a workspace and chunk_states all pass 2^31 elements: the last tokens have the bits that they
     have as a call of their own from the state on the way, and keep the contract."""
     need_memory(85)
-    H, D, tail = 128, 128, 128
+    H, D, tail = 128, 128, 1024
     T = 2**31 // (H * D) + CHUNK_TOKENS + tail
     begin = T - tail
     generator = torch.Generator(DEVICE).manual_seed(0)

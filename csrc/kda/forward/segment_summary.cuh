@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
 
   const StageRing<Config> ring{shared};
   if (thread == 0) ring.init(Config::kThreads);
-  __syncthreads();
+  ptx::cluster_sync();       // they write into each other's shared memory
   int filled = 0, read = 0;  // stages so far, the former by thread 0
   const Consumer advance{0, warp, lane};
   StateFragments<K> state;

@@ -93,7 +93,13 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
   ptx::fence_proxy_async_shared();
   __syncthreads();  // the pair operands have been read, the gated ones are there
   if (thread == 0) {
-    ptx::cp_async_bulk_store(image + Image::kGated, shared_base + Config::kGated, 2 * Config::kKeyTileBytes);
+    // In parts of at most 8 KiB: of larger ones initcheck believes that a part was not written.
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int offset = half * Config::kKeyTileBytes;
+      ptx::cp_async_bulk_store(image + Image::kGated + offset, shared_base + Config::kGated + offset,
+                               Config::kKeyTileBytes);
+    }
     ptx::cp_async_bulk_store(image + Image::kKeysDecayed, shared_base + Config::kKeysDecayed, Config::kKeyTileBytes);
     ptx::cp_async_bulk_commit_group();
   }

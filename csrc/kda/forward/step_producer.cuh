@@ -361,6 +361,9 @@ struct StepProducer {
     const float beta =
         8 * row_warp() + row_group() < tokens ? activate_beta(beta_bits) : 0.0f;  // past the end: no write
     bool far_apart = store_row_values(rows, beta);
+    // Levels have pairs in fp16. With beta beyond 1 entries of Tinv are larger than 1, and with gates of which some forget at once and some not at
+    // all, pairs in bf16 would miss the contract of accuracy.
+    far_apart |= call.gate != GateKind::kSigmoid && beta > 1.0f;
     far_apart |= operands.activate(call, constants.decay_rate, constants.bias, [&] { sync(); });
     return ptx::barrier_any(barrier, kThreads, far_apart);
   }
