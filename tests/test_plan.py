@@ -247,7 +247,7 @@ class TestFused:
     )
     def test_many_chains_are_fused(self, change, value_tile):
         plan = self.plan(**change)
-        assert plan.path == FUSED and "enough chains" in plan.reason
+        assert plan.path == FUSED and "below that of the stepwise" in plan.reason
         assert plan.value_tile == value_tile
         assert plan.workspace.total_bytes == 0
         assert plan.segment_chunks == plan.step_slots == 0
@@ -259,7 +259,7 @@ class TestFused:
     )
     def test_few_chains_are_stepwise(self, change):
         plan = self.plan(**change)
-        assert plan.path == STEPWISE and "too few chains" in plan.reason
+        assert plan.path == STEPWISE and "below that of the fused" in plan.reason
         assert plan.workspace.total_bytes > 0
 
     @pytest.mark.parametrize("value_tile", [64, 128])
@@ -321,11 +321,12 @@ class TestCut:
     )
     @pytest.mark.parametrize("varlen", [False, True])
     def test_few_heads_and_long_sequences_are_cut(self, heads, tokens, varlen):
-        """Into as many segments as give most multiprocessors a CTA of the scan, and none two."""
+        """Into as many segments as give most multiprocessors a CTA of the scan, or as many as the others have."""
         plan = planner.plan_chunk_fwd(problem(heads=heads, **self.shape(1, tokens, varlen)))
         assert plan.path == STEPWISE and plan.segment_chunks > 0
         segments = -(-tokens // C // plan.segment_chunks)
-        assert 66 < segments * heads <= 132 or segments == MOST_SEGMENTS
+        turns = -(-segments * heads // 132)
+        assert turns <= 2 and segments * heads > turns * 66 or segments == MOST_SEGMENTS
         # With cu_seqlens a slot for the remainder of a segment that the last sequence may have.
         assert plan.segment_slots == (tokens // (plan.segment_chunks * C) + 1 if varlen else segments)
 
