@@ -115,7 +115,7 @@ class StepwiseModel {
       : wide_(p.key_dim == 128),
         map_rows_(p.key_dim),
         value_rows_(p.value_dim),
-        scans_per_sm_(p.value_dim == 128 ? 1 : (wide_ ? 2 : 3)) {}
+        scans_per_sm_(p.value_dim == 128 ? 1 : 2) {}
 
   [[nodiscard]] double us(const Load& load, double segment_chunks) const {
     const double segments = segment_chunks == 0 ? 1 : std::ceil(load.chunks / segment_chunks);

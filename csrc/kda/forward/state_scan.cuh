@@ -22,7 +22,7 @@ struct StateScanConfig : StepStage<K_, V_> {
   static constexpr bool kHasRegisters = true;  // see StepConsumer
   static constexpr int kGroups = V / 64, kGroupThreads = 128;
   static constexpr int kConsumers = kGroups * kGroupThreads, kThreads = kConsumers + kGroupThreads;
-  static constexpr int kCtasPerSm = K == 128 ? 2 / kGroups : 3 / kGroups;
+  static constexpr int kCtasPerSm = 2 / kGroups;
   // Registers of a thread after the roles have parted: in all those that they were launched with.
   static constexpr int kLoaderRegisters = 24;
   static constexpr int kLaunchRegisters = 65536 / (kCtasPerSm * kThreads) / 8 * 8;
