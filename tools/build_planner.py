@@ -17,8 +17,11 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = [ROOT / "csrc" / name for name in ("python/kda_plan.cpp", "kda/plan.cpp", "kda/cpu/schedule.cpp")]
-HEADERS = [ROOT / "csrc/kda" / name for name in ("plan.h", "types.h", "cpu/schedule.h")]
+SOURCES = [
+    ROOT / "csrc" / name
+    for name in ("python/kda_plan.cpp", "kda/plan.cpp", "kda/plan_models.cpp", "kda/cpu/schedule.cpp")
+]
+HEADERS = [ROOT / "csrc/kda" / name for name in ("plan.h", "plan_models.h", "types.h", "cpu/schedule.h")]
 MODULE = ROOT / "build/planner" / f"kda_plan{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 

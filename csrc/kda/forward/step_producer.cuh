@@ -1,4 +1,4 @@
-// Four warps that make everything of a step that does not depend on the state:
+// Four or eight warps that make everything of a step that does not depend on the state:
 //   Akk[i,j] = beta_i sum_d k_i k_j exp(G_i - G_j)  (i > j),    Aqk[i,j] = sum_d q_i k_j exp(G_i - G_j)  (i >= j),
 //   Tinv = (I + Akk)^-1 Diag(beta),
 // and the gated operands (step_operands.cuh). The norms of q and k are applied late: with k = |k| k^ and U' = U / |k| every formula

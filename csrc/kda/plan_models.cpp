@@ -1,0 +1,133 @@
+#include "plan_models.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace kda {
+
+namespace {
+
+// A call as the models see it. The lengths in cu_seqlens are not known on the host: they are taken as equal, or as one long sequence and
+// others of no length.
+struct Load {
+  double sequences, chunks;  // of the same length
+  double heads;              // of values
+  double sm_count;
+
+  static Load of_equal_lengths(const ChunkFwdProblem& p) {
+    const double tokens =
+        p.varlen && p.sequences > 0 ? std::ceil(static_cast<double>(p.tokens) / p.sequences) : p.tokens;
+    return {static_cast<double>(p.sequences), std::ceil(tokens / kChunkTokens), static_cast<double>(p.value_heads),
+            static_cast<double>(std::max(p.sm_count, 1))};
+  }
+
+  static Load of_one_sequence(const ChunkFwdProblem& p) {
+    return {1.0, std::ceil(static_cast<double>(p.tokens) / kChunkTokens), static_cast<double>(p.value_heads),
+            static_cast<double>(std::max(p.sm_count, 1))};
+  }
+
+  [[nodiscard]] double chains() const { return sequences * heads; }
+  [[nodiscard]] double steps() const { return chains() * chunks * kStepsPerChunk; }
+
+  static constexpr int kStepsPerChunk = kChunkTokens / kStepTokens;
+};
+
+// The mean over what the lengths may be; equal ones are the more likely.
+template <typename Cost>
+double expected_us(const ChunkFwdProblem& p, Cost cost) {
+  constexpr double kEqual = 0.85;
+  const double equal = cost(Load::of_equal_lengths(p));
+  return p.varlen && p.sequences > 1 ? kEqual * equal + (1 - kEqual) * cost(Load::of_one_sequence(p)) : equal;
+}
+
+// CTAs take turns where there are more than run side by side; of many turns the later ones fill gaps.
+double turns(double ctas, double side_by_side) {
+  const double share = ctas / side_by_side;
+  return share <= 2 ? std::max(std::ceil(share), 1.0) : share;
+}
+
+// Time of the stepwise path in microseconds, with sequences cut into segments of some chunks, or not (0). The constants were measured on an
+// H200 (docs/lab-notebook.md), for K = V of 128 and of 64, and give its times to 15 %.
+class StepwiseModel {
+ public:
+  explicit StepwiseModel(const ChunkFwdProblem& p)
+      : wide_(p.key_dim == 128),
+        map_rows_(p.key_dim),
+        value_rows_(p.value_dim),
+        scans_per_sm_(p.value_dim == 128 ? 1 : 2) {}
+
+  [[nodiscard]] double us(const Load& load, double segment_chunks) const {
+    const double segments = segment_chunks == 0 ? 1 : std::ceil(load.chunks / segment_chunks);
+    const double steps = Load::kStepsPerChunk * (segments > 1 ? segment_chunks : load.chunks);
+    const double factors = load.steps() * (wide_ ? 0.0165 : 0.0105);
+    const double ctas_of_scan = load.chains() * segments;
+    // Alone, and where others share the memory.
+    const double step_us = ctas_of_scan < load.sm_count / 2 ? (wide_ ? 1.5 : 1.05) : (wide_ ? 1.7 : 1.2);
+    const double scan =
+        std::max(turns(ctas_of_scan, load.sm_count * scans_per_sm_) * steps * step_us, load.steps() * traffic_us());
+    double cut = 0;
+    if (segment_chunks != 0) cut = 2 * kLaunch + 4.0;  // the last steps of each segment, and their composition
+    if (segments > 1) {
+      // Maps of steep gates are known after these steps, those of gates with a long memory are not: the mean of both.
+      const double ctas = load.chains() * (segments - 1) * (map_rows_ + value_rows_) / kScanRows;
+      const double summary = turns(ctas, load.sm_count * (wide_ ? 3 : 4)) * steps * (wide_ ? 1.75 : 1.0);
+      const double compose = (segments - 2) * 1.4 * turns(load.chains() * value_rows_ / kComposeRows, load.sm_count);
+      cut += (summary + compose) / 2;
+    }
+    return 2 * kLaunch + factors + scan + cut;
+  }
+
+ private:
+  static constexpr double kLaunch = 4.0;  // of a kernel: its launch, first loads and last stores
+
+  // Of a step in the scan, where memory bounds it.
+  [[nodiscard]] double traffic_us() const { return (wide_ ? 0.0122 : 0.0083) + 0.00002 * value_rows_; }
+
+  bool wide_;
+  double map_rows_, value_rows_;
+  double scans_per_sm_;
+};
+
+}  // namespace
+
+StepwiseEstimate estimate_stepwise(const ChunkFwdProblem& p) {
+  constexpr int kMostSegments = 64;  // beyond, their composition eats up what they gain
+  const StepwiseModel model(p);
+  const auto cost = [&](int64_t chunks) {
+    return expected_us(p, [&](const Load& load) { return model.us(load, static_cast<double>(chunks)); });
+  };
+  StepwiseEstimate best = {0, cost(0)};
+  if (p.sequences == 0) return best;
+  const auto consider = [&](double chunks_of_sequence) {
+    for (int segments = 2; segments <= kMostSegments && segments <= chunks_of_sequence;
+         segments += std::max(1, segments / 8)) {
+      const auto chunks = static_cast<int64_t>(std::ceil(chunks_of_sequence / segments));
+      if (const double us = cost(chunks); us < best.us) best = {chunks, us};
+    }
+  };
+  consider(Load::of_equal_lengths(p).chunks);
+  if (p.varlen && p.sequences > 1) consider(Load::of_one_sequence(p).chunks);
+  return best;
+}
+
+FusedEstimate estimate_fused(const ChunkFwdProblem& p, std::optional<int> value_tile) {
+  constexpr double kTurnUs = 9.0;  // launch, first loads, last stores
+  const auto step_us = [&](int tile) {
+    if (p.key_dim == 128) return tile == 64 ? 2.65 : 3.4;
+    return tile == 64 ? 2.0 : 2.25;
+  };
+  const auto estimate = [&](int tile) {
+    const double us = expected_us(p, [&](const Load& load) {
+      const double turns = std::max(std::ceil(load.chains() * (p.value_dim / tile) / load.sm_count), 1.0);
+      return turns * (load.chunks * Load::kStepsPerChunk * step_us(tile) + kTurnUs);
+    });
+    return FusedEstimate{tile, us};
+  };
+  if (value_tile) return estimate(*value_tile);
+  const FusedEstimate narrow = estimate(64);
+  if (p.value_dim == 64) return narrow;
+  const FusedEstimate wide = estimate(128);
+  return wide.us <= narrow.us ? wide : narrow;
+}
+
+}  // namespace kda
