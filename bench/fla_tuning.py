@@ -14,7 +14,6 @@ Nothing here changes what FLA computes or how it is called. Every failure leaves
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
@@ -28,7 +27,7 @@ from typing import Any
 
 import torch
 
-from bench.shapes import Shape, parse_lengths
+from bench.shapes import Shape
 
 __all__ = ["collect", "compile_ahead", "store", "use_stored"]
 
@@ -153,7 +152,7 @@ def distinct(work: Sequence[Work]) -> list[Work]:
 def _compile(work: Work) -> str | None:
     """Runs one process. Returns the end of its complaint, None if it has none."""
     operator, shape = work
-    command = [sys.executable, "-m", "bench.fla_tuning", "--lengths", ",".join(map(str, shape.lengths))]
+    command = [sys.executable, "-m", "bench.fla_compile", "--lengths", ",".join(map(str, shape.lengths))]
     command += ["--heads", str(shape.heads), "--operator", operator]
     # One thread for each process: there are as many processes as cores.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -167,54 +166,3 @@ def _compile(work: Work) -> str | None:
     if done.returncode == 0:
         return None
     return f"{operator} {shape.name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-
-
-def _compile_only() -> None:
-    """From here on Triton compiles what is called and launches nothing."""
-    from fla.ops.utils.cache import AutotuneKey
-    from triton.runtime.autotuner import Autotuner
-    from triton.runtime.errors import OutOfResources, PTXASError
-    from triton.runtime.jit import JITFunction
-
-    def compile_all(tuner: Autotuner, *args: Any, **kwargs: Any) -> None:
-        tuner.nargs = dict(zip(tuner.arg_names, args, strict=False))
-        key = AutotuneKey.build(tuner.arg_names, tuner.keys, args, kwargs).autotune_key
-        configs = [tuner.cache[key]] if key in tuner.cache else tuner.prune_configs(kwargs)
-        for config in configs:
-            try:
-                tuner.fn.run(*args, **kwargs, **config.all_kwargs())
-            except (OutOfResources, PTXASError):
-                continue  # a configuration that does not fit this GPU; the autotuner passes over it too
-        tuner.nargs = None
-
-    launch = JITFunction.run
-
-    def compile_one(function: JITFunction, *args: Any, **kwargs: Any) -> Any:
-        return launch(function, *args, **(kwargs | {"warmup": True}))
-
-    Autotuner.run = compile_all
-    JITFunction.run = compile_one
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The work of one process of compile_ahead."""
-    parser = argparse.ArgumentParser(prog="python -m bench.fla_tuning", description="Compile FLA's kernels for a shape")
-    parser.add_argument("--lengths", type=parse_lengths, required=True)
-    parser.add_argument("--heads", type=int, required=True)
-    parser.add_argument("--operator", default="chunk_fwd")
-    args = parser.parse_args(argv)
-
-    from bench.operators import OPERATORS
-
-    operator = OPERATORS[args.operator]
-    implementation = next(found for found in operator.implementations(True) if found.name == "fla")
-    inputs = operator.make_inputs(Shape("", args.lengths, args.heads), "long", 0, "cuda")
-    use_stored()  # before FLA is imported
-    _compile_only()  # before the call is made: that of a backward runs its forward
-    with torch.no_grad():
-        implementation.call(inputs).run()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
