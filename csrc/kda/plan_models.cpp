@@ -14,17 +14,18 @@ struct Load {
   double heads;              // of values
   double sm_count;
 
+  Load(const ChunkFwdProblem& p, double sequences, double tokens)
+      : sequences(sequences),
+        chunks(std::ceil(tokens / kChunkTokens)),
+        heads(p.value_heads),
+        sm_count(std::max(p.sm_count, 1)) {}
+
   static Load of_equal_lengths(const ChunkFwdProblem& p) {
-    const double tokens =
-        p.varlen && p.sequences > 0 ? std::ceil(static_cast<double>(p.tokens) / p.sequences) : p.tokens;
-    return {static_cast<double>(p.sequences), std::ceil(tokens / kChunkTokens), static_cast<double>(p.value_heads),
-            static_cast<double>(std::max(p.sm_count, 1))};
+    const auto sequences = static_cast<double>(p.sequences), tokens = static_cast<double>(p.tokens);
+    return {p, sequences, p.varlen && p.sequences > 0 ? std::ceil(tokens / sequences) : tokens};
   }
 
-  static Load of_one_sequence(const ChunkFwdProblem& p) {
-    return {1.0, std::ceil(static_cast<double>(p.tokens) / kChunkTokens), static_cast<double>(p.value_heads),
-            static_cast<double>(std::max(p.sm_count, 1))};
-  }
+  static Load of_one_sequence(const ChunkFwdProblem& p) { return {p, 1.0, static_cast<double>(p.tokens)}; }
 
   [[nodiscard]] double chains() const { return sequences * heads; }
   [[nodiscard]] double steps() const { return chains() * chunks * kStepsPerChunk; }

@@ -9,20 +9,9 @@ namespace kda {
 namespace {
 
 // What the first two stages take and leave, with the intermediates at `base`.
-ChunkFwdKernelParams stage_params(const ChunkFwdParams& call, const ChunkBwdPlan& plan, uint8_t* base) {
-  const ChunkIntermediates& at = plan.intermediates;
-  ChunkFwdKernelParams params = {};
-  params.call = call;
-  params.W = base + at.W;
-  params.K_decayed = base + at.K_decayed;
-  params.Q_gated = base + at.Q_gated;
-  params.Aqk = base + at.Aqk;
-  params.U = reinterpret_cast<uint4*>(base + at.U);
-  params.state = reinterpret_cast<uint4*>(base + at.state);
-  params.chunk_decay = reinterpret_cast<float*>(base + at.chunk_decay);
-  params.inverse = base + at.inverse;
-  params.chunk_slots = plan.chunk_slots;
-  params.vectorized = inputs_are_aligned(call);
+ChunkFwdKernelParams first_stage_params(const ChunkFwdParams& call, const ChunkBwdPlan& plan, uint8_t* base) {
+  ChunkFwdKernelParams params = stage_params(call, plan.intermediates, base, plan.chunk_slots);
+  params.inverse = base + plan.intermediates.inverse;
   return params;
 }
 
@@ -36,7 +25,7 @@ ChunkBwdKernelParams kernel_params(const ChunkBwdParams& call, const ChunkBwdPla
   ChunkBwdKernelParams params = {};
   // Saved intermediates are only read; the type of the kernels' parameters is that of the stages that write them.
   uint8_t* const saved = static_cast<uint8_t*>(const_cast<void*>(call.intermediates));
-  params.forward = stage_params(call.inputs, plan, plan.saved ? saved : base + workspace.intermediates);
+  params.forward = first_stage_params(call.inputs, plan, plan.saved ? saved : base + workspace.intermediates);
   params.forward.call.o = nullptr;
   params.forward.call.final_state = params.forward.call.chunk_states = nullptr;
 
@@ -57,48 +46,27 @@ ChunkBwdKernelParams kernel_params(const ChunkBwdParams& call, const ChunkBwdPla
   return params;
 }
 
-// Stages 1 and 2.
-cudaError_t compute_intermediates(const ChunkFwdKernelParams& params, int value_tile, cudaStream_t stream) {
-  {
-    NvtxRange range("kda.intra_chunk_solve");
-    const cudaError_t status = launch_intra_chunk_solve(params, stream);
-    if (status != cudaSuccess) return status;
-  }
-  NvtxRange range("kda.state_recurrence");
-  return launch_state_recurrence(params, value_tile, stream);
-}
-
 }  // namespace
 
 cudaError_t chunk_fwd_saving(const ChunkFwdParams& call, const ChunkBwdPlan& plan, cudaStream_t stream) {
   if (plan.path != ChunkFwdPath::kStaged) return cudaErrorNotSupported;
-  const ChunkFwdKernelParams params = stage_params(call, plan, static_cast<uint8_t*>(call.workspace));
-  const cudaError_t status = compute_intermediates(params, plan.value_tile, stream);
-  if (status != cudaSuccess) return status;
-  NvtxRange range("kda.output_gemm");
-  return launch_output_gemm(params, stream);
+  return run_stages(first_stage_params(call, plan, static_cast<uint8_t*>(call.workspace)), plan.value_tile, stream);
 }
 
 cudaError_t chunk_bwd(const ChunkBwdParams& call, const ChunkBwdPlan& plan, cudaStream_t stream) {
   if (plan.path != ChunkFwdPath::kStaged) return cudaErrorNotSupported;
   if (plan.saved != (call.intermediates != nullptr) && plan.intermediates.total_bytes > 0) return cudaErrorInvalidValue;
   const ChunkBwdKernelParams params = kernel_params(call, plan);
-  if (!plan.saved) {
-    const cudaError_t status = compute_intermediates(params.forward, plan.value_tile, stream);
-    if (status != cudaSuccess) return status;
+  cudaError_t status = plan.saved ? cudaSuccess : run_first_stages(params.forward, plan.value_tile, stream);
+  if (status == cudaSuccess) {
+    status =
+        run_stage("kda.reverse_recurrence", [&] { return launch_reverse_recurrence(params, plan.value_tile, stream); });
   }
-  {
-    NvtxRange range("kda.reverse_recurrence");
-    const cudaError_t status = launch_reverse_recurrence(params, plan.value_tile, stream);
-    if (status != cudaSuccess) return status;
+  if (status == cudaSuccess) {
+    status = run_stage("kda.intra_chunk_gradients", [&] { return launch_intra_chunk_gradients(params, stream); });
   }
-  {
-    NvtxRange range("kda.intra_chunk_gradients");
-    const cudaError_t status = launch_intra_chunk_gradients(params, stream);
-    if (status != cudaSuccess) return status;
-  }
-  NvtxRange range("kda.reduce_gradients");
-  return launch_reduce_gradients(params, stream);
+  if (status != cudaSuccess) return status;
+  return run_stage("kda.reduce_gradients", [&] { return launch_reduce_gradients(params, stream); });
 }
 
 }  // namespace kda

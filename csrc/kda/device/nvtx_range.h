@@ -24,4 +24,11 @@ class NvtxRange {
   NvtxRange& operator=(const NvtxRange&) = delete;
 };
 
+// What `launch` returns, which launches one kernel, under a range.
+template <typename Launch>
+auto run_stage(const char* name, Launch launch) {
+  NvtxRange range(name);
+  return launch();
+}
+
 }  // namespace kda

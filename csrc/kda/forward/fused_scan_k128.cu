@@ -2,8 +2,6 @@
 
 namespace kda {
 
-cudaError_t launch_fused_scan_k128(const StepKernelParams& params, int value_tile, cudaStream_t stream) {
-  return launch_fused_scan_of<128>(params, value_tile, stream);
-}
+template cudaError_t launch_fused_scan<128>(const StepKernelParams& params, int value_tile, cudaStream_t stream);
 
 }  // namespace kda

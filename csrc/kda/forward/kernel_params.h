@@ -27,9 +27,30 @@ struct ChunkFwdKernelParams {
   bool vectorized;  // every 8-element group of q, k, v, g and dt_bias starts at a multiple of 16 bytes
 };
 
+// The parameters with the regions of a plan (ChunkFwdWorkspace, ChunkIntermediates) at `base`.
+template <typename Regions>
+ChunkFwdKernelParams stage_params(const ChunkFwdParams& call, const Regions& at, uint8_t* base, int64_t chunk_slots) {
+  ChunkFwdKernelParams params = {};
+  params.call = call;
+  params.W = base + at.W;
+  params.K_decayed = base + at.K_decayed;
+  params.Q_gated = base + at.Q_gated;
+  params.Aqk = base + at.Aqk;
+  params.U = reinterpret_cast<uint4*>(base + at.U);
+  params.state = reinterpret_cast<uint4*>(base + at.state);
+  params.chunk_decay = reinterpret_cast<float*>(base + at.chunk_decay);
+  params.chunk_slots = chunk_slots;
+  params.vectorized = inputs_are_aligned(call);
+  return params;
+}
+
 // Launches of the stages, for the K, V and types of the call. Each returns the error of its launch.
 cudaError_t launch_intra_chunk_solve(const ChunkFwdKernelParams& params, cudaStream_t stream);
 cudaError_t launch_state_recurrence(const ChunkFwdKernelParams& params, int value_tile, cudaStream_t stream);
 cudaError_t launch_output_gemm(const ChunkFwdKernelParams& params, cudaStream_t stream);
+
+// The first two of them; all three.
+cudaError_t run_first_stages(const ChunkFwdKernelParams& params, int value_tile, cudaStream_t stream);
+cudaError_t run_stages(const ChunkFwdKernelParams& params, int value_tile, cudaStream_t stream);
 
 }  // namespace kda

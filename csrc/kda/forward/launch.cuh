@@ -58,13 +58,19 @@ cudaError_t launch(void (*kernel)(KernelArguments...), int64_t ctas, int threads
 template <int kValue>
 using Constant = std::integral_constant<int, kValue>;
 
+// Calls f with a value of the activation type.
+template <typename Function>
+cudaError_t for_element(const ChunkFwdProblem& problem, Function f) {
+  if (problem.activation_type == DataType::kBFloat16) return f(BFloat16());
+  if (problem.activation_type == DataType::kFloat16) return f(Float16());
+  return cudaErrorNotSupported;
+}
+
 // Calls f(K, V, element) with the head dimensions as compile-time constants and a value of the activation type.
 template <typename Function>
 cudaError_t for_instantiation(const ChunkFwdProblem& problem, Function f) {
   const auto with_type = [&](auto key_dim, auto value_dim) {
-    if (problem.activation_type == DataType::kBFloat16) return f(key_dim, value_dim, BFloat16());
-    if (problem.activation_type == DataType::kFloat16) return f(key_dim, value_dim, Float16());
-    return cudaErrorNotSupported;
+    return for_element(problem, [&](auto element) { return f(key_dim, value_dim, element); });
   };
   if (problem.key_dim == 128 && problem.value_dim == 128) return with_type(Constant<128>(), Constant<128>());
   if (problem.key_dim == 128 && problem.value_dim == 64) return with_type(Constant<128>(), Constant<64>());

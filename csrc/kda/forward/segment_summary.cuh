@@ -28,7 +28,7 @@ struct SegmentSummaryConfig : StepStage<K_, 64> {
   static constexpr bool kHasRegisters = false;  // see StepConsumer
   static constexpr int V = V_;
   using Element = Element_;
-  static constexpr int kThreads = 128, kWarps = 4, kStages = 2;
+  static constexpr int kThreads = 128, kStages = 2;
   // Registers allow no more (K = 128: the state takes 64, its bf16 copy 32, products 32, operands 16).
   static constexpr int kCtasPerSm = K == 128 ? 3 : 4;
   static constexpr int kBarrierOffset = kStages * kStageBytes;

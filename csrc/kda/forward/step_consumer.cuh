@@ -39,7 +39,7 @@ enum class StepResult { kOutputs, kState };
 template <typename Config, StepResult kResult>
 struct StepConsumer {
   using Element = typename Config::Element;
-  static constexpr int K = Config::K, C = Config::C, kThreads = 128;
+  static constexpr int K = Config::K, C = Config::C;
   static constexpr int kTokenTiles = C / 8;
   static constexpr bool kOutputs = kResult == StepResult::kOutputs;
   // With outputs, the products of the state with keys and with queries are one.

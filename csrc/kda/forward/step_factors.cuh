@@ -6,7 +6,7 @@
 // of the gates in fp32 8192, which becomes K ⊙ e^{G_C - G}; K ⊙ e^G and Q ⊙ e^G 16384; the solve and values of rows 6144.
 // So four CTAs share a multiprocessor: one's copies and its one inverting warp run beside the products of others.
 // Registers: at most 128 a thread.
-// Bound by memory at many heads: 24 KiB in and 33 KiB out for a step.
+// Bound by its own instructions and the use of shared memory; 24 KiB in and 33 KiB out for a step are not far behind at many heads.
 #pragma once
 
 #include "../device/chunk_location.cuh"

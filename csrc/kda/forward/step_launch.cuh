@@ -8,16 +8,8 @@
 
 namespace kda {
 
-// Calls f with a value of the activation type.
-template <typename Function>
-cudaError_t for_element(const ChunkFwdProblem& problem, Function f) {
-  if (problem.activation_type == DataType::kBFloat16) return f(BFloat16());
-  if (problem.activation_type == DataType::kFloat16) return f(Float16());
-  return cudaErrorNotSupported;
-}
-
 template <int K>
-cudaError_t launch_step_factors_of(const StepKernelParams& params, cudaStream_t stream) {
+cudaError_t launch_step_factors(const StepKernelParams& params, cudaStream_t stream) {
   const ChunkFwdProblem& problem = params.call.problem;
   const int64_t steps = params.step_slots * problem.value_heads;
   const auto launch_config = [&](auto config) {
@@ -44,7 +36,7 @@ cudaError_t for_values(const ChunkFwdProblem& problem, Function f) {
 }
 
 template <int K>
-cudaError_t launch_segment_summary_of(const StepKernelParams& params, cudaStream_t stream) {
+cudaError_t launch_segment_summary(const StepKernelParams& params, cudaStream_t stream) {
   return for_values(params.call.problem, [&](auto value_dim, auto element) {
     using Config = SegmentSummaryConfig<K, value_dim(), decltype(element)>;
     constexpr int kClusterCtas = (K + value_dim()) / 64;
@@ -55,7 +47,7 @@ cudaError_t launch_segment_summary_of(const StepKernelParams& params, cudaStream
 }
 
 template <int K>
-cudaError_t launch_state_scan_of(const StepKernelParams& params, cudaStream_t stream) {
+cudaError_t launch_state_scan(const StepKernelParams& params, cudaStream_t stream) {
   return for_values(params.call.problem, [&](auto value_dim, auto element) {
     using Config = StateScanConfig<K, value_dim(), decltype(element)>;
     const int64_t ctas = params.segment_slots * params.call.problem.value_heads;

@@ -25,16 +25,17 @@ struct StepKernelParams {
 // Tensor maps of the call, for value tiles of value_tile columns.
 [[nodiscard]] cudaError_t make_tensor_maps(StepKernelParams& params, int value_tile);
 
-cudaError_t launch_fused_scan_k64(const StepKernelParams& params, int value_tile, cudaStream_t stream);
-cudaError_t launch_fused_scan_k128(const StepKernelParams& params, int value_tile, cudaStream_t stream);
+// Launches for one K, 64 or 128; each is instantiated in a file of its own. Each returns the error of its launch.
+template <int K>
+cudaError_t launch_fused_scan(const StepKernelParams& params, int value_tile, cudaStream_t stream);
 
 // The stages of the stepwise path, in order; the second and the third only if sequences are cut.
-cudaError_t launch_step_factors_k64(const StepKernelParams& params, cudaStream_t stream);
-cudaError_t launch_step_factors_k128(const StepKernelParams& params, cudaStream_t stream);
-cudaError_t launch_segment_summary_k64(const StepKernelParams& params, cudaStream_t stream);
-cudaError_t launch_segment_summary_k128(const StepKernelParams& params, cudaStream_t stream);
+template <int K>
+cudaError_t launch_step_factors(const StepKernelParams& params, cudaStream_t stream);
+template <int K>
+cudaError_t launch_segment_summary(const StepKernelParams& params, cudaStream_t stream);
 cudaError_t launch_segment_compose(const StepKernelParams& params, cudaStream_t stream);
-cudaError_t launch_state_scan_k64(const StepKernelParams& params, cudaStream_t stream);
-cudaError_t launch_state_scan_k128(const StepKernelParams& params, cudaStream_t stream);
+template <int K>
+cudaError_t launch_state_scan(const StepKernelParams& params, cudaStream_t stream);
 
 }  // namespace kda

@@ -2,16 +2,8 @@
 
 namespace kda {
 
-cudaError_t launch_step_factors_k128(const StepKernelParams& params, cudaStream_t stream) {
-  return launch_step_factors_of<128>(params, stream);
-}
-
-cudaError_t launch_segment_summary_k128(const StepKernelParams& params, cudaStream_t stream) {
-  return launch_segment_summary_of<128>(params, stream);
-}
-
-cudaError_t launch_state_scan_k128(const StepKernelParams& params, cudaStream_t stream) {
-  return launch_state_scan_of<128>(params, stream);
-}
+template cudaError_t launch_step_factors<128>(const StepKernelParams& params, cudaStream_t stream);
+template cudaError_t launch_segment_summary<128>(const StepKernelParams& params, cudaStream_t stream);
+template cudaError_t launch_state_scan<128>(const StepKernelParams& params, cudaStream_t stream);
 
 }  // namespace kda
