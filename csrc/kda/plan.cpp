@@ -108,7 +108,7 @@ JsonObject stage_ctas(const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
   JsonObject ctas;
   const int64_t segments = plan.segment_slots * p.value_heads;
   if (plan.path == ChunkFwdPath::kFused) {
-    ctas.add("fused_scan", p.sequences * p.value_heads * (p.value_dim / plan.value_tile));
+    ctas.add("fused_scan", plan.clusters * (p.value_dim / plan.value_tile));
   }
   if (plan.path == ChunkFwdPath::kStepwise) {
     ctas.add("step_factors", plan.step_slots * p.value_heads);
@@ -140,6 +140,22 @@ void reserve_staged(ChunkFwdWorkspace& w, const ChunkFwdProblem& p, const ChunkF
   w.chunk_decay = reserve(w, tiles * K * kFp32);
 }
 
+// Chains of the fused kernel: (sequence, value head).
+int64_t chains_of(const ChunkFwdProblem& p) { return p.sequences * p.value_heads; }
+
+// Whether a chain may go from one cluster to another: unless each cluster has whole ones for certain.
+bool shares_chains(const ChunkFwdProblem& p, int64_t clusters) {
+  return chains_of(p) > 1 && (p.varlen || chains_of(p) % clusters != 0);
+}
+
+void reserve_fused(ChunkFwdWorkspace& w, const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
+  constexpr size_t kFp32 = 4;
+  if (!shares_chains(p, plan.clusters)) return;
+  const auto clusters = static_cast<size_t>(plan.clusters);
+  w.handoff_states = reserve(w, clusters * p.value_dim * p.key_dim * kFp32);
+  w.handoff_flags = reserve(w, clusters * (p.value_dim / plan.value_tile) * sizeof(uint32_t));
+}
+
 void reserve_stepwise(ChunkFwdWorkspace& w, const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
   constexpr size_t kFp32 = 4;
   const size_t heads = p.value_heads, K = p.key_dim, V = p.value_dim;
@@ -167,13 +183,18 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p, const ChunkFwdPlanOptions&
     reserve_staged(plan.workspace, p, plan);
     return plan;
   }
-  const FusedEstimate fused = estimate_fused(p, options.value_tile);
+  // One CTA a multiprocessor.
+  const int64_t side_by_side = std::max<int64_t>(p.sm_count / (p.value_dim / kScanRows), 1);
+  const int64_t clusters =
+      std::min(std::min(side_by_side, options.clusters.value_or(side_by_side)), std::max<int64_t>(chains_of(p), 1));
   const StepwiseEstimate stepwise = estimate_stepwise(p);
   const bool is_forced = options.path.has_value();
-  if (is_forced ? *options.path == ChunkFwdPath::kFused : p.bounded_gate && fused.us < stepwise.us) {
+  if (is_forced ? *options.path == ChunkFwdPath::kFused : p.bounded_gate && estimate_fused_us(p, clusters) < stepwise.us) {
     plan.path = ChunkFwdPath::kFused;
     plan.reason = is_forced ? "asked for" : "its estimate is below that of the stepwise path";
-    plan.value_tile = fused.value_tile;
+    plan.value_tile = kScanRows;
+    plan.clusters = clusters;
+    reserve_fused(plan.workspace, p, plan);
     return plan;
   }
   plan.path = ChunkFwdPath::kStepwise;
@@ -244,6 +265,7 @@ std::string to_json(const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
   json.add("chunk_tokens", int64_t{kChunkTokens});
   json.add("chunk_slots", plan.chunk_slots);
   json.add("value_tile", int64_t{plan.value_tile});
+  json.add("clusters", plan.clusters);
   json.add("segment_chunks", plan.segment_chunks);
   json.add("segment_slots", plan.segment_slots);
   json.add("stage_ctas", stage_ctas(p, plan));

@@ -43,7 +43,8 @@ enum class ChunkFwdPath : int32_t {
 // What a caller may fix that the planner otherwise chooses; for tests and measurements.
 struct ChunkFwdPlanOptions {
   std::optional<ChunkFwdPath> path;       // a path of kernels; kStaged where that does not cover the call
-  std::optional<int> value_tile;          // of kFused 64 or 128, of kStaged also 32; at most V
+  std::optional<int> value_tile;          // of kStaged: 32, 64 or 128; at most V
+  std::optional<int64_t> clusters;        // of kFused: at most so many in the grid
   std::optional<int64_t> segment_chunks;  // of kStepwise; 0: sequences are not cut
 };
 
@@ -64,6 +65,9 @@ struct ChunkFwdWorkspace {
   size_t U = 0;            // Tinv V, fp32 accumulators [slots, HV, V, C]; then, in its place, U as two bf16 operands
   size_t state = 0;        // state at entry of a chunk [slots, HV, V, K]   bf16, fragment order
   size_t chunk_decay = 0;  // e^{G_C}                   [slots, HV, K]      fp32
+  // Of kFused, one for each cluster: the state of a chain that goes on in another one, if that can be
+  size_t handoff_states = 0;  // [clusters, V, K]     fp32, fragments
+  size_t handoff_flags = 0;   // whether it is there  [clusters, V / 64]   uint32
   // Of kStepwise:
   size_t step_images = 0;  // factors of each step      [step slots, HV]    see step_image_bytes()
   // Of a cut, one for each (segment slot, value head):
@@ -79,6 +83,7 @@ struct ChunkFwdPlan {
   int64_t chunk_slots = 0;  // grid extent over chunks; see chunk_slots()
   int64_t step_slots = 0;   // of kStepwise: grid extent over steps; see step_slots()
   int value_tile = 0;       // V columns of one CTA of the state recurrence, of the fused kernel or of the scan
+  int64_t clusters = 0;     // of kFused: of V / 64 CTAs each, side by side; chains are dealt out to them in equal shares
 
   // The cut of sequences into segments, whose affine maps S -> M S + B are computed side by side before the scan.
   int64_t segment_chunks = 0;  // chunks of one segment; 0: sequences are not cut

@@ -111,24 +111,15 @@ StepwiseEstimate estimate_stepwise(const ChunkFwdProblem& p) {
   return best;
 }
 
-FusedEstimate estimate_fused(const ChunkFwdProblem& p, std::optional<int> value_tile) {
-  constexpr double kTurnUs = 9.0;  // launch, first loads, last stores
-  const auto step_us = [&](int tile) {
-    if (p.key_dim == 128) return tile == 64 ? 2.65 : 3.4;
-    return tile == 64 ? 2.0 : 2.25;
-  };
-  const auto estimate = [&](int tile) {
-    const double us = expected_us(p, [&](const Load& load) {
-      const double turns = std::max(std::ceil(load.chains() * (p.value_dim / tile) / load.sm_count), 1.0);
-      return turns * (load.chunks * Load::kStepsPerChunk * step_us(tile) + kTurnUs);
-    });
-    return FusedEstimate{tile, us};
-  };
-  if (value_tile) return estimate(*value_tile);
-  const FusedEstimate narrow = estimate(64);
-  if (p.value_dim == 64) return narrow;
-  const FusedEstimate wide = estimate(128);
-  return wide.us <= narrow.us ? wide : narrow;
+double estimate_fused_us(const ChunkFwdProblem& p, int64_t clusters) {
+  constexpr double kLaunchUs = 9.0;  // launch, first loads, last stores
+  constexpr double kChainUs = 2.0;   // from one chain to the next
+  const double step_us = p.key_dim == 128 ? (p.value_dim == 128 ? 1.45 : 2.65) : (p.value_dim == 128 ? 1.2 : 2.0);
+  const double available = static_cast<double>(std::max<int64_t>(clusters, 1));
+  return expected_us(p, [&](const Load& load) {
+    const double steps = std::max(load.steps() / available, load.chunks * Load::kStepsPerChunk);
+    return kLaunchUs + steps * step_us + std::floor(load.chains() / available) * kChainUs;
+  });
 }
 
 }  // namespace kda

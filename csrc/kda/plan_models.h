@@ -2,8 +2,6 @@
 // (docs/lab-notebook.md). Pure functions, like the plan.
 #pragma once
 
-#include <optional>
-
 #include "plan.h"
 
 namespace kda {
@@ -22,12 +20,7 @@ struct StepwiseEstimate {
 // The stepwise path with the cut that is best for it.
 [[nodiscard]] StepwiseEstimate estimate_stepwise(const ChunkFwdProblem& problem);
 
-struct FusedEstimate {
-  int value_tile;
-  double us;
-};
-
-// The fused kernel: its CTAs, one a multiprocessor, take turns, and each walks through its steps. value_tile: that, instead of the better one.
-[[nodiscard]] FusedEstimate estimate_fused(const ChunkFwdProblem& problem, std::optional<int> value_tile);
+// The fused kernel on so many clusters, which walk through equal shares of all steps.
+[[nodiscard]] double estimate_fused_us(const ChunkFwdProblem& problem, int64_t clusters);
 
 }  // namespace kda

@@ -50,7 +50,8 @@ Outputs chunk_fwd_cuda(ChunkFwdArguments args) {
 
 // What no path can do is refused here, what the plan's path cannot do in check_plan().
 ChunkFwdPlanOptions plan_options(const std::string& path, std::optional<int64_t> segment_chunks,
-                                 std::optional<int64_t> value_tile, int64_t value_dim) {
+                                 std::optional<int64_t> value_tile, std::optional<int64_t> clusters,
+                                 int64_t value_dim) {
   ChunkFwdPlanOptions options;
   if (path == "staged") {
     options.path = ChunkFwdPath::kStaged;
@@ -66,13 +67,15 @@ ChunkFwdPlanOptions plan_options(const std::string& path, std::optional<int64_t>
   }
   options.segment_chunks = segment_chunks;
   if (value_tile) {
-    const bool known = *value_tile == 128 || *value_tile == 64 || (*value_tile == 32 && path == "staged");
+    const bool known = *value_tile == 128 || *value_tile == 64 || *value_tile == 32;
     if (!known || *value_tile > value_dim) {
-      refuse("value_tile", "expected 64 or 128, or 32 with path staged, at most V = " + std::to_string(value_dim) +
-                               ", got " + std::to_string(*value_tile));
+      refuse("value_tile", "expected 32, 64 or 128, at most V = " + std::to_string(value_dim) + ", got " +
+                               std::to_string(*value_tile));
     }
     options.value_tile = static_cast<int>(*value_tile);
   }
+  if (clusters && *clusters < 1) refuse("clusters", "expected at least 1, got " + std::to_string(*clusters));
+  options.clusters = clusters;
   return options;
 }
 
@@ -80,9 +83,12 @@ ChunkFwdPlanOptions plan_options(const std::string& path, std::optional<int64_t>
 void check_plan(const ChunkFwdPlan& plan, const ChunkFwdPlanOptions& options) {
   if (options.path && plan.path != *options.path) refuse("path", plan.reason);
   const bool is_stepwise = plan.path == ChunkFwdPath::kStepwise;
-  if (options.value_tile && is_stepwise) {
-    refuse("value_tile",
-           "expected none with path stepwise, which has no tiles of V, got " + std::to_string(*options.value_tile));
+  if (options.value_tile && plan.path != ChunkFwdPath::kStaged) {
+    refuse("value_tile", "expected none with path stepwise or fused, which have no tiles of V to choose, got " +
+                             std::to_string(*options.value_tile));
+  }
+  if (options.clusters && plan.path != ChunkFwdPath::kFused) {
+    refuse("clusters", "expected none with path stepwise or staged, got " + std::to_string(*options.clusters));
   }
   if (options.segment_chunks.value_or(0) > 0 && !is_stepwise) {
     refuse("segment_chunks",
@@ -108,8 +114,9 @@ void boxed_chunk_fwd_planned_cuda(StableIValue* stack, uint64_t, uint64_t) {
   const auto path = to<std::string>(stack[kChunkFwdArguments]);
   const auto segment_chunks = to<std::optional<int64_t>>(stack[kChunkFwdArguments + 1]);
   const auto value_tile = to<std::optional<int64_t>>(stack[kChunkFwdArguments + 2]);
+  const auto clusters = to<std::optional<int64_t>>(stack[kChunkFwdArguments + 3]);
   check_chunk_fwd(args);
-  const ChunkFwdPlanOptions options = plan_options(path, segment_chunks, value_tile, args.v.size(3));
+  const ChunkFwdPlanOptions options = plan_options(path, segment_chunks, value_tile, clusters, args.v.size(3));
   return_outputs(chunk_fwd_planned_cuda(std::move(args), options), stack);
 }
 

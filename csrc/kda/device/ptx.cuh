@@ -229,7 +229,62 @@ __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontr
 // Until the kernel before has ended and its results are visible.
 __device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
+// ---- Flags in device memory, between CTAs of a grid ----
+
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* flag) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_release(uint32_t* flag, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
 // ---- Clusters ----
+
+__device__ __forceinline__ uint32_t cluster_cta_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// The address of the same place in the shared memory of CTA `rank` of the cluster.
+__device__ __forceinline__ uint32_t map_to_cta(uint32_t address, uint32_t rank) {
+  uint32_t mapped;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+
+// mbarrier: from map_to_cta(). The reads before it are over, as their values have been used; a release to the whole cluster would wait for all
+// stores to device memory, a microsecond.
+__device__ __forceinline__ void mbarrier_arrive_at_cta(uint32_t mbarrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mbarrier) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive_expect_tx_at_cta(uint32_t mbarrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(mbarrier), "r"(bytes) : "memory");
+}
+
+// As cp_async_bulk_tensor_load(), to the same place in the CTAs of `ctas`, a bit for each; their barriers at the same place count the bytes.
+__device__ __forceinline__ void cp_async_bulk_tensor_load_multicast(uint32_t destination, const void* tensor_map,
+                                                                    int c0, int c1, int c2, int c3, int c4,
+                                                                    uint32_t mbarrier, uint32_t ctas) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+      "{%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(destination),
+      "l"(tensor_map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(mbarrier), "h"(static_cast<uint16_t>(ctas))
+      : "memory");
+}
+
+// From this CTA's shared memory; destination and the barrier that counts the bytes: from map_to_cta().
+__device__ __forceinline__ void cp_async_bulk_to_cta(uint32_t destination, uint32_t source, uint32_t bytes,
+                                                     uint32_t mbarrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
+      "r"(source), "r"(bytes), "r"(mbarrier)
+      : "memory");
+}
 
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");

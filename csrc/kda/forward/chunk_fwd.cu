@@ -23,12 +23,17 @@ template <int K>
 cudaError_t run_steps(const ChunkFwdParams& call, const ChunkFwdPlan& plan, cudaStream_t stream) {
   StepKernelParams params = {};
   params.call = call;
-  const cudaError_t status = make_tensor_maps(params, plan.path == ChunkFwdPath::kFused ? plan.value_tile : 64);
+  const cudaError_t status = make_tensor_maps(params);
   if (status != cudaSuccess) return status;
-  if (plan.path == ChunkFwdPath::kFused) {
-    return run_stage("kda.fused_scan", [&] { return launch_fused_scan<K>(params, plan.value_tile, stream); });
-  }
   uint8_t* const base = static_cast<uint8_t*>(call.workspace);
+  if (plan.path == ChunkFwdPath::kFused) {
+    params.clusters = plan.clusters;
+    if (plan.workspace.total_bytes > 0) {
+      params.handoff_states = reinterpret_cast<float4*>(base + plan.workspace.handoff_states);
+      params.handoff_flags = reinterpret_cast<uint32_t*>(base + plan.workspace.handoff_flags);
+    }
+    return run_stage("kda.fused_scan", [&] { return launch_fused_scan<K>(params, stream); });
+  }
   params.images = base + plan.workspace.step_images;
   params.step_slots = plan.step_slots;
   params.segment_chunks = plan.segment_chunks;

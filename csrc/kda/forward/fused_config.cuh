@@ -1,30 +1,33 @@
 // The fused forward's configuration: shared-memory map, roles, barriers. See fused_scan.cuh for the kernel.
 #pragma once
 
-#include "../device/chunk_location.cuh"
 #include "../device/triangular_inverse.cuh"
+#include "scan_schedule.cuh"
 #include "step_layout.cuh"
-#include "step_params.h"
 
 namespace kda {
 
-// K: channels of a key. V: width of a value row in memory. kRows: rows of the transposed state of one CTA, 64 a consumer warpgroup.
-template <int K_, int V_, int kRows_, typename Element_>
-struct FusedConfig : StepStage<K_, kRows_> {
-  using Stage = StepStage<K_, kRows_>;
+// K: channels of a key. V: width of a value row.
+template <int K_, int V_, typename Element_>
+struct FusedConfig : StepStage<K_, 64> {
+  using Stage = StepStage<K_, 64>;
   using Stage::C, Stage::K, Stage::kRows, Stage::kStageBytes, Stage::kKeyTileBytes;
-  static constexpr bool kHasRegisters = kRows_ == 64;  // see StepConsumer
+  static constexpr bool kHasRegisters = true;  // see StepConsumer
   static constexpr int V = V_;
   using Element = Element_;
 
-  // Registers of a thread after the roles have parted: 65536 for all threads.
-  static constexpr int kConsumerGroups = kRows / 64, kProducerGroups = 2, kGroupThreads = 128;
-  static constexpr int kThreads = (kProducerGroups + kConsumerGroups) * kGroupThreads;
-  static constexpr int kProducerRegisters = kConsumerGroups == 2 ? 96 : 168;
-  static constexpr int kConsumerRegisters = kConsumerGroups == 2 ? 160 : 168;
+  // CTAs of a cluster: one for each 64 rows of the transposed state. They share the work of the producers.
+  static constexpr int kCtas = V / kRows;
 
-  // One stage: what a consumer needs of a step.
-  static constexpr int kStages = 3;
+  // Registers of a thread after the roles have parted: those that all were launched with.
+  static constexpr int kProducerGroups = 2, kGroupThreads = 128;
+  static constexpr int kThreads = (kProducerGroups + 1) * kGroupThreads;
+  static constexpr int kProducerRegisters = 144, kConsumerRegisters = 216;
+  static_assert(kProducerGroups * kProducerRegisters + kConsumerRegisters == (kProducerGroups + 1) * 168);
+
+  // One stage: what a consumer needs of a step. A stage is always filled by the same CTA.
+  static constexpr int kStages = 4;
+  static_assert(kStages % kCtas == 0);
 
   // The rows of q, k and g of a step as they come, one buffer for each producer group. Then, in their place, the gates in fp32 (over g, which
   // has room for fp32) and the operands of the pair products: P q, P k over q, k, and R k over the first of the gates.
@@ -40,40 +43,42 @@ struct FusedConfig : StepStage<K_, kRows_> {
   static constexpr int kRowValuesBytes = 6 * C * 4;
   static constexpr int kProducerBytes = (kRowValues + 2 * kRowValuesBytes + 127) / 128 * 128;
 
-  // What a consumer group works on: O of its 64 columns on its way out, of even and of odd steps.
-  static constexpr int kOutputTileBytes = C * 128, kOutputBytes = 2 * kOutputTileBytes;
-
   static constexpr int kRawOffset = kStages * kStageBytes;
   static constexpr int kProducerOffset = kRawOffset + kProducerGroups * kRawBytes;
-  static constexpr int kOutputOffset = kProducerOffset + kProducerGroups * kProducerBytes;
-  static constexpr int kBarrierOffset = kOutputOffset + kConsumerGroups * kOutputBytes;
-  static constexpr int kBarriers = 2 * kStages + kProducerGroups;
-  static constexpr int kSharedBytes = kBarrierOffset + 8 * kBarriers;
+  static constexpr int kBarrierOffset = kProducerOffset + kProducerGroups * kProducerBytes;
+  static constexpr int kBarriers = 3 * kStages + kProducerGroups;
+  static constexpr int kSearchOffset = 0;  // StretchSearch, before the roles part; then in a place of its own
+  static constexpr int kStretchOffset = kBarrierOffset + 8 * kBarriers;
+  static constexpr int kSharedBytes = kStretchOffset + static_cast<int>(sizeof(ScanStretch));
   static_assert(kSharedBytes <= 227 * 1024);
 
   static __device__ __forceinline__ uint32_t full(uint32_t shared, int stage) {
-    return shared + kBarrierOffset + 16 * stage;
+    return shared + kBarrierOffset + 24 * stage;
   }
-  static __device__ __forceinline__ uint32_t empty(uint32_t shared, int stage) {
-    return shared + kBarrierOffset + 16 * stage + 8;
+  static __device__ __forceinline__ uint32_t empty(uint32_t shared, int stage) { return full(shared, stage) + 8; }
+  // The place of V: O of the step goes out by way of it, while the next step is on.
+  static __device__ __forceinline__ uint32_t values_empty(uint32_t shared, int stage) {
+    return full(shared, stage) + 16;
   }
   static __device__ __forceinline__ uint32_t raw_full(uint32_t shared, int producer) {
-    return shared + kBarrierOffset + 16 * kStages + 8 * producer;
+    return shared + kBarrierOffset + 24 * kStages + 8 * producer;
   }
+
+  // Of a step, by its index in the stretch.
+  static __device__ __forceinline__ int stage_of(int index) { return index % kStages; }
+  static __device__ __forceinline__ uint32_t parity_of(int index) { return index / kStages & 1; }
+  static __device__ __forceinline__ uint32_t maker_of(int stage) { return stage % kCtas; }
 };
 
-// The tokens, head and rows of the state that a CTA scans.
-struct ScanItem {
-  SequenceRange range;
-  int64_t sequence;
-  int value_head, key_head;
-  int first_row;  // of V
-  int steps;
-
-  // Tokens of a step: kStepTokens but for the last.
-  __device__ __forceinline__ int tokens(int step) const {
-    return static_cast<int>(min(range.end - range.begin - int64_t{step} * kStepTokens, int64_t{kStepTokens}));
-  }
+// Of a thread of the fused forward.
+struct FusedRole {
+  const StepKernelParams& params;
+  const ScanStretch& stretch;
+  uint8_t* shared;
+  int stretch_index;
+  uint32_t rank;  // of the CTA in its cluster
+  int group;      // which of the producers'
+  int thread, warp, lane;
 };
 
 }  // namespace kda

@@ -1,5 +1,5 @@
-// A consumer group of the fused forward: one warpgroup that carries 64 rows of the transposed state through the steps
-// (step_consumer.cuh).
+// The consumer group of the fused forward: one warpgroup that carries 64 rows of the transposed state through the steps of the
+// cluster's stretch (step_consumer.cuh).
 #pragma once
 
 #include "fused_config.cuh"
@@ -8,61 +8,112 @@
 namespace kda {
 
 template <typename Config>
-struct FusedConsumer {
+struct FusedConsumer : FusedRole {
   static constexpr int K = Config::K, C = Config::C;
   using Consumer = StepConsumer<Config, StepResult::kOutputs>;
+  using Writer = OutputWriter<Config>;
 
-  const ChunkFwdParams& call;
-  const ScanItem& item;
-  uint8_t* const shared;
-  const int consumer;  // which group
-  const int thread, warp, lane;
-
-  static constexpr int kBarrier = 1 + Config::kProducerGroups;  // + consumer
-  __device__ __forceinline__ void sync() const { ptx::barrier_sync(kBarrier + consumer, Config::kGroupThreads); }
+  __device__ __forceinline__ void sync() const {
+    constexpr int kBarrier = 1 + Config::kProducerGroups;
+    ptx::barrier_sync(kBarrier, Config::kGroupThreads);
+  }
 
   // First row of V of the group, and of the warp.
-  __device__ __forceinline__ int group_row() const { return item.first_row + 64 * consumer; }
+  __device__ __forceinline__ int group_row() const { return static_cast<int>(rank) * Config::kRows; }
   __device__ __forceinline__ int warp_row() const { return group_row() + 16 * warp; }
+  __device__ __forceinline__ uint8_t* stage(int index) const {
+    return shared + Config::stage_of(index) * Config::kStageBytes;
+  }
+
+  // Tells a barrier of the stage's maker, by each warp.
+  __device__ __forceinline__ void release(uint32_t barrier, int index) const {
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive_at_cta(ptx::map_to_cta(barrier, Config::maker_of(Config::stage_of(index))));
+  }
+  __device__ __forceinline__ void release_stage(int index) const {
+    release(Config::empty(ptx::shared_address(shared), Config::stage_of(index)), index);
+  }
+  __device__ __forceinline__ void release_values(int index) const {
+    ptx::fence_proxy_async_shared();  // the copy engine writes next
+    release(Config::values_empty(ptx::shared_address(shared), Config::stage_of(index)), index);
+  }
+
+  // States that are handed on lie in fragments, [stretches, V / 16, K / 8, 32 lanes].
+  __device__ __forceinline__ float4* handoff(int64_t index) const {
+    return params.handoff_states + (index * (Config::V / 16) + warp_row() / 16) * (K / 8) * 32;
+  }
+  __device__ __forceinline__ uint32_t* handoff_flag(int64_t index) const {
+    return params.handoff_flags + index * Config::kCtas + rank;
+  }
+
+  __device__ __forceinline__ void load_entry(StateFragments<K>& state, const ScanPiece& piece) const {
+    if (piece.is_begin()) {
+      load_initial_state(state, params.call, piece.sequence, piece.value_head, warp_row(), lane);
+      return;
+    }
+    if (thread == 0) {
+      while (ptx::load_acquire(handoff_flag(stretch_index + 1)) == 0) __nanosleep(100);
+    }
+    sync();
+    state.load_fragments(handoff(stretch_index + 1), lane);
+  }
+
+  __device__ __forceinline__ void store_exit(StateFragments<K>& state, const ScanPiece& piece) const {
+    const ChunkFwdParams& call = params.call;
+    if (piece.is_end()) {
+      if (call.final_state != nullptr) {
+        const int64_t index = piece.sequence * call.problem.value_heads + piece.value_head;
+        store_state(call.final_state, index, state, call, warp_row(), lane);
+      }
+      return;
+    }
+    state.store_fragments(handoff(stretch_index), lane);
+    __threadfence();
+    sync();
+    if (thread == 0) ptx::store_release(handoff_flag(stretch_index), 1);
+  }
+
+  __device__ __forceinline__ void store_chunk_state(StateFragments<K>& state, const ScanPiece& piece, int step) const {
+    const ChunkFwdParams& call = params.call;
+    const SequenceRange range = {piece.batch, piece.begin, piece.end};
+    const int64_t slot = first_chunk_slot(call, piece.sequence, range) + step / (kChunkTokens / C);
+    store_state(call.chunk_states, slot * call.problem.value_heads + piece.value_head, state, call, warp_row(), lane);
+  }
 
   __device__ __forceinline__ void run() const {
-    const uint32_t shared_base = ptx::shared_address(shared);
-    const int value_heads = call.problem.value_heads;
-    StateFragments<K> state;
-    load_initial_state(state, call, item.sequence, item.value_head, warp_row(), lane);
-    const int64_t first_slot = first_chunk_slot(call, item.sequence, item.range);
-
-    const Consumer advance{64 * consumer, warp, lane};
-    OutputWriter<Config> writer(call, item.range.batch, item.range.begin, item.value_head, group_row(), thread);
-    typename Consumer::PackedOutput output;  // of the step before, stored while the products of the next one run
-    // A buffer is used again two steps later, and the barrier of the step between says that it has been read.
-    const auto store_output = [&](int step) {
-      uint8_t* const tile =
-          shared + Config::kOutputOffset + consumer * Config::kOutputBytes + step % 2 * Config::kOutputTileBytes;
-      writer.store(output, tile, item.tokens(step), [&] { sync(); });
-    };
-    for (int step = 0; step < item.steps; ++step) {
-      const int stage_index = step % Config::kStages, use = step / Config::kStages;
-      uint8_t* const stage = shared + stage_index * Config::kStageBytes;
-      if (call.chunk_states != nullptr && step % (kChunkTokens / C) == 0) {
-        const int64_t slot = first_slot + step / (kChunkTokens / C);
-        store_state(call.chunk_states, slot * value_heads + item.value_head, state, call, warp_row(), lane);
-      }
+    const ChunkFwdParams& call = params.call;
+    const Consumer advance{0, warp, lane};
+    int index = 0;
+    for (PieceWalk walk(call, stretch); !walk.done(); walk.next()) {
+      const ScanPiece& piece = walk.piece;
+      StateFragments<K> state;
+      load_entry(state, piece);
+      Writer writer(call, piece.batch, piece.token_of(piece.first_step), piece.value_head, group_row(), thread);
+      typename Consumer::PackedOutput output;  // of the step before, stored while the products of the next one run
+      const auto store_output = [&](int step, int at) {
+        writer.store(output, stage(at) + Config::kValues, piece.tokens(step));
+      };
       uint32_t operands[K / 16][4];
       state.to_operands(operands);
-      ptx::mbarrier_wait_parity(Config::full(shared_base, stage_index), use & 1);
-      advance.advance(state, operands, output, stage, item.tokens(step), true, [&] {
-        if (step > 0) store_output(step - 1);
-      });
-      ptx::mbarrier_arrive(Config::empty(shared_base, stage_index));
-    }
-    if (item.steps > 0) store_output(item.steps - 1);
-
-    if (call.final_state != nullptr) {
-      store_state(call.final_state, item.sequence * value_heads + item.value_head, state, call, warp_row(), lane);
-    }
-    if (call.cu_seqlens != nullptr && item.sequence == call.problem.sequences - 1) {
-      writer.clear_rows_past(call, item.range.end, item.value_head, group_row());
+      for (int step = piece.first_step; step < piece.end_step; ++step, ++index) {
+        if (__builtin_expect(call.chunk_states != nullptr, 0) && step % (kChunkTokens / C) == 0) store_chunk_state(state, piece, step);
+        ptx::mbarrier_wait_parity(Config::full(ptx::shared_address(shared), Config::stage_of(index)),
+                                  Config::parity_of(index));
+        const bool follows = step > piece.first_step;
+        advance.advance(state, operands, output, stage(index), piece.tokens(step), true, [&] {
+          if (follows) store_output(step - 1, index - 1);
+        });
+        release_stage(index);
+        if (follows) release_values(index - 1);
+      }
+      if (piece.end_step > piece.first_step) {
+        store_output(piece.end_step - 1, index - 1);
+        release_values(index - 1);
+      }
+      store_exit(state, piece);
+      if (call.cu_seqlens != nullptr && piece.is_end() && piece.sequence == call.problem.sequences - 1) {
+        writer.clear_rows_past(call, piece.end, piece.value_head, group_row());
+      }
     }
   }
 };

@@ -7,18 +7,23 @@
 namespace kda {
 
 template <int K>
-cudaError_t launch_fused_scan(const StepKernelParams& params, int value_tile, cudaStream_t stream) {
+cudaError_t launch_fused_scan(const StepKernelParams& params, cudaStream_t stream) {
   const ChunkFwdProblem& problem = params.call.problem;
   const auto launch_config = [&](auto config) {
     using Config = decltype(config);
-    const int64_t ctas = problem.sequences * problem.value_heads * (Config::V / Config::kRows);
-    return launch(fused_scan_kernel<Config>, ctas, Config::kThreads, Config::kSharedBytes, stream, params);
+    if (params.handoff_flags != nullptr) {
+      const size_t bytes = params.clusters * Config::kCtas * sizeof(uint32_t);
+      const cudaError_t status = cudaMemsetAsync(params.handoff_flags, 0, bytes, stream);
+      if (status != cudaSuccess) return status;
+    }
+    return launch_grid(fused_scan_kernel<Config>,
+                       {params.clusters * Config::kCtas, Config::kThreads, Config::kSharedBytes, Config::kCtas}, stream,
+                       params);
   };
   return for_element(problem, [&](auto element) {
     using Element = decltype(element);
-    if (problem.value_dim == 64) return launch_config(FusedConfig<K, 64, 64, Element>());
-    if (value_tile == 64) return launch_config(FusedConfig<K, 128, 64, Element>());
-    return launch_config(FusedConfig<K, 128, 128, Element>());
+    if (problem.value_dim == 64) return launch_config(FusedConfig<K, 64, Element>());
+    return launch_config(FusedConfig<K, 128, Element>());
   });
 }
 

@@ -1,4 +1,4 @@
-// A producer group of the fused forward: it makes every second step (step_producer.cuh), and keeps its rows coming.
+// A producer group of the fused forward: of all steps of the stretch those that fall to it (step_producer.cuh), for all CTAs of the cluster.
 #pragma once
 
 #include "fused_config.cuh"
@@ -7,106 +7,142 @@
 namespace kda {
 
 template <typename Config>
-struct FusedProducer {
+struct FusedProducer : FusedRole {
   static constexpr int C = Config::C;
+  static constexpr int kStride = Config::kCtas * Config::kProducerGroups;  // steps from one of the group to the next
 
-  const StepKernelParams& params;
-  const ChunkFwdParams& call;
-  const ScanItem& item;
-  uint8_t* const shared;
-  const int producer;  // which group
-  const int thread, warp, lane;
-
-  static constexpr int kBarrier = 1;  // + producer
-  __device__ __forceinline__ uint8_t* scratch() const {
-    return shared + Config::kProducerOffset + producer * Config::kProducerBytes;
-  }
-  __device__ __forceinline__ uint8_t* raw() const { return shared + Config::kRawOffset + producer * Config::kRawBytes; }
-  __device__ __forceinline__ bool gate_is_fp32() const { return call.gate_type == DataType::kFloat32; }
-
-  // First token and batch row of a step, as coordinates of the tensor maps.
-  struct Box {
-    int token, batch;
+  // A step as the tensor maps and the producer need it.
+  struct Step {
+    int index;  // in the stretch
+    int token, batch, tokens, value_head, key_head;
+    bool exists;
   };
-  __device__ __forceinline__ Box box(int step) const {
-    return {static_cast<int>(item.range.begin) + step * C, static_cast<int>(item.range.batch)};
+
+  __device__ __forceinline__ Step describe(const StepWalk& walk, int key_head) const {
+    const ScanPiece& piece = walk.pieces.piece;
+    return {walk.index, walk.token, piece.batch, walk.tokens(), piece.value_head, key_head, !walk.done()};
   }
 
+  static constexpr int kBarrier = 1;  // + group
+  __device__ __forceinline__ uint8_t* scratch() const {
+    return shared + Config::kProducerOffset + group * Config::kProducerBytes;
+  }
+  __device__ __forceinline__ uint8_t* raw() const { return shared + Config::kRawOffset + group * Config::kRawBytes; }
   // q, k and g of a step, by one thread. Rows past the end are of any content.
-  __device__ __forceinline__ void load_inputs(int step) const {
-    if (step >= item.steps || thread != 0) return;
-    const uint32_t barrier = Config::raw_full(ptx::shared_address(shared), producer);
+  __device__ __forceinline__ void load_inputs(const Step& step) const {
+    if (!step.exists || thread != 0) return;
+    const uint32_t barrier = Config::raw_full(ptx::shared_address(shared), group);
     const uint32_t rows = ptx::shared_address(raw());
-    const Box b = box(step);
-    ptx::mbarrier_arrive_expect_tx(barrier, (gate_is_fp32() ? 4 : 3) * Config::kKeyTileBytes);
-    ptx::cp_async_bulk_tensor_load(rows + Config::kRawQ, &params.q, 0, b.token, 0, item.key_head, b.batch, barrier);
-    ptx::cp_async_bulk_tensor_load(rows + Config::kRawK, &params.k, 0, b.token, 0, item.key_head, b.batch, barrier);
-    ptx::cp_async_bulk_tensor_load(rows + Config::kRawG, &params.g, 0, b.token, 0, item.value_head, b.batch, barrier);
+    const bool gate_is_fp32 = params.call.gate_type == DataType::kFloat32;
+    ptx::mbarrier_arrive_expect_tx(barrier, (gate_is_fp32 ? 4 : 3) * Config::kKeyTileBytes);
+    ptx::cp_async_bulk_tensor_load(rows + Config::kRawQ, &params.q, 0, step.token, 0, step.key_head, step.batch, barrier);
+    ptx::cp_async_bulk_tensor_load(rows + Config::kRawK, &params.k, 0, step.token, 0, step.key_head, step.batch, barrier);
+    ptx::cp_async_bulk_tensor_load(rows + Config::kRawG, &params.g, 0, step.token, 0, step.value_head, step.batch,
+                                   barrier);
   }
 
-  __device__ __forceinline__ void load_values(uint8_t* stage, uint32_t full, int step) const {
+  // V of a step to all CTAs, and how many bytes come there for its stage: by one thread.
+  __device__ __forceinline__ void load_values(const Step& step, int stage_index) const {
     if (thread != 0) return;
-    const Box b = box(step);
-    ptx::mbarrier_arrive_expect_tx(full, Config::kValueTileBytes);
-    ptx::cp_async_bulk_tensor_load(ptx::shared_address(stage) + Config::kValues, &params.v, 0, b.token,
-                                   item.first_row / 64, item.value_head, b.batch, full);
-  }
-
-  // Into L2, ahead of the loads.
-  __device__ __forceinline__ void prefetch_inputs(int step) const {
-    if (step >= item.steps || thread != 0) return;
-    const Box b = box(step);
-    ptx::cp_async_bulk_tensor_prefetch(&params.g, 0, b.token, 0, item.value_head, b.batch);
-    ptx::cp_async_bulk_tensor_prefetch(&params.q, 0, b.token, 0, item.key_head, b.batch);
-    ptx::cp_async_bulk_tensor_prefetch(&params.k, 0, b.token, 0, item.key_head, b.batch);
-    ptx::cp_async_bulk_tensor_prefetch(&params.v, 0, b.token, item.first_row / 64, item.value_head, b.batch);
-  }
-
-  __device__ __forceinline__ void make_step(int step, int turn, const GateConstants& constants,
-                                            uint32_t beta_bits) const {
     const uint32_t shared_base = ptx::shared_address(shared);
-    const int stage_index = step % Config::kStages;
+    const uint32_t full = Config::full(shared_base, stage_index);
+    const uint32_t to = shared_base + stage_index * Config::kStageBytes + Config::kValues;
+    ptx::mbarrier_wait_parity(Config::values_empty(shared_base, stage_index), Config::parity_of(step.index) ^ 1);
+#pragma unroll
+    for (uint32_t cta = 0; cta < Config::kCtas; ++cta) {
+      const int block = static_cast<int>(cta);  // of 64 columns
+      if (cta == rank) {
+        ptx::mbarrier_arrive_expect_tx(full, Config::kValueTileBytes);
+        ptx::cp_async_bulk_tensor_load(to, &params.v, 0, step.token, block, step.value_head, step.batch, full);
+      } else {
+        ptx::mbarrier_arrive_expect_tx_at_cta(ptx::map_to_cta(full, cta),
+                                              Config::kValueTileBytes + Config::kImageBytes);
+        ptx::cp_async_bulk_tensor_load_multicast(to, &params.v, 0, step.token, block, step.value_head, step.batch, full,
+                                                 1u << cta);
+      }
+    }
+  }
+
+  // Bytes begin .. end of the stage to the same place in the other CTAs, by one thread, after a barrier of the group that the fences of all
+  // writers precede.
+  __device__ __forceinline__ void send(int stage_index, int begin, int end) const {
+    if (thread != 0) return;
+    const uint32_t shared_base = ptx::shared_address(shared);
+    const uint32_t from = shared_base + stage_index * Config::kStageBytes + begin;
+#pragma unroll
+    for (uint32_t cta = 0; cta < Config::kCtas; ++cta) {
+      if (cta == rank) continue;
+      ptx::cp_async_bulk_to_cta(ptx::map_to_cta(from, cta), from, end - begin,
+                                ptx::map_to_cta(Config::full(shared_base, stage_index), cta));
+    }
+  }
+
+  __device__ __forceinline__ void make_step(const Step& step, const Step& next, int turn,
+                                            const GateConstants& constants, uint32_t beta_bits) const {
+    const uint32_t shared_base = ptx::shared_address(shared);
+    const int stage_index = Config::stage_of(step.index);
     uint8_t* const stage = shared + stage_index * Config::kStageBytes;
-    const uint32_t full = Config::full(shared_base, stage_index), empty = Config::empty(shared_base, stage_index);
-    const StepProducer<Config> make{call,   raw(), stage, scratch(), item.tokens(step), kBarrier + producer,
-                                    thread, lane};
+    const StepProducer<Config> make{params.call, raw(),  stage, scratch(), step.tokens, kBarrier + group,
+                                    thread,      lane};
     // Those of the step before are read until its inverse is stored, by warps that may be behind.
     const RowValues rows(scratch() + Config::kRowValues + turn % 2 * Config::kRowValuesBytes);
     const StepOperands<Config> operands = make.operands(constants);
 
-    ptx::mbarrier_wait_parity(Config::raw_full(shared_base, producer), turn & 1);
+    ptx::mbarrier_wait_parity(Config::raw_full(shared_base, group), turn & 1);
     const bool far_apart = make.prepare(operands, constants, rows, beta_bits);
-    ptx::mbarrier_wait_parity(empty, (step / Config::kStages & 1) ^ 1);
-    load_values(stage, full, step);
+    ptx::mbarrier_wait_parity(Config::empty(shared_base, stage_index), Config::parity_of(step.index) ^ 1);
     typename StepProducer<Config>::Products products;
     make.multiply_pairs(products, operands, rows, far_apart);
     make.store_akk(products, rows, far_apart);
     make.store_aqk(products, rows, far_apart);
-    ptx::fence_proxy_async_shared();  // the rows make room for others, which come through the copy engine
+    ptx::fence_proxy_async_shared();  // for the copies to the other CTAs and of the next rows, and for the products
     make.sync();
-    load_inputs(step + Config::kProducerGroups);
-    prefetch_inputs(step + 2 * Config::kProducerGroups);
+    load_inputs(next);
+    load_values(step, stage_index);
+    send(stage_index, 0, Config::kInverseTile);
     make.invert();
     make.sync();
     make.store_inverse(rows);
-    ptx::fence_proxy_async_shared();  // the stage's tiles are read by wgmma
-    ptx::mbarrier_arrive(full);
+    ptx::fence_proxy_async_shared();
+    make.sync();
+    send(stage_index, Config::kInverseTile, Config::kImageBytes);
+    if (thread == 0) ptx::mbarrier_arrive(Config::full(shared_base, stage_index));
   }
 
   __device__ __forceinline__ void run() const {
-    const GateConstants constants(call, item.value_head, StepProducer<Config>::channel_of(thread));
-    load_inputs(producer);
-    prefetch_inputs(producer + Config::kProducerGroups);
-    BetaReader betas(call, item.range.batch, item.range.begin + int64_t{producer} * C, item.range.end, item.value_head,
-                     thread);
-    uint32_t beta_next = betas.next(call, Config::kProducerGroups * C);
-    int turn = 0;
-    for (int step = producer; step < item.steps; step += Config::kProducerGroups, ++turn) {
+    const ChunkFwdParams& call = params.call;
+    const int heads_of_key = call.problem.value_heads / call.problem.heads;
+    StepWalk walk(call, stretch);
+    walk.skip(static_cast<int>(rank) + Config::kCtas * group);
+    if (walk.done()) return;
+    // Of the step to come: what it takes of its chain.
+    const auto betas_of = [&] {
+      const ScanPiece& piece = walk.pieces.piece;
+      return BetaReader(call, piece.batch, walk.token, piece.end, piece.value_head, thread);
+    };
+    int key_head = walk.pieces.piece.value_head / heads_of_key;
+    BetaReader betas = betas_of();
+    Step next = describe(walk, key_head);
+    load_inputs(next);
+    uint32_t beta_next = betas.next(call, kStride * C);
+    int value_head = next.value_head;
+    GateConstants constants(call, value_head, StepProducer<Config>::channel_of(thread));
+    for (int turn = 0; next.exists; ++turn) {
+      const Step step = next;
       const uint32_t beta = beta_next;
-      beta_next = betas.next(call, Config::kProducerGroups * C);
+      if (walk.skip(kStride)) {
+        key_head = walk.pieces.piece.value_head / heads_of_key;
+        betas = betas_of();
+      }
+      next = describe(walk, key_head);
+      beta_next = betas.next(call, kStride * C);
+      if (step.value_head != value_head) {
+        value_head = step.value_head;
+        constants = GateConstants(call, value_head, StepProducer<Config>::channel_of(thread));
+      }
       const int here = ptx::opaque(thread);
-      FusedProducer{params, call, item, shared, producer, here, here >> 5, here & 31}.make_step(step, turn, constants,
-                                                                                                beta);
+      FusedProducer{{params, stretch, shared, stretch_index, rank, group, here, here >> 5, here & 31}}.make_step(
+          step, next, turn, constants, beta);
     }
   }
 };

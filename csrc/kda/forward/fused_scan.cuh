@@ -1,15 +1,16 @@
-// The fused forward: one kernel from q, k, v, g and beta to o and the final state; nothing else goes through device memory.
+// The fused forward: one kernel from q, k, v, g and beta to o and the final state. But for the state of a chain that two clusters share,
+// nothing else goes through device memory.
 //
-// Grid: one CTA for each (sequence, value head, tile of kRows rows of V).
-// Roles: two producer groups (fused_producer.cuh) make the factors of a step of 32 tokens each, taking turns; one consumer group for
-// each 64 rows of V (fused_consumer.cuh) carries the state through the steps, in fp32 accumulators for the whole sequence.
-// They meet in a ring of three stages with a full and an empty barrier each.
+// Grid: clusters of a CTA for each 64 rows of V, as many as run side by side. scan_schedule.cuh says which steps of which chains a cluster takes.
+// Roles of a CTA: two producer groups (fused_producer.cuh) make the factors of a step of 32 tokens each; the steps go in turn to all
+// producer groups of the cluster, and what is made goes to all of its CTAs through distributed shared memory. One consumer group
+// (fused_consumer.cuh) carries 64 rows of the state through all steps, in fp32 accumulators.
+// They meet in a ring of four stages with a full and an empty barrier each.
 //
-// Shared memory (bytes, K = V = kRows = 128): 3 stages of 41984 (gated operands 16384 and 8192, Tinv and Aqk 8192, V 8192, vectors);
-// for each producer group 32768 (rows of q, k, g, then gates and pair operands in their place) and 7168 (the solve, totals, values of the
-// rows); for each consumer group 8192 (O).
-// Registers: producers 96, consumers 160 a thread (K = 128: the state takes 64 of them, its bf16 copy 32).
-// Bound by the latency of the producers, of which registers allow eight warps: docs/performance.md.
+// Shared memory (bytes, K = 128): 4 stages of 37888 (gated operands 24576, Tinv and Aqk 8192, vectors, V 4096, in whose place O goes out); for
+// each producer group 32768 (rows of q, k, g, then gates and pair operands in their place) and 7168 (the solve, totals, values of the rows).
+// Registers: producers 144, consumers 216 a thread (K = 128: the state takes 64 of them, its bf16 copy 32).
+// Bound by the chain of a step's products in the consumer, and by the latency of the producers: docs/performance.md.
 #pragma once
 
 #include "fused_consumer.cuh"
@@ -20,41 +21,44 @@ namespace kda {
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     fused_scan_kernel(const __grid_constant__ StepKernelParams params) {
-  const ChunkFwdParams& call = params.call;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t shared_base = ptx::shared_address(shared);
-  constexpr int kRowTiles = Config::V / Config::kRows;
-  const int value_heads = call.problem.value_heads;
-  const int64_t head_index = blockIdx.x / kRowTiles;
-  ScanItem item;
-  item.first_row = static_cast<int>(blockIdx.x % kRowTiles) * Config::kRows;
-  item.value_head = static_cast<int>(head_index % value_heads);
-  item.key_head = item.value_head / (value_heads / call.problem.heads);
-  item.sequence = head_index / value_heads;
-  item.range = sequence_range(call, item.sequence);
-  item.steps = static_cast<int>((item.range.end - item.range.begin + kStepTokens - 1) / kStepTokens);
+  const int clusters = gridDim.x / Config::kCtas;
+  const int stretch_index = clusters - 1 - blockIdx.x / Config::kCtas;
+  const uint32_t rank = Config::kCtas == 1 ? 0 : ptx::cluster_cta_rank();
 
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Config::kStages; ++stage) {
-      ptx::mbarrier_init(Config::full(shared_base, stage), Config::kGroupThreads + 1);  // one more for V
-      ptx::mbarrier_init(Config::empty(shared_base, stage), Config::kConsumerGroups * Config::kGroupThreads);
+      // Bytes are counted: of V, and of the image if another CTA makes it; else there is an arrival for that.
+      ptx::mbarrier_init(Config::full(shared_base, stage), Config::maker_of(stage) == rank ? 2 : 1);
+      constexpr int kReaders = Config::kCtas * Config::kGroupThreads / 32;  // warps
+      ptx::mbarrier_init(Config::empty(shared_base, stage), kReaders);
+      ptx::mbarrier_init(Config::values_empty(shared_base, stage), kReaders);
     }
     for (int producer = 0; producer < Config::kProducerGroups; ++producer) {
       ptx::mbarrier_init(Config::raw_full(shared_base, producer), 1);
     }
     ptx::fence_mbarrier_init();
   }
-  __syncthreads();
+  auto& search = *reinterpret_cast<StretchSearch*>(shared + Config::kSearchOffset);
+  auto& stretch = *reinterpret_cast<ScanStretch*>(shared + Config::kStretchOffset);
+  const ScanStretch& found = find_stretch(params.call, stretch_index, clusters, search);
+  if (threadIdx.x == 0) {
+    stretch = found;
+    ptx::fence_proxy_async_shared();  // the copy engine writes into the place of the search
+  }
+  ptx::cluster_sync();
 
   const int group = threadIdx.x / Config::kGroupThreads, thread = threadIdx.x % Config::kGroupThreads;
-  const int warp = thread >> 5, lane = thread & 31;
+  const FusedRole role{params, stretch, shared, stretch_index, rank, group, thread, thread >> 5, thread & 31};
   if (group < Config::kProducerGroups) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
-    FusedProducer<Config>{params, call, item, shared, group, thread, warp, lane}.run();
+    FusedProducer<Config>{role}.run();
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    FusedConsumer<Config>{call, item, shared, group - Config::kProducerGroups, thread, warp, lane}.run();
+    FusedConsumer<Config>{role}.run();
   }
+  ptx::cluster_sync();  // until the other CTAs no longer write here
 }
 
 }  // namespace kda

@@ -2,6 +2,6 @@
 
 namespace kda {
 
-template cudaError_t launch_fused_scan<64>(const StepKernelParams& params, int value_tile, cudaStream_t stream);
+template cudaError_t launch_fused_scan<64>(const StepKernelParams& params, cudaStream_t stream);
 
 }  // namespace kda

@@ -82,9 +82,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
       state.for_each(
           lane, [&](float& value, int row, int channel) { value = is_map && warp_row + row == channel ? 1.0f : 0.0f; });
     }
+    uint32_t operands[K / 16][4];
+    state.to_operands(operands);
     for (int step = first_step; step < segment.steps; ++step) {
-      uint32_t operands[K / 16][4];
-      state.to_operands(operands);
       uint8_t* const stage = ring.wait(read);
       advance.advance(state, operands, no_output, stage, segment.tokens(step), !is_map, [] {});
       ring.release(read++);

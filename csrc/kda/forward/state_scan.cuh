@@ -72,17 +72,17 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   const Consumer advance{first_row, warp, lane};
   OutputWriter<Config> writer(call, segment.range.batch, segment.first_token, segment.value_head, first_row, thread);
   typename Consumer::PackedOutput output;  // of the step before, stored while the products of the next one run
+  uint32_t operands[K / 16][4];
+  state.to_operands(operands);
   const auto store_output = [&](int step) {
     uint8_t* const tile = ring.stage(step) + Config::kValues + group * OutputWriter<Config>::kTileBytes;
-    writer.store(output, tile, segment.tokens(step), [&] { ptx::barrier_sync(1 + group, Config::kGroupThreads); });
+    writer.store(output, tile, segment.tokens(step));
   };
   for (int step = 0; step < steps; ++step) {
     if (call.chunk_states != nullptr && step % (kChunkTokens / C) == 0) {
       const int64_t slot = segment.location.first_chunk_slot + step / (kChunkTokens / C);
       store_state(call.chunk_states, slot * value_heads + segment.value_head, state, call, warp_row, lane);
     }
-    uint32_t operands[K / 16][4];
-    state.to_operands(operands);
     uint8_t* const stage = ring.wait(step);
     advance.advance(state, operands, output, stage, segment.tokens(step), true, [&] {
       if (step == 0) return;

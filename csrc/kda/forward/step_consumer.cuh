@@ -106,10 +106,10 @@ struct StepConsumer {
     }
   }
 
-  // One step, whose stage is in shared memory. operands: the state before the step (StateFragments::to_operands). meanwhile(): what can
-  // be done while the first product runs. has_values: whether there is V; else it is zero. output: of StepResult::kOutputs.
+  // One step, whose stage is in shared memory. operands: those of the state (StateFragments::to_operands), before and after. meanwhile(): what
+  // can be done while the first product runs. has_values: whether there is V; else it is zero. output: of StepResult::kOutputs.
   template <typename Meanwhile>
-  __device__ __forceinline__ void advance(StateFragments<K>& state, const uint32_t (&operands)[K / 16][4],
+  __device__ __forceinline__ void advance(StateFragments<K>& state, uint32_t (&operands)[K / 16][4],
                                           PackedOutput& output, const uint8_t* stage, int tokens, bool has_values,
                                           Meanwhile meanwhile) const {
     const uint32_t stage_address = ptx::shared_address(stage);
@@ -199,44 +199,48 @@ struct StepConsumer {
       wgmma::fence();
       add_to_state(state, split.high, keys_decayed);
       add_to_state(state, split.low, keys_decayed);
+      wgmma::commit_group();
       if constexpr (kOutputs) {
         multiply_tokens(o, split.high, aqk, true);
         multiply_tokens(o, split.low, aqk, true);
+        wgmma::commit_group();
       }
-      wgmma::commit_group();
-      wgmma::wait_group<0>();
+      wgmma::wait_group<kOutputs ? 1 : 0>();
       wgmma::pin(state.acc);
-      if constexpr (kOutputs) wgmma::pin(o);
+      state.to_operands(operands);
+      if constexpr (kOutputs) {
+        wgmma::wait_group<0>();
+        wgmma::pin(o);
+      }
     }
     if constexpr (kOutputs) pack_output(output, o, stage);
   }
 };
 
-// Rows of o for 64 columns of V, by a warpgroup and by way of a tile in shared memory.
+// Rows of o for 64 columns of V, by a warpgroup and by way of a tile in shared memory, of which each warp has 16 columns for itself.
 template <typename Config>
 struct OutputWriter {
   using Element = typename Config::Element;
   using Tile = typename Config::ValueTile;  // C rows of 64 columns
   using PackedOutput = typename StepConsumer<Config, StepResult::kOutputs>::PackedOutput;
-  static constexpr int kThreads = 128, kUnits = 64 / 8, kRowsAtOnce = kThreads / kUnits;
+  static constexpr int kThreads = 128, kUnits = 64 / 8, kRowsAtOnce = 16;
   static constexpr int kTileBytes = Config::C * 128;
   Element* next;  // of the next step: the thread's 16 bytes of every kRowsAtOnce-th row
   int64_t row_stride;
   int thread;
 
+  __device__ __forceinline__ int row() const { return (thread & 31) >> 1; }
+  __device__ __forceinline__ int unit() const { return 2 * (thread >> 5) + (thread & 1); }
+
   __device__ __forceinline__ OutputWriter(const ChunkFwdParams& call, int64_t batch, int64_t first_token,
                                           int value_head, int first_column, int thread)
       : row_stride(int64_t{call.problem.value_heads} * Config::V), thread(thread) {
-    const int64_t first = batch * call.problem.tokens + first_token + thread / kUnits;
-    next = static_cast<Element*>(call.o) + first * row_stride + value_head * Config::V + first_column +
-           8 * (thread % kUnits);
+    const int64_t first = batch * call.problem.tokens + first_token + row();
+    next = static_cast<Element*>(call.o) + first * row_stride + value_head * Config::V + first_column + 8 * unit();
   }
 
-  // sync: a barrier of the warpgroup, between the writes and the reads of the tile.
-  template <typename Sync>
-  __device__ __forceinline__ void store(const PackedOutput& packed, uint8_t* tile, int tokens, Sync sync) {
+  __device__ __forceinline__ void store(const PackedOutput& packed, uint8_t* tile, int tokens) {
     const int warp = thread >> 5, lane = thread & 31, matrix = lane >> 3;
-    const int row = thread / kUnits, unit = thread % kUnits;
     // Rows 8 and 16 further on have the same permutation of units.
     const uint32_t to =
         ptx::shared_address(tile) + Tile::unit_offset(8 * (matrix >> 1) + (lane & 7), 2 * warp + (matrix & 1));
@@ -245,11 +249,11 @@ struct OutputWriter {
       ptx::stmatrix_x4_trans(to + 8 * n * 128, packed.pairs[n][0], packed.pairs[n][1], packed.pairs[n + 1][0],
                              packed.pairs[n + 1][1]);
     }
-    sync();
-    const uint8_t* const from = tile + Tile::unit_offset(row, unit);
+    __syncwarp();
+    const uint8_t* const from = tile + Tile::unit_offset(row(), unit());
 #pragma unroll
     for (int i = 0; i < Config::C; i += kRowsAtOnce) {
-      if (row + i < tokens) {
+      if (row() + i < tokens) {
         *reinterpret_cast<uint4*>(next) = *reinterpret_cast<const uint4*>(from + i * 128);
       }
       next += kRowsAtOnce * row_stride;

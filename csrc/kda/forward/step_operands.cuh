@@ -61,18 +61,20 @@ struct StepOperands {
   using KeyTile = typename Config::KeyTile;
   using GatedTile = typename Config::GatedTile;
 
-  // A token of the step as eight + n, eight a multiple of 8: the offset of n in a swizzled tile is known where n is.
+  // A token of the step as four + n, four a multiple of 4 and n below 4.
   struct Token {
-    int eight, n;
-    __device__ __forceinline__ int index() const { return eight + n; }
+    int four, n;
+    __device__ __forceinline__ int index() const { return four + n; }
   };
   // The thread's token i.
-  __device__ __forceinline__ Token token(int i) const { return {first_token() + (i & ~7), i & 7}; }
-  static_assert(kTokens % 8 == 0);
+  __device__ __forceinline__ Token token(int i) const { return {first_token() + (i & ~3), i & 3}; }
+  static_assert(kTokens % 4 == 0);
 
   template <typename Tile>
   __device__ __forceinline__ uint32_t* pair(uint8_t* tile, Token t) const {
-    return reinterpret_cast<uint32_t*>(tile + Tile::pair_offset(t.n, channel) + Tile::unit_offset(8, 0) / 8 * t.eight);
+    // Row four + n has its units at unit ^ (four & 4) ^ n.
+    const int permuted = channel ^ (t.four & 4) << 3;
+    return reinterpret_cast<uint32_t*>(tile + Tile::pair_offset(t.n, permuted) + Tile::unit_offset(8, 0) / 8 * t.four);
   }
   __device__ __forceinline__ uint32_t* row_pair(int region, Token t) const { return pair<KeyTile>(raw + region, t); }
   // Of the tile of gated keys (rows 0 .. C - 1) and queries.
@@ -159,19 +161,16 @@ struct StepOperands {
   template <typename Load, typename Activation>
   __device__ __forceinline__ void activate_all(float2& total, Load load, Activation activation) const {
 #pragma unroll 1
-    for (int first = 0; first < kTokens; first += 8) {
+    for (int first = 0; first < kTokens; first += kBatch) {
+      const int four = first_token() + first;
+      float2 g[kBatch];
 #pragma unroll
-      for (int batch = 0; batch < 8; batch += kBatch) {
-        const Token t = {first_token() + first, batch};
-        float2 g[kBatch];
+      for (int n = 0; n < kBatch; ++n) g[n] = load(Token{four, n});
 #pragma unroll
-        for (int n = 0; n < kBatch; ++n) g[n] = load(Token{t.eight, t.n + n});
-#pragma unroll
-        for (int n = 0; n < kBatch; ++n) {
-          const float2 value = activation(g[n]);
-          store_gate(Token{t.eight, t.n + n}, value);
-          add(total, value);
-        }
+      for (int n = 0; n < kBatch; ++n) {
+        const float2 value = activation(g[n]);
+        store_gate(Token{four, n}, value);
+        add(total, value);
       }
     }
     if (tokens < C) {  // past the end nothing decays
@@ -213,44 +212,37 @@ struct StepOperands {
   }
 
   // One reference for all pairs of the step. The pairs' operands are bf16: P q, P k in the place of q, k; R k in that of g.
-  template <bool kUpper>
+  // A loop that is hardly unrolled: what is executed at every step has to stay in the instruction cache.
   __device__ __forceinline__ void store_with_middle_reference() const {
     const float2 head = total_of(0, kGroups / 2), tail = total_of(kGroups / 2, kGroups);
     const float2 to_start = {ptx::ex2(head.x), ptx::ex2(head.y)}, to_end = {ptx::ex2(tail.x), ptx::ex2(tail.y)};
-    // Sum of the log-gates between the middle and the token, the token's own included in the upper half.
-    float2 sum = kUpper ? total_of(kGroups / 2, group) : total_of(group + 1, kGroups / 2);
+    // G_i - G_mid: what lies between the middle and the token, negative before the middle. At most kMidRange in magnitude, so a difference is exact
+    // to 2^-13.
+    const float2 before = total_of(0, group);
+    float2 sum = {before.x - head.x, before.y - head.y};
+#pragma unroll 1
+    for (int first = 0; first < kTokens; first += kBatch) {
+      const auto token_of = [&](int n) { return Token{first_token() + first, n}; };
+      uint32_t q_packed[kBatch], k_packed[kBatch];
+      float2 gates[kBatch];
 #pragma unroll
-    for (int first = 0; first < kTokens; first += 8) {
+      for (int n = 0; n < kBatch; ++n) {
+        gates[n] = gate(token_of(n));
+        q_packed[n] = *row_pair(Config::kRawQ, token_of(n)), k_packed[n] = *row_pair(Config::kRawK, token_of(n));
+      }
 #pragma unroll
-      for (int batch = 0; batch < 8; batch += kBatch) {
-        // Away from the middle.
-        const auto token_of = [&](int n) {
-          return kUpper ? Token{first_token() + first, batch + n}
-                        : Token{first_token() + kTokens - 8 - first, 7 - batch - n};
-        };
-        uint32_t q_packed[kBatch], k_packed[kBatch];
-        float2 gates[kBatch];
-#pragma unroll
-        for (int n = 0; n < kBatch; ++n) {
-          gates[n] = gate(token_of(n));
-          q_packed[n] = *row_pair(Config::kRawQ, token_of(n)), k_packed[n] = *row_pair(Config::kRawK, token_of(n));
-        }
-#pragma unroll
-        for (int n = 0; n < kBatch; ++n) {
-          const Token t = token_of(n);
-          if (kUpper) add(sum, gates[n]);
-          const float2 down = {ptx::ex2(sum.x), ptx::ex2(sum.y)}, up = {ptx::ex2(-sum.x), ptx::ex2(-sum.y)};
-          if (!kUpper) add(sum, gates[n]);
-          const float2 P = kUpper ? down : up, R = kUpper ? up : down;
-          const float2 q = Packed2<Element>::to_float2(q_packed[n]), k = Packed2<Element>::to_float2(k_packed[n]);
-          const float2 qP = {q.x * P.x, q.y * P.y}, kP = {k.x * P.x, k.y * P.y}, kR = {k.x * R.x, k.y * R.y};
-          *row_pair(Config::kRawQ, t) = pack_bf16(qP.x, qP.y);
-          *row_pair(Config::kRawK, t) = pack_bf16(kP.x, kP.y);
-          *row_pair(Config::kRawG, t) = pack_bf16(kR.x, kR.y);
-          *gated_query(t) = pack_bf16(qP.x * to_start.x, qP.y * to_start.y);
-          *gated_key(t) = pack_bf16(kP.x * to_start.x, kP.y * to_start.y);
-          *decayed_key(t) = pack_bf16(kR.x * to_end.x, kR.y * to_end.y);
-        }
+      for (int n = 0; n < kBatch; ++n) {
+        const Token t = token_of(n);
+        add(sum, gates[n]);
+        const float2 P = {ptx::ex2(sum.x), ptx::ex2(sum.y)}, R = {ptx::ex2(-sum.x), ptx::ex2(-sum.y)};
+        const float2 q = Packed2<Element>::to_float2(q_packed[n]), k = Packed2<Element>::to_float2(k_packed[n]);
+        const float2 qP = {q.x * P.x, q.y * P.y}, kP = {k.x * P.x, k.y * P.y}, kR = {k.x * R.x, k.y * R.y};
+        *row_pair(Config::kRawQ, t) = pack_bf16(qP.x, qP.y);
+        *row_pair(Config::kRawK, t) = pack_bf16(kP.x, kP.y);
+        *row_pair(Config::kRawG, t) = pack_bf16(kR.x, kR.y);
+        *gated_query(t) = pack_bf16(qP.x * to_start.x, qP.y * to_start.y);
+        *gated_key(t) = pack_bf16(kP.x * to_start.x, kP.y * to_start.y);
+        *decayed_key(t) = pack_bf16(kR.x * to_end.x, kR.y * to_end.y);
       }
     }
   }

@@ -12,6 +12,11 @@ struct StepKernelParams {
   ChunkFwdParams call;
   CUtensorMap q, k, g, v;
 
+  // Of the fused path:
+  int64_t clusters;         // of the grid
+  float4* handoff_states;   // [clusters, V / 16, K / 8, 32 lanes] fragments of S^T where a chain goes from one cluster to another
+  uint32_t* handoff_flags;  // [clusters, V / 64] whether these rows are there; null if no chain is shared
+
   // Of the stepwise path:
   uint8_t* images;          // [step slots, HV] StepImage
   float* segment_map;       // [segment slots, HV, K / 16, K / 8] tiles of M^T [16, 8], column by column
@@ -22,12 +27,12 @@ struct StepKernelParams {
   int64_t segment_slots;   // of a cut; else the number of sequences
 };
 
-// Tensor maps of the call, for value tiles of value_tile columns.
-[[nodiscard]] cudaError_t make_tensor_maps(StepKernelParams& params, int value_tile);
+// Tensor maps of the call.
+[[nodiscard]] cudaError_t make_tensor_maps(StepKernelParams& params);
 
 // Launches for one K, 64 or 128; each is instantiated in a file of its own. Each returns the error of its launch.
 template <int K>
-cudaError_t launch_fused_scan(const StepKernelParams& params, int value_tile, cudaStream_t stream);
+cudaError_t launch_fused_scan(const StepKernelParams& params, cudaStream_t stream);
 
 // The stages of the stepwise path, in order; the second and the third only if sequences are cut.
 template <int K>

@@ -198,8 +198,8 @@ struct StepProducer {
   __device__ __forceinline__ void multiply_with_middle_reference(Products& products) const {
     const uint32_t base = ptx::shared_address(raw);
     const PairTiles<typename Config::KeyTile> tiles{base + Config::kRawQ, base + Config::kRawK, base + Config::kRawG};
-    // Token blocks above the diagonal may come along; their products, of any value, are not used.
-    if (kSharesRows || row_warp() < 2) {
+    // Token blocks above the diagonal come along; their products, of any value, are not used.
+    if constexpr (kSharesRows) {
       if (is_second() && row_warp() < 2) return;
       float two[2][4] = {};
       multiply<2>(two, tiles, is_second() ? 2 : 0, false);
@@ -373,11 +373,7 @@ struct StepProducer {
                                                  const RowValues& rows, bool far_apart) const {
     operands.store_step_decay();
     if (!far_apart) {
-      if (operands.group >= Config::kTokenGroups / 2) {
-        operands.template store_with_middle_reference<true>();
-      } else {
-        operands.template store_with_middle_reference<false>();
-      }
+      operands.store_with_middle_reference();
       sync();
       multiply_with_middle_reference(products);
     } else {

@@ -1,0 +1,220 @@
+// Who scans what in the fused forward. A chain is the recurrence of one sequence and value head, in steps of 32 tokens. The chains are laid end to
+// end, heads of a sequence next to each other, and the line is cut into one stretch for each cluster, as long as the longest chain or as
+// makes them equal (McNaughton's wrap-around rule): all clusters end at the same time, however many chains there are.
+//
+// A chain that crosses a cut goes to two clusters. The one after the cut begins with it: it takes the chain's first steps, and leaves the
+// state for the one before the cut, which ends with its last steps. No stretch is shorter than a chain, so the state is there before it is needed
+// if both began together. The one that waits is the later of the two in the grid: it never keeps the other from starting.
+#pragma once
+
+#include "../device/chunk_location.cuh"
+#include "step_params.h"
+
+namespace kda {
+
+// The steps of one chain that a cluster takes.
+struct ScanPiece {
+  int64_t sequence;
+  int batch, begin, end;  // its tokens, as coordinates of the tensor maps
+  int value_head;
+  int steps;                 // of the chain
+  int first_step, end_step;  // of the piece
+
+  __device__ __forceinline__ int token_of(int step) const { return begin + step * kStepTokens; }
+  // Tokens of a step: kStepTokens but for the last of the chain.
+  __device__ __forceinline__ int tokens(int step) const { return min(end - token_of(step), kStepTokens); }
+  __device__ __forceinline__ bool is_begin() const { return first_step == 0; }
+  __device__ __forceinline__ bool is_end() const { return end_step == steps; }
+};
+
+__device__ __forceinline__ int steps_of(const SequenceRange& range) {
+  return static_cast<int>((range.end - range.begin + kStepTokens - 1) / kStepTokens);
+}
+
+// A cluster's stretch of the line, and the first chain with steps in it.
+struct ScanStretch {
+  int64_t begin, end;   // in steps, from the start of the line
+  int64_t chain_begin;  // where that chain begins, at most `begin`
+  int64_t sequence;     // of that chain; the number of sequences: there is none
+  int steps;            // of the stretch that there are
+  int value_head;       // of that chain
+};
+
+// Goes through the pieces of a stretch, those of chains without steps included.
+struct PieceWalk {
+  const ChunkFwdParams& call;
+  const ScanStretch& stretch;
+  int64_t chain_begin;
+  ScanPiece piece;
+
+  __device__ __forceinline__ PieceWalk(const ChunkFwdParams& call, const ScanStretch& stretch)
+      : call(call), stretch(stretch), chain_begin(stretch.chain_begin) {
+    piece.sequence = stretch.sequence;
+    piece.value_head = stretch.value_head;
+    enter_sequence();
+    enter();
+  }
+
+  __device__ __forceinline__ bool done() const {
+    if (piece.sequence >= call.problem.sequences) return true;
+    return chain_begin > stretch.end || (chain_begin == stretch.end && piece.steps > 0);
+  }
+
+  __device__ __forceinline__ void next() {
+    chain_begin += piece.steps;
+    if (++piece.value_head == call.problem.value_heads) {
+      piece.value_head = 0;
+      ++piece.sequence;
+      enter_sequence();
+    }
+    enter();
+  }
+
+ private:
+  __device__ __forceinline__ void enter_sequence() {
+    if (piece.sequence >= call.problem.sequences) return;
+    const SequenceRange range = sequence_range(call, piece.sequence);
+    piece.batch = static_cast<int>(range.batch);
+    piece.begin = static_cast<int>(range.begin);
+    piece.end = static_cast<int>(range.end);
+    piece.steps = steps_of(range);
+  }
+
+  __device__ __forceinline__ void enter() {
+    piece.first_step = 0, piece.end_step = piece.steps;
+    const int64_t chain_end = chain_begin + piece.steps;
+    if (chain_begin < stretch.begin) {
+      piece.end_step = static_cast<int>(chain_end - stretch.begin);
+    } else if (chain_end > stretch.end) {
+      piece.first_step = static_cast<int>(chain_end - stretch.end);
+    }
+  }
+};
+
+// Goes through the steps of a stretch. Within a piece that takes a few instructions.
+struct StepWalk {
+  PieceWalk pieces;
+  const int steps;  // of the stretch
+  int index;        // of the step, in the stretch
+  int token;        // its first, as a coordinate
+  int left;         // steps of the piece from this one on
+
+  __device__ __forceinline__ StepWalk(const ChunkFwdParams& call, const ScanStretch& stretch)
+      : pieces(call, stretch), steps(stretch.steps), index(0) {
+    if (!done()) enter(0);
+  }
+
+  __device__ __forceinline__ bool done() const { return index >= steps; }
+  // kStepTokens but for the last step of the chain.
+  __device__ __forceinline__ int tokens() const { return min(pieces.piece.end - token, kStepTokens); }
+
+  // Whether that led to another piece.
+  __device__ __forceinline__ bool skip(int count) {
+    index += count;
+    token += count * kStepTokens;
+    left -= count;
+    if (left > 0 || done()) return false;
+    const int beyond = -left;
+    pieces.next();
+    enter(beyond);
+    return true;
+  }
+
+ private:
+  __device__ __forceinline__ void enter(int beyond) {
+    while (beyond >= pieces.piece.end_step - pieces.piece.first_step) {
+      beyond -= pieces.piece.end_step - pieces.piece.first_step;
+      pieces.next();
+    }
+    const int step = pieces.piece.first_step + beyond;
+    token = pieces.piece.token_of(step);
+    left = pieces.piece.end_step - step;
+  }
+};
+
+// What the threads of a CTA exchange to find their stretch.
+struct StretchSearch {
+  static constexpr int kMostWarps = 32;
+  int64_t sums[kMostWarps];
+  int longest[kMostWarps];
+  ScanStretch found;
+};
+
+// Stretch `index` of `count`. Called by all threads of the CTA; `search` is in shared memory.
+__device__ __forceinline__ const ScanStretch& find_stretch(const ChunkFwdParams& call, int64_t index, int64_t count,
+                                                           StretchSearch& search) {
+  const int64_t sequences = call.problem.sequences, heads = call.problem.value_heads;
+  const auto stretch_of = [&](int64_t total, int64_t longest) {
+    const int64_t length = max(max(longest, (total + count - 1) / count), int64_t{1});
+    const int64_t begin = index * length;
+    const int64_t steps = min(max(total - begin, int64_t{0}), length);
+    return ScanStretch{begin, begin + length, 0, sequences, static_cast<int>(steps), 0};
+  };
+  const int thread = threadIdx.x;
+  if (call.cu_seqlens == nullptr) {
+    if (thread == 0) {
+      const int64_t steps = steps_of(sequence_range(call, 0)), chains = sequences * heads;
+      ScanStretch stretch = stretch_of(steps * chains, steps);
+      const int64_t chain = steps > 0 ? stretch.begin / steps : 0;
+      if (chain < chains && (steps > 0 || index == 0)) {
+        stretch.chain_begin = chain * steps;
+        stretch.sequence = chain / heads;
+        stretch.value_head = static_cast<int>(chain % heads);
+      }
+      search.found = stretch;
+    }
+    __syncthreads();
+    return search.found;
+  }
+
+  // Each thread counts the steps of its share of the sequences.
+  const int threads = blockDim.x, warp = thread >> 5, lane = thread & 31;
+  const int64_t share = (sequences + threads - 1) / threads;
+  const int64_t first = min(thread * share, sequences), end = min(first + share, sequences);
+  int64_t sum = 0;
+  int longest = 0;
+  for (int64_t i = first; i < end; ++i) {
+    const int steps = steps_of(sequence_range(call, i));
+    sum += steps;
+    longest = max(longest, steps);
+  }
+  int64_t up_to = sum;  // in the warp
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int64_t before = __shfl_up_sync(0xffffffffu, up_to, distance);
+    if (lane >= distance) up_to += before;
+  }
+  longest = __reduce_max_sync(0xffffffffu, longest);
+  if (lane == 31) search.sums[warp] = up_to, search.longest[warp] = longest;
+  __syncthreads();
+  int64_t total = 0, before = up_to - sum;
+  for (int w = 0; w < threads / 32; ++w) {
+    if (w < warp) before += search.sums[w];
+    total += search.sums[w];
+    longest = max(longest, search.longest[w]);
+  }
+  ScanStretch stretch = stretch_of(heads * total, longest);
+  if (thread == 0) {
+    if (index == 0) stretch.sequence = 0;  // sequences without tokens may come first
+    search.found = stretch;
+  }
+  __syncthreads();
+  if (index > 0 && heads * before <= stretch.begin && stretch.begin < heads * (before + sum)) {
+    for (int64_t i = first; i < end; ++i) {
+      const int64_t steps = steps_of(sequence_range(call, i));
+      if (stretch.begin < heads * (before + steps)) {
+        const int64_t head = (stretch.begin - heads * before) / steps;
+        stretch.chain_begin = heads * before + head * steps;
+        stretch.sequence = i;
+        stretch.value_head = static_cast<int>(head);
+        break;
+      }
+      before += steps;
+    }
+    search.found = stretch;
+  }
+  __syncthreads();
+  return search.found;
+}
+
+}  // namespace kda
