@@ -116,6 +116,94 @@ __device__ __forceinline__ void invert_unit_lower_32x32(SolveMatrix32 matrix, in
   store_16x16(off_diagonal, t, -1.0f, lane);
 }
 
+// The same by a group of four warps, in a third of the time and with twice the instructions. Blocks of 8, then of 16, then the whole:
+//   T_21 = -T_22 A_21 T_11,
+// of which a warp takes a few columns, so that A_21 T_11 stays in its registers. sync(): a barrier of the group; the result is there after one more.
+template <typename Sync>
+__device__ __forceinline__ void invert_unit_lower_32x32(SolveMatrix32 matrix, int warp, int lane, Sync sync) {
+  {  // lane c computes column c % 8 of a block on the diagonal
+    const SolveMatrix32 block = {&matrix.at(8 * warp, 8 * warp)};
+    const int column = lane & 7;
+    float x[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = i == column ? 1.0f : 0.0f;
+#pragma unroll
+    for (int m = 0; m < 8; m += 4) {
+      float4 rows[8];
+#pragma unroll
+      for (int i = m + 1; i < 8; ++i) rows[i] = *reinterpret_cast<const float4*>(&block.at(i, m));
+#pragma unroll
+      for (int i = m + 1; i < 8; ++i) x[i] -= rows[i].x * x[m];
+#pragma unroll
+      for (int i = m + 2; i < 8; ++i) x[i] -= rows[i].y * x[m + 1];
+#pragma unroll
+      for (int i = m + 3; i < 8; ++i) x[i] -= rows[i].z * x[m + 2];
+#pragma unroll
+      for (int i = m + 4; i < 8; ++i) x[i] -= rows[i].w * x[m + 3];
+    }
+    __syncwarp();
+    if (lane < 8) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) block.at(i, column) = x[i];
+    }
+  }
+  sync();
+  const int row = lane >> 2;
+  {  // two 8 x 8 blocks, of each four columns a warp: lane has element (row, lane % 4)
+    const SolveMatrix32 pair = {&matrix.at(16 * (warp >> 1), 16 * (warp >> 1))};
+    const int column = 4 * (warp & 1) + (lane & 3);
+    float y = 0.0f, t = 0.0f;
+#pragma unroll
+    for (int k = 0; k < 8; k += 4) {
+      const float4 a = *reinterpret_cast<const float4*>(&pair.at(8 + row, k));
+      y += a.x * pair.at(k, column) + a.y * pair.at(k + 1, column);
+      y += a.z * pair.at(k + 2, column) + a.w * pair.at(k + 3, column);
+    }
+#pragma unroll
+    for (int k = 0; k < 8; k += 4) {
+      const float4 a = *reinterpret_cast<const float4*>(&pair.at(8 + row, 8 + k));
+      const float elements[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) t -= elements[i] * __shfl_sync(0xffffffffu, y, 4 * (k + i) + (lane & 3));
+    }
+    sync();
+    pair.at(8 + row, column) = t;
+  }
+  sync();
+  // The 16 x 16 block: lane has elements (row, lane % 4) and (row + 8, lane % 4) of four columns. T_11 and T_22 have nothing in their upper right quarter.
+  const int column = 4 * warp + (lane & 3);
+  float y[2] = {}, t[2] = {};
+#pragma unroll
+  for (int k = 0; k < 16; k += 4) {
+    if (k < 8 && warp >= 2) continue;
+    const float4 a = *reinterpret_cast<const float4*>(&matrix.at(16 + row, k));
+    const float4 b = *reinterpret_cast<const float4*>(&matrix.at(24 + row, k));
+    const float x[4] = {matrix.at(k, column), matrix.at(k + 1, column), matrix.at(k + 2, column),
+                        matrix.at(k + 3, column)};
+    y[0] += a.x * x[0] + a.y * x[1], y[1] += b.x * x[0] + b.y * x[1];
+    y[0] += a.z * x[2] + a.w * x[3], y[1] += b.z * x[2] + b.w * x[3];
+  }
+#pragma unroll
+  for (int k = 0; k < 16; k += 4) {
+    const float4 b = *reinterpret_cast<const float4*>(&matrix.at(24 + row, 16 + k));
+    const float lower[4] = {b.x, b.y, b.z, b.w};
+    float upper[4] = {};
+    if (k < 8) {
+      const float4 a = *reinterpret_cast<const float4*>(&matrix.at(16 + row, 16 + k));
+      upper[0] = a.x, upper[1] = a.y, upper[2] = a.z, upper[3] = a.w;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float value = __shfl_sync(0xffffffffu, y[k / 8], 4 * ((k + i) % 8) + (lane & 3));
+      if (k < 8) t[0] -= upper[i] * value;
+      t[1] -= lower[i] * value;
+    }
+  }
+  sync();
+  matrix.at(16 + row, column) = t[0];
+  matrix.at(24 + row, column) = t[1];
+}
+
 // Replaces the strictly lower triangular A by T = (I + A)^-1, in place: the whole lower triangle of 16 x 16 blocks is
 // written, the blocks above it are neither read nor written. Called by all 128 threads of the CTA after A is visible to
 // them; ends with a CTA barrier.

@@ -23,6 +23,9 @@ struct FusedProducer : FusedRole {
     return {walk.index, walk.token, piece.batch, walk.tokens(), piece.value_head, key_head, !walk.done()};
   }
 
+  // Threads of different warps that start copies, so that none keeps its warp for long.
+  static constexpr int kLoader = 0, kValuesLoader = 32, kSender = 64;
+
   static constexpr int kBarrier = 1;  // + group
   __device__ __forceinline__ uint8_t* scratch() const {
     return shared + Config::kProducerOffset + group * Config::kProducerBytes;
@@ -30,7 +33,7 @@ struct FusedProducer : FusedRole {
   __device__ __forceinline__ uint8_t* raw() const { return shared + Config::kRawOffset + group * Config::kRawBytes; }
   // q, k and g of a step, by one thread. Rows past the end are of any content.
   __device__ __forceinline__ void load_inputs(const Step& step) const {
-    if (!step.exists || thread != 0) return;
+    if (!step.exists || thread != kLoader) return;
     const uint32_t barrier = Config::raw_full(ptx::shared_address(shared), group);
     const uint32_t rows = ptx::shared_address(raw());
     const bool gate_is_fp32 = params.call.gate_type == DataType::kFloat32;
@@ -43,7 +46,7 @@ struct FusedProducer : FusedRole {
 
   // V of a step to all CTAs, and how many bytes come there for its stage: by one thread.
   __device__ __forceinline__ void load_values(const Step& step, int stage_index) const {
-    if (thread != 0) return;
+    if (thread != kValuesLoader) return;
     const uint32_t shared_base = ptx::shared_address(shared);
     const uint32_t full = Config::full(shared_base, stage_index);
     const uint32_t to = shared_base + stage_index * Config::kStageBytes + Config::kValues;
@@ -66,7 +69,7 @@ struct FusedProducer : FusedRole {
   // Bytes begin .. end of the stage to the same place in the other CTAs, by one thread, after a barrier of the group that the fences of all
   // writers precede.
   __device__ __forceinline__ void send(int stage_index, int begin, int end) const {
-    if (thread != 0) return;
+    if (thread != kSender) return;
     const uint32_t shared_base = ptx::shared_address(shared);
     const uint32_t from = shared_base + stage_index * Config::kStageBytes + begin;
 #pragma unroll
@@ -100,13 +103,13 @@ struct FusedProducer : FusedRole {
     load_inputs(next);
     load_values(step, stage_index);
     send(stage_index, 0, Config::kInverseTile);
-    make.invert();
+    invert_unit_lower_32x32(make.solve_matrix(), warp, lane, [&] { make.sync(); });
     make.sync();
     make.store_inverse(rows);
     ptx::fence_proxy_async_shared();
     make.sync();
     send(stage_index, Config::kInverseTile, Config::kImageBytes);
-    if (thread == 0) ptx::mbarrier_arrive(Config::full(shared_base, stage_index));
+    if (thread == kLoader) ptx::mbarrier_arrive(Config::full(shared_base, stage_index));
   }
 
   __device__ __forceinline__ void run() const {
