@@ -1,6 +1,7 @@
 // Who scans what in the fused forward. A chain is the recurrence of one sequence and value head, in steps of 32 tokens. The chains are laid end to
 // end, heads of a sequence next to each other, and the line is cut into one stretch for each cluster, as long as the longest chain or as
-// makes them equal (McNaughton's wrap-around rule): all clusters end at the same time, however many chains there are.
+// makes them equal (McNaughton's wrap-around rule): all clusters end at the same time, however many chains there are. A chain is as long as
+// its steps and what it takes to begin one.
 //
 // A chain that crosses a cut goes to two clusters. The one after the cut begins with it: it takes the chain's first steps, and leaves the
 // state for the one before the cut, which ends with its last steps. No stretch is shorter than a chain, so the state is there before it is needed
@@ -31,12 +32,15 @@ __device__ __forceinline__ int steps_of(const SequenceRange& range) {
   return static_cast<int>((range.end - range.begin + kStepTokens - 1) / kStepTokens);
 }
 
-// A cluster's stretch of the line, and the first chain with steps in it.
+// What a chain takes beside its steps, as a number of steps: loads and stores of its state, an empty pipeline.
+inline constexpr int kStepsToBegin = 2;
+
+// A cluster's stretch of the line, and the first chain in it.
 struct ScanStretch {
-  int64_t begin, end;   // in steps, from the start of the line
+  int64_t begin, end;   // on the line
   int64_t chain_begin;  // where that chain begins, at most `begin`
   int64_t sequence;     // of that chain; the number of sequences: there is none
-  int steps;            // of the stretch that there are
+  int steps;            // in the stretch
   int value_head;       // of that chain
 };
 
@@ -53,15 +57,15 @@ struct PieceWalk {
     piece.value_head = stretch.value_head;
     enter_sequence();
     enter();
+    if (chain_begin < stretch.begin && piece.end_step == 0 && !done()) next();  // the stretch before has all of it
   }
 
   __device__ __forceinline__ bool done() const {
-    if (piece.sequence >= call.problem.sequences) return true;
-    return chain_begin > stretch.end || (chain_begin == stretch.end && piece.steps > 0);
+    return piece.sequence >= call.problem.sequences || chain_begin >= stretch.end;
   }
 
   __device__ __forceinline__ void next() {
-    chain_begin += piece.steps;
+    chain_begin += piece.steps + kStepsToBegin;
     if (++piece.value_head == call.problem.value_heads) {
       piece.value_head = 0;
       ++piece.sequence;
@@ -81,12 +85,15 @@ struct PieceWalk {
   }
 
   __device__ __forceinline__ void enter() {
+    // Before a cut lie the last steps.
+    const auto steps_after = [&](int64_t cut) {
+      return piece.steps - static_cast<int>(min(cut - chain_begin, int64_t{piece.steps}));
+    };
     piece.first_step = 0, piece.end_step = piece.steps;
-    const int64_t chain_end = chain_begin + piece.steps;
     if (chain_begin < stretch.begin) {
-      piece.end_step = static_cast<int>(chain_end - stretch.begin);
-    } else if (chain_end > stretch.end) {
-      piece.first_step = static_cast<int>(chain_end - stretch.end);
+      piece.end_step = steps_after(stretch.begin);
+    } else if (chain_begin + piece.steps > stretch.end) {
+      piece.first_step = steps_after(stretch.end);
     }
   }
 };
@@ -135,8 +142,9 @@ struct StepWalk {
 // What the threads of a CTA exchange to find their stretch.
 struct StretchSearch {
   static constexpr int kMostWarps = 32;
-  int64_t sums[kMostWarps];
+  int64_t lengths[kMostWarps];
   int longest[kMostWarps];
+  int64_t steps_before[2];  // on the line, before the begin and before the end of the stretch
   ScanStretch found;
 };
 
@@ -144,22 +152,32 @@ struct StretchSearch {
 __device__ __forceinline__ const ScanStretch& find_stretch(const ChunkFwdParams& call, int64_t index, int64_t count,
                                                            StretchSearch& search) {
   const int64_t sequences = call.problem.sequences, heads = call.problem.value_heads;
-  const auto stretch_of = [&](int64_t total, int64_t longest) {
-    const int64_t length = max(max(longest, (total + count - 1) / count), int64_t{1});
-    const int64_t begin = index * length;
-    const int64_t steps = min(max(total - begin, int64_t{0}), length);
-    return ScanStretch{begin, begin + length, 0, sequences, static_cast<int>(steps), 0};
-  };
   const int thread = threadIdx.x;
+  // By the length of the line and the steps of the longest chain.
+  const auto stretch_of = [&](int64_t length, int longest) {
+    const int64_t share = max((length + count - 1) / count, int64_t{longest} + kStepsToBegin);
+    return ScanStretch{index * share, (index + 1) * share, 0, sequences, 0, 0};
+  };
+  // Among chains of the same number of steps: how many chains, and how many steps, before a place.
+  struct Place {
+    int64_t chain, steps;
+  };
+  const auto place_of = [&](int64_t offset, int steps) {
+    const int64_t chain = offset / (steps + kStepsToBegin);
+    return Place{chain, chain * steps + min(offset - chain * (steps + kStepsToBegin), int64_t{steps})};
+  };
   if (call.cu_seqlens == nullptr) {
     if (thread == 0) {
-      const int64_t steps = steps_of(sequence_range(call, 0)), chains = sequences * heads;
-      ScanStretch stretch = stretch_of(steps * chains, steps);
-      const int64_t chain = steps > 0 ? stretch.begin / steps : 0;
-      if (chain < chains && (steps > 0 || index == 0)) {
-        stretch.chain_begin = chain * steps;
-        stretch.sequence = chain / heads;
-        stretch.value_head = static_cast<int>(chain % heads);
+      const int steps = steps_of(sequence_range(call, 0));
+      const int64_t chains = sequences * heads;
+      ScanStretch stretch = stretch_of(chains * (steps + kStepsToBegin), steps);
+      const Place first = place_of(stretch.begin, steps), end = place_of(stretch.end, steps);
+      const int64_t all = chains * steps;
+      stretch.steps = static_cast<int>(min(end.steps, all) - min(first.steps, all));
+      if (first.chain < chains) {
+        stretch.chain_begin = first.chain * (steps + kStepsToBegin);
+        stretch.sequence = first.chain / heads;
+        stretch.value_head = static_cast<int>(first.chain % heads);
       }
       search.found = stretch;
     }
@@ -171,48 +189,61 @@ __device__ __forceinline__ const ScanStretch& find_stretch(const ChunkFwdParams&
   const int threads = blockDim.x, warp = thread >> 5, lane = thread & 31;
   const int64_t share = (sequences + threads - 1) / threads;
   const int64_t first = min(thread * share, sequences), end = min(first + share, sequences);
-  int64_t sum = 0;
+  const auto length_of = [&](int steps) { return heads * (steps + kStepsToBegin); };
+  int64_t length = 0;
   int longest = 0;
   for (int64_t i = first; i < end; ++i) {
     const int steps = steps_of(sequence_range(call, i));
-    sum += steps;
+    length += length_of(steps);
     longest = max(longest, steps);
   }
-  int64_t up_to = sum;  // in the warp
+  int64_t up_to = length;  // in the warp
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
     const int64_t before = __shfl_up_sync(0xffffffffu, up_to, distance);
     if (lane >= distance) up_to += before;
   }
   longest = __reduce_max_sync(0xffffffffu, longest);
-  if (lane == 31) search.sums[warp] = up_to, search.longest[warp] = longest;
+  if (lane == 31) search.lengths[warp] = up_to, search.longest[warp] = longest;
   __syncthreads();
-  int64_t total = 0, before = up_to - sum;
+  int64_t total = 0, before = up_to - length;
   for (int w = 0; w < threads / 32; ++w) {
-    if (w < warp) before += search.sums[w];
-    total += search.sums[w];
+    if (w < warp) before += search.lengths[w];
+    total += search.lengths[w];
     longest = max(longest, search.longest[w]);
   }
-  ScanStretch stretch = stretch_of(heads * total, longest);
+  ScanStretch stretch = stretch_of(total, longest);
   if (thread == 0) {
-    if (index == 0) stretch.sequence = 0;  // sequences without tokens may come first
     search.found = stretch;
+    // If the line ends first.
+    const int64_t all = total - sequences * heads * kStepsToBegin;
+    search.steps_before[0] = search.steps_before[1] = all;
   }
   __syncthreads();
-  if (index > 0 && heads * before <= stretch.begin && stretch.begin < heads * (before + sum)) {
+  // The places of begin and end are found by those whose share they are in.
+  for (int which = 0; which < 2; ++which) {
+    const int64_t place = which == 0 ? stretch.begin : stretch.end;
+    if (!(before <= place && place < before + length)) continue;
+    int64_t at = before;
     for (int64_t i = first; i < end; ++i) {
-      const int64_t steps = steps_of(sequence_range(call, i));
-      if (stretch.begin < heads * (before + steps)) {
-        const int64_t head = (stretch.begin - heads * before) / steps;
-        stretch.chain_begin = heads * before + head * steps;
-        stretch.sequence = i;
-        stretch.value_head = static_cast<int>(head);
+      const int steps = steps_of(sequence_range(call, i));
+      if (place < at + length_of(steps)) {
+        const Place found = place_of(place - at, steps);
+        // Before the sequence there are i times heads chains.
+        search.steps_before[which] = at - i * heads * kStepsToBegin + found.steps;
+        if (which == 0) {
+          stretch.chain_begin = at + found.chain * (steps + kStepsToBegin);
+          stretch.sequence = i;
+          stretch.value_head = static_cast<int>(found.chain);
+          search.found = stretch;
+        }
         break;
       }
-      before += steps;
+      at += length_of(steps);
     }
-    search.found = stretch;
   }
+  __syncthreads();
+  if (thread == 0) search.found.steps = static_cast<int>(search.steps_before[1] - search.steps_before[0]);
   __syncthreads();
   return search.found;
 }
