@@ -113,7 +113,7 @@ StepwiseEstimate estimate_stepwise(const ChunkFwdProblem& p) {
 
 double estimate_fused_us(const ChunkFwdProblem& p, int64_t clusters) {
   constexpr double kLaunchUs = 9.0;    // launch, first loads, last stores
-  constexpr double kStepsToBegin = 2;  // from one chain to the next: see scan_schedule.cuh
+  constexpr double kStepsToBegin = 4;  // from one chain to the next: see scan_schedule.cuh
   const double step_us = p.key_dim == 128 ? (p.value_dim == 128 ? 1.65 : 2.8) : (p.value_dim == 128 ? 1.27 : 2.0);
   const double available = static_cast<double>(std::max<int64_t>(clusters, 1));
   return expected_us(p, [&](const Load& load) {

@@ -84,7 +84,8 @@ struct FusedConsumer : FusedRole {
     const ChunkFwdParams& call = params.call;
     const Consumer advance{0, warp, lane};
     int index = 0;
-    for (PieceWalk walk(call, stretch); !walk.done(); walk.next()) {
+    PieceWalk walk;
+    for (walk.start(call, stretch); !walk.done(call, stretch); walk.next(call, stretch)) {
       const ScanPiece& piece = walk.piece;
       StateFragments<K> state;
       load_entry(state, piece);

@@ -33,7 +33,7 @@ __device__ __forceinline__ int steps_of(const SequenceRange& range) {
 }
 
 // What a chain takes beside its steps, as a number of steps: loads and stores of its state, an empty pipeline.
-inline constexpr int kStepsToBegin = 2;
+inline constexpr int kStepsToBegin = 4;
 
 // A cluster's stretch of the line, and the first chain in it.
 struct ScanStretch {
@@ -44,38 +44,37 @@ struct ScanStretch {
   int value_head;       // of that chain
 };
 
-// Goes through the pieces of a stretch, those of chains without steps included.
+// Goes through the pieces of a stretch, those of chains without steps included. Plain memory: it may lie in shared memory.
 struct PieceWalk {
-  const ChunkFwdParams& call;
-  const ScanStretch& stretch;
-  int64_t chain_begin;
   ScanPiece piece;
+  int64_t chain_begin;
 
-  __device__ __forceinline__ PieceWalk(const ChunkFwdParams& call, const ScanStretch& stretch)
-      : call(call), stretch(stretch), chain_begin(stretch.chain_begin) {
+  __device__ __forceinline__ void start(const ChunkFwdParams& call, const ScanStretch& stretch) {
+    chain_begin = stretch.chain_begin;
     piece.sequence = stretch.sequence;
     piece.value_head = stretch.value_head;
-    enter_sequence();
-    enter();
-    if (chain_begin < stretch.begin && piece.end_step == 0 && !done()) next();  // the stretch before has all of it
+    enter_sequence(call);
+    enter(stretch);
+    // The stretch before may have all of the chain's steps.
+    if (chain_begin < stretch.begin && piece.end_step == 0 && !done(call, stretch)) next(call, stretch);
   }
 
-  __device__ __forceinline__ bool done() const {
+  __device__ __forceinline__ bool done(const ChunkFwdParams& call, const ScanStretch& stretch) const {
     return piece.sequence >= call.problem.sequences || chain_begin >= stretch.end;
   }
 
-  __device__ __forceinline__ void next() {
+  __device__ __forceinline__ void next(const ChunkFwdParams& call, const ScanStretch& stretch) {
     chain_begin += piece.steps + kStepsToBegin;
     if (++piece.value_head == call.problem.value_heads) {
       piece.value_head = 0;
       ++piece.sequence;
-      enter_sequence();
+      enter_sequence(call);
     }
-    enter();
+    enter(stretch);
   }
 
  private:
-  __device__ __forceinline__ void enter_sequence() {
+  __device__ __forceinline__ void enter_sequence(const ChunkFwdParams& call) {
     if (piece.sequence >= call.problem.sequences) return;
     const SequenceRange range = sequence_range(call, piece.sequence);
     piece.batch = static_cast<int>(range.batch);
@@ -84,7 +83,7 @@ struct PieceWalk {
     piece.steps = steps_of(range);
   }
 
-  __device__ __forceinline__ void enter() {
+  __device__ __forceinline__ void enter(const ScanStretch& stretch) {
     // Before a cut lie the last steps.
     const auto steps_after = [&](int64_t cut) {
       return piece.steps - static_cast<int>(min(cut - chain_begin, int64_t{piece.steps}));
@@ -101,37 +100,35 @@ struct PieceWalk {
 // Goes through the steps of a stretch. Within a piece that takes a few instructions.
 struct StepWalk {
   PieceWalk pieces;
-  const int steps;  // of the stretch
-  int index;        // of the step, in the stretch
-  int token;        // its first, as a coordinate
-  int left;         // steps of the piece from this one on
+  int index;  // of the step, in the stretch
+  int token;  // its first, as a coordinate
+  int left;   // steps of the piece from this one on
 
-  __device__ __forceinline__ StepWalk(const ChunkFwdParams& call, const ScanStretch& stretch)
-      : pieces(call, stretch), steps(stretch.steps), index(0) {
-    if (!done()) enter(0);
+  __device__ __forceinline__ void start(const ChunkFwdParams& call, const ScanStretch& stretch) {
+    index = 0;
+    pieces.start(call, stretch);
+    if (!done(stretch)) enter(call, stretch, 0);
   }
 
-  __device__ __forceinline__ bool done() const { return index >= steps; }
+  __device__ __forceinline__ bool done(const ScanStretch& stretch) const { return index >= stretch.steps; }
   // kStepTokens but for the last step of the chain.
   __device__ __forceinline__ int tokens() const { return min(pieces.piece.end - token, kStepTokens); }
 
-  // Whether that led to another piece.
-  __device__ __forceinline__ bool skip(int count) {
+  __device__ __forceinline__ void skip(const ChunkFwdParams& call, const ScanStretch& stretch, int count) {
     index += count;
     token += count * kStepTokens;
     left -= count;
-    if (left > 0 || done()) return false;
+    if (left > 0 || done(stretch)) return;
     const int beyond = -left;
-    pieces.next();
-    enter(beyond);
-    return true;
+    pieces.next(call, stretch);
+    enter(call, stretch, beyond);
   }
 
  private:
-  __device__ __forceinline__ void enter(int beyond) {
+  __device__ __forceinline__ void enter(const ChunkFwdParams& call, const ScanStretch& stretch, int beyond) {
     while (beyond >= pieces.piece.end_step - pieces.piece.first_step) {
       beyond -= pieces.piece.end_step - pieces.piece.first_step;
-      pieces.next();
+      pieces.next(call, stretch);
     }
     const int step = pieces.piece.first_step + beyond;
     token = pieces.piece.token_of(step);

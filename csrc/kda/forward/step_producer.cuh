@@ -98,30 +98,37 @@ struct StepProducer {
   __device__ __forceinline__ void multiply_rows(float (&with_q)[4], float (&with_k)[4]) const {
     const int matrix = lane >> 3;
     const uint32_t tile = ptx::shared_address(raw) + (matrix & 1 ? Config::kRawK : Config::kRawQ);
+    // Over even and over odd kt: products with the same accumulators wait for each other.
+    float q_sums[2][4] = {}, k_sums[2][4] = {};
 #pragma unroll
     for (int kt = 0; kt < K / 16; ++kt) {
       uint32_t a[4];  // rows 0-7: q, rows 8-15: k
       ptx::ldmatrix_x4(a, tile + Config::KeyTile::unit_offset(8 * row_warp() + (lane & 7), 2 * kt + (matrix >> 1)));
       if constexpr (std::is_same_v<Element, BFloat16>) {
-        ptx::mma_m16n8k16_bf16(with_k, a[0], a[1], a[2], a[3], a[1], a[3]);
-        ptx::mma_m16n8k16_bf16(with_q, a[0], a[1], a[2], a[3], a[0], a[2]);
+        ptx::mma_m16n8k16_bf16(k_sums[kt & 1], a[0], a[1], a[2], a[3], a[1], a[3]);
+        ptx::mma_m16n8k16_bf16(q_sums[kt & 1], a[0], a[1], a[2], a[3], a[0], a[2]);
       } else {
         const auto rounded = [](uint32_t packed) {
           const float2 x = Packed2<Float16>::to_float2(packed);
           return pack_bf16(x.x, x.y);
         };
         const uint32_t k0 = rounded(a[1]), k1 = rounded(a[3]);
-        ptx::mma_m16n8k16_f16(with_k, a[0], 0, a[2], 0, a[1], a[3]);
-        ptx::mma_m16n8k16_bf16(with_k, 0, k0, 0, k1, k0, k1);
-        ptx::mma_m16n8k16_f16(with_q, a[0], 0, a[2], 0, a[0], a[2]);
+        ptx::mma_m16n8k16_f16(k_sums[kt & 1], a[0], 0, a[2], 0, a[1], a[3]);
+        ptx::mma_m16n8k16_bf16(k_sums[kt & 1], 0, k0, 0, k1, k0, k1);
+        ptx::mma_m16n8k16_f16(q_sums[kt & 1], a[0], 0, a[2], 0, a[0], a[2]);
       }
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      with_q[e] = q_sums[0][e] + q_sums[1][e];
+      with_k[e] = k_sums[0][e] + k_sums[1][e];
     }
   }
 
   // q·k, |q|^2 and |k|^2 are on the diagonals of those products; what follows from them. Returns whether q and k are too large for one reference.
   __device__ __forceinline__ bool store_row_values(const RowValues& rows, float beta) const {
     if (is_second()) return false;
-    float with_q[4] = {}, with_k[4] = {};
+    float with_q[4], with_k[4];
     multiply_rows(with_q, with_k);
     if (!owns_diagonal(lane)) return false;
     const bool odd = row_group() & 1;
