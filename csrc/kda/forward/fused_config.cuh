@@ -7,19 +7,6 @@
 
 namespace kda {
 
-// A step as the tensor maps and the producers need it.
-struct ProducerStep {
-  int index;  // in the stretch
-  int token, batch, tokens, value_head, key_head;
-  int exists;
-};
-
-// The steps of a producer group: one thread walks, and writes down the next step.
-struct ProducerWalk {
-  StepWalk walk;
-  ProducerStep steps[2];  // of even and of odd turns
-};
-
 // K: channels of a key. V: width of a value row.
 template <int K_, int V_, typename Element_>
 struct FusedConfig : StepStage<K_, 64> {
@@ -54,8 +41,7 @@ struct FusedConfig : StepStage<K_, 64> {
   static constexpr int kTokenGroups = kGroupThreads / (K / 2), kTokensPerThread = C / kTokenGroups;
   static constexpr int kRowValues = kTotals + kTokenGroups * K * 4;  // see RowValues; of even and of odd turns
   static constexpr int kRowValuesBytes = 6 * C * 4;
-  static constexpr int kWalk = kRowValues + 2 * kRowValuesBytes;  // ProducerWalk
-  static constexpr int kProducerBytes = (kWalk + static_cast<int>(sizeof(ProducerWalk)) + 127) / 128 * 128;
+  static constexpr int kProducerBytes = (kRowValues + 2 * kRowValuesBytes + 127) / 128 * 128;
 
   static constexpr int kRawOffset = kStages * kStageBytes;
   static constexpr int kProducerOffset = kRawOffset + kProducerGroups * kRawBytes;

@@ -84,8 +84,7 @@ struct FusedConsumer : FusedRole {
     const ChunkFwdParams& call = params.call;
     const Consumer advance{0, warp, lane};
     int index = 0;
-    PieceWalk walk;
-    for (walk.start(call, stretch); !walk.done(call, stretch); walk.next(call, stretch)) {
+    for (PieceWalk walk(call, stretch); !walk.done(); walk.next()) {
       const ScanPiece& piece = walk.piece;
       StateFragments<K> state;
       load_entry(state, piece);

@@ -11,10 +11,20 @@ struct FusedProducer : FusedRole {
   static constexpr int C = Config::C;
   static constexpr int kStride = Config::kCtas * Config::kProducerGroups;  // steps from one of the group to the next
 
-  using Step = ProducerStep;
+  // A step as the tensor maps and the producer need it.
+  struct Step {
+    int index;  // in the stretch
+    int token, batch, tokens, value_head, key_head;
+    bool exists;
+  };
 
-  // Threads of different warps that start copies and find the next step, so that none keeps its warp for long.
-  static constexpr int kLoader = 0, kValuesLoader = 32, kSender = 64, kWalker = 96;
+  __device__ __forceinline__ Step describe(const StepWalk& walk, int key_head) const {
+    const ScanPiece& piece = walk.pieces.piece;
+    return {walk.index, walk.token, piece.batch, walk.tokens(), piece.value_head, key_head, !walk.done()};
+  }
+
+  // Threads of different warps that start copies, so that none keeps its warp for long.
+  static constexpr int kLoader = 0, kValuesLoader = 32, kSender = 64;
 
   static constexpr int kBarrier = 1;  // + group
   __device__ __forceinline__ uint8_t* scratch() const {
@@ -32,12 +42,6 @@ struct FusedProducer : FusedRole {
     ptx::cp_async_bulk_tensor_load(rows + Config::kRawK, &params.k, 0, step.token, 0, step.key_head, step.batch, barrier);
     ptx::cp_async_bulk_tensor_load(rows + Config::kRawG, &params.g, 0, step.token, 0, step.value_head, step.batch,
                                    barrier);
-  }
-
-  __device__ __forceinline__ uint32_t load_beta(const Step& step) const {
-    if (!step.exists) return 0;
-    return BetaReader(params.call, step.batch, step.token, step.token + step.tokens, step.value_head, thread)
-        .next(params.call, C);
   }
 
   // V of a step to all CTAs, and how many bytes come there for its stage: by one thread.
@@ -76,22 +80,8 @@ struct FusedProducer : FusedRole {
     }
   }
 
-  __device__ __forceinline__ ProducerWalk& walk() const {
-    return *reinterpret_cast<ProducerWalk*>(scratch() + Config::kWalk);
-  }
-  __device__ __forceinline__ Step& step_of(int turn) const { return walk().steps[turn & 1]; }
-
-  // By one thread: the walk's step is that of a turn.
-  __device__ __forceinline__ void describe(int turn) const {
-    const StepWalk& at = walk().walk;
-    const ScanPiece& piece = at.pieces.piece;
-    const int key_head = piece.value_head / (params.call.problem.value_heads / params.call.problem.heads);
-    step_of(turn) = {at.index,         at.token, piece.batch,      at.tokens(),
-                     piece.value_head, key_head, !at.done(stretch)};
-  }
-
-  __device__ __forceinline__ void make_step(const Step& step, int turn, const GateConstants& constants,
-                                            uint32_t& beta_bits) const {
+  __device__ __forceinline__ void make_step(const Step& step, const Step& next, int turn,
+                                            const GateConstants& constants, uint32_t beta_bits) const {
     const uint32_t shared_base = ptx::shared_address(shared);
     const int stage_index = Config::stage_of(step.index);
     uint8_t* const stage = shared + stage_index * Config::kStageBytes;
@@ -110,9 +100,7 @@ struct FusedProducer : FusedRole {
     make.store_aqk(products, rows, far_apart);
     ptx::fence_proxy_async_shared();  // for the copies to the other CTAs and of the next rows, and for the products
     make.sync();
-    const Step next = step_of(turn + 1);
     load_inputs(next);
-    beta_bits = load_beta(next);
     load_values(step, stage_index);
     send(stage_index, 0, Config::kInverseTile);
     invert_unit_lower_32x32(make.solve_matrix(), warp, lane, [&] { make.sync(); });
@@ -126,31 +114,38 @@ struct FusedProducer : FusedRole {
 
   __device__ __forceinline__ void run() const {
     const ChunkFwdParams& call = params.call;
-    if (thread == kWalker) {
-      walk().walk.start(call, stretch);
-      walk().walk.skip(call, stretch, static_cast<int>(rank) + Config::kCtas * group);
-      describe(0);
-    }
-    ptx::barrier_sync(kBarrier + group, Config::kGroupThreads);
-    if (!step_of(0).exists) return;
-    load_inputs(step_of(0));
-    uint32_t beta = load_beta(step_of(0));
-    int value_head = step_of(0).value_head;
+    const int heads_of_key = call.problem.value_heads / call.problem.heads;
+    StepWalk walk(call, stretch);
+    walk.skip(static_cast<int>(rank) + Config::kCtas * group);
+    if (walk.done()) return;
+    // Of the step to come: what it takes of its chain.
+    const auto betas_of = [&] {
+      const ScanPiece& piece = walk.pieces.piece;
+      return BetaReader(call, piece.batch, walk.token, piece.end, piece.value_head, thread);
+    };
+    int key_head = walk.pieces.piece.value_head / heads_of_key;
+    BetaReader betas = betas_of();
+    Step next = describe(walk, key_head);
+    load_inputs(next);
+    uint32_t beta_next = betas.next(call, kStride * C);
+    int value_head = next.value_head;
     GateConstants constants(call, value_head, StepProducer<Config>::channel_of(thread));
-    for (int turn = 0;; ++turn) {
-      const Step step = step_of(turn);
-      if (!step.exists) return;
-      if (thread == kWalker) {  // all have read that of the turn before
-        walk().walk.skip(call, stretch, kStride);
-        describe(turn + 1);
+    for (int turn = 0; next.exists; ++turn) {
+      const Step step = next;
+      const uint32_t beta = beta_next;
+      if (walk.skip(kStride)) {
+        key_head = walk.pieces.piece.value_head / heads_of_key;
+        betas = betas_of();
       }
+      next = describe(walk, key_head);
+      beta_next = betas.next(call, kStride * C);
       if (step.value_head != value_head) {
         value_head = step.value_head;
         constants = GateConstants(call, value_head, StepProducer<Config>::channel_of(thread));
       }
       const int here = ptx::opaque(thread);
       FusedProducer{{params, stretch, shared, stretch_index, rank, group, here, here >> 5, here & 31}}.make_step(
-          step, turn, constants, beta);
+          step, next, turn, constants, beta);
     }
   }
 };

@@ -44,37 +44,38 @@ struct ScanStretch {
   int value_head;       // of that chain
 };
 
-// Goes through the pieces of a stretch, those of chains without steps included. Plain memory: it may lie in shared memory.
+// Goes through the pieces of a stretch, those of chains without steps included.
 struct PieceWalk {
-  ScanPiece piece;
+  const ChunkFwdParams& call;
+  const ScanStretch& stretch;
   int64_t chain_begin;
+  ScanPiece piece;
 
-  __device__ __forceinline__ void start(const ChunkFwdParams& call, const ScanStretch& stretch) {
-    chain_begin = stretch.chain_begin;
+  __device__ __forceinline__ PieceWalk(const ChunkFwdParams& call, const ScanStretch& stretch)
+      : call(call), stretch(stretch), chain_begin(stretch.chain_begin) {
     piece.sequence = stretch.sequence;
     piece.value_head = stretch.value_head;
-    enter_sequence(call);
-    enter(stretch);
-    // The stretch before may have all of the chain's steps.
-    if (chain_begin < stretch.begin && piece.end_step == 0 && !done(call, stretch)) next(call, stretch);
+    enter_sequence();
+    enter();
+    if (chain_begin < stretch.begin && piece.end_step == 0 && !done()) next();  // the stretch before has all of it
   }
 
-  __device__ __forceinline__ bool done(const ChunkFwdParams& call, const ScanStretch& stretch) const {
+  __device__ __forceinline__ bool done() const {
     return piece.sequence >= call.problem.sequences || chain_begin >= stretch.end;
   }
 
-  __device__ __forceinline__ void next(const ChunkFwdParams& call, const ScanStretch& stretch) {
+  __device__ __forceinline__ void next() {
     chain_begin += piece.steps + kStepsToBegin;
     if (++piece.value_head == call.problem.value_heads) {
       piece.value_head = 0;
       ++piece.sequence;
-      enter_sequence(call);
+      enter_sequence();
     }
-    enter(stretch);
+    enter();
   }
 
  private:
-  __device__ __forceinline__ void enter_sequence(const ChunkFwdParams& call) {
+  __device__ __forceinline__ void enter_sequence() {
     if (piece.sequence >= call.problem.sequences) return;
     const SequenceRange range = sequence_range(call, piece.sequence);
     piece.batch = static_cast<int>(range.batch);
@@ -83,7 +84,7 @@ struct PieceWalk {
     piece.steps = steps_of(range);
   }
 
-  __device__ __forceinline__ void enter(const ScanStretch& stretch) {
+  __device__ __forceinline__ void enter() {
     // Before a cut lie the last steps.
     const auto steps_after = [&](int64_t cut) {
       return piece.steps - static_cast<int>(min(cut - chain_begin, int64_t{piece.steps}));
@@ -100,35 +101,37 @@ struct PieceWalk {
 // Goes through the steps of a stretch. Within a piece that takes a few instructions.
 struct StepWalk {
   PieceWalk pieces;
-  int index;  // of the step, in the stretch
-  int token;  // its first, as a coordinate
-  int left;   // steps of the piece from this one on
+  const int steps;  // of the stretch
+  int index;        // of the step, in the stretch
+  int token;        // its first, as a coordinate
+  int left;         // steps of the piece from this one on
 
-  __device__ __forceinline__ void start(const ChunkFwdParams& call, const ScanStretch& stretch) {
-    index = 0;
-    pieces.start(call, stretch);
-    if (!done(stretch)) enter(call, stretch, 0);
+  __device__ __forceinline__ StepWalk(const ChunkFwdParams& call, const ScanStretch& stretch)
+      : pieces(call, stretch), steps(stretch.steps), index(0) {
+    if (!done()) enter(0);
   }
 
-  __device__ __forceinline__ bool done(const ScanStretch& stretch) const { return index >= stretch.steps; }
+  __device__ __forceinline__ bool done() const { return index >= steps; }
   // kStepTokens but for the last step of the chain.
   __device__ __forceinline__ int tokens() const { return min(pieces.piece.end - token, kStepTokens); }
 
-  __device__ __forceinline__ void skip(const ChunkFwdParams& call, const ScanStretch& stretch, int count) {
+  // Whether that led to another piece.
+  __device__ __forceinline__ bool skip(int count) {
     index += count;
     token += count * kStepTokens;
     left -= count;
-    if (left > 0 || done(stretch)) return;
+    if (left > 0 || done()) return false;
     const int beyond = -left;
-    pieces.next(call, stretch);
-    enter(call, stretch, beyond);
+    pieces.next();
+    enter(beyond);
+    return true;
   }
 
  private:
-  __device__ __forceinline__ void enter(const ChunkFwdParams& call, const ScanStretch& stretch, int beyond) {
+  __device__ __forceinline__ void enter(int beyond) {
     while (beyond >= pieces.piece.end_step - pieces.piece.first_step) {
       beyond -= pieces.piece.end_step - pieces.piece.first_step;
-      pieces.next(call, stretch);
+      pieces.next();
     }
     const int step = pieces.piece.first_step + beyond;
     token = pieces.piece.token_of(step);
