@@ -160,7 +160,7 @@ struct StepOperands {
 
   template <typename Load, typename Activation>
   __device__ __forceinline__ void activate_all(float2& total, Load load, Activation activation) const {
-#pragma unroll 1
+#pragma unroll 2
     for (int first = 0; first < kTokens; first += kBatch) {
       const int four = first_token() + first;
       float2 g[kBatch];

@@ -70,6 +70,8 @@ struct StepProducer {
   static constexpr int kSolveWarp = 3;
   // Of eight warps, those 4 .. 7 share the rows of 0 .. 3.
   static constexpr bool kSharesRows = kThreads == 256;
+  // Loads that are issued together, as far as registers go: the products after them may not move ahead.
+  static constexpr int kLoadsAhead = kSharesRows ? 2 : 4;
   static_assert(kThreads == 128 || kSharesRows);
 
   const ChunkFwdParams& call;
@@ -101,21 +103,30 @@ struct StepProducer {
     // Over even and over odd kt: products with the same accumulators wait for each other.
     float q_sums[2][4] = {}, k_sums[2][4] = {};
 #pragma unroll
-    for (int kt = 0; kt < K / 16; ++kt) {
-      uint32_t a[4];  // rows 0-7: q, rows 8-15: k
-      ptx::ldmatrix_x4(a, tile + Config::KeyTile::unit_offset(8 * row_warp() + (lane & 7), 2 * kt + (matrix >> 1)));
-      if constexpr (std::is_same_v<Element, BFloat16>) {
-        ptx::mma_m16n8k16_bf16(k_sums[kt & 1], a[0], a[1], a[2], a[3], a[1], a[3]);
-        ptx::mma_m16n8k16_bf16(q_sums[kt & 1], a[0], a[1], a[2], a[3], a[0], a[2]);
-      } else {
-        const auto rounded = [](uint32_t packed) {
-          const float2 x = Packed2<Float16>::to_float2(packed);
-          return pack_bf16(x.x, x.y);
-        };
-        const uint32_t k0 = rounded(a[1]), k1 = rounded(a[3]);
-        ptx::mma_m16n8k16_f16(k_sums[kt & 1], a[0], 0, a[2], 0, a[1], a[3]);
-        ptx::mma_m16n8k16_bf16(k_sums[kt & 1], 0, k0, 0, k1, k0, k1);
-        ptx::mma_m16n8k16_f16(q_sums[kt & 1], a[0], 0, a[2], 0, a[0], a[2]);
+    for (int first = 0; first < K / 16; first += kLoadsAhead) {
+      uint32_t rows[kLoadsAhead][4];  // 0-7: q, 8-15: k
+#pragma unroll
+      for (int n = 0; n < kLoadsAhead; ++n) {
+        ptx::ldmatrix_x4(rows[n], tile + Config::KeyTile::unit_offset(8 * row_warp() + (lane & 7),
+                                                                      2 * (first + n) + (matrix >> 1)));
+      }
+#pragma unroll
+      for (int n = 0; n < kLoadsAhead; ++n) {
+        const uint32_t(&a)[4] = rows[n];
+        float(&q_sum)[4] = q_sums[n & 1], (&k_sum)[4] = k_sums[n & 1];
+        if constexpr (std::is_same_v<Element, BFloat16>) {
+          ptx::mma_m16n8k16_bf16(k_sum, a[0], a[1], a[2], a[3], a[1], a[3]);
+          ptx::mma_m16n8k16_bf16(q_sum, a[0], a[1], a[2], a[3], a[0], a[2]);
+        } else {
+          const auto rounded = [](uint32_t packed) {
+            const float2 x = Packed2<Float16>::to_float2(packed);
+            return pack_bf16(x.x, x.y);
+          };
+          const uint32_t k0 = rounded(a[1]), k1 = rounded(a[3]);
+          ptx::mma_m16n8k16_f16(k_sum, a[0], 0, a[2], 0, a[1], a[3]);
+          ptx::mma_m16n8k16_bf16(k_sum, 0, k0, 0, k1, k0, k1);
+          ptx::mma_m16n8k16_f16(q_sum, a[0], 0, a[2], 0, a[0], a[2]);
+        }
       }
     }
 #pragma unroll
@@ -176,28 +187,37 @@ struct StepProducer {
                                            bool half) const {
     const int matrix = lane >> 3, row = lane & 7;
     const uint32_t a_tile = matrix & 1 ? tiles.k : tiles.q;
+    constexpr int kLoads = kCount == 1 ? 1 : kCount / 2;
+    struct Operands {
+      uint32_t a[4], b[kLoads][4];
+    };
+    const auto load = [&](Operands& x, int kt) {
+      ptx::ldmatrix_x4(x.a, a_tile + Tile::unit_offset(8 * row_warp() + row, 2 * kt + (matrix >> 1)));
 #pragma unroll
-    for (int kt = 0; kt < K / 16; ++kt) {
-      uint32_t a[4], b[4];
-      ptx::ldmatrix_x4(a, a_tile + Tile::unit_offset(8 * row_warp() + row, 2 * kt + (matrix >> 1)));
-      const auto product = [&](float(&acc)[4], uint32_t b0, uint32_t b1) {
-        if (half) {
-          ptx::mma_m16n8k16_f16(acc, a[0], a[1], a[2], a[3], b0, b1);
-        } else {
-          ptx::mma_m16n8k16_bf16(acc, a[0], a[1], a[2], a[3], b0, b1);
-        }
-      };
-      if constexpr (kCount == 1) {  // matrices 2 and 3 repeat 0 and 1
-        ptx::ldmatrix_x4(b, tiles.earlier_k + Tile::unit_offset(8 * first + row, 2 * kt + (matrix & 1)));
-        product(d[0], b[0], b[1]);
+      for (int n = 0; n < kLoads; ++n) {
+        // Of one token block, matrices 2 and 3 repeat 0 and 1.
+        const int block = first + 2 * n + (kCount == 1 ? 0 : matrix >> 1);
+        ptx::ldmatrix_x4(x.b[n], tiles.earlier_k + Tile::unit_offset(8 * block + row, 2 * kt + (matrix & 1)));
+      }
+    };
+    const auto product = [&](float(&acc)[4], const uint32_t(&a)[4], uint32_t b0, uint32_t b1) {
+      if (half) {
+        ptx::mma_m16n8k16_f16(acc, a[0], a[1], a[2], a[3], b0, b1);
       } else {
+        ptx::mma_m16n8k16_bf16(acc, a[0], a[1], a[2], a[3], b0, b1);
+      }
+    };
+    constexpr int kAhead = kSharesRows ? 1 : 2;  // as kLoadsAhead
 #pragma unroll
-        for (int n = 0; n < kCount; n += 2) {
-          ptx::ldmatrix_x4(
-              b, tiles.earlier_k + Tile::unit_offset(8 * (first + n + (matrix >> 1)) + row, 2 * kt + (matrix & 1)));
-          product(d[n], b[0], b[1]);
-          product(d[n + 1], b[2], b[3]);
-        }
+    for (int kt = 0; kt < K / 16; kt += kAhead) {
+      Operands operands[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) load(operands[i], kt + i);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const Operands& x = operands[i];
+#pragma unroll
+        for (int n = 0; n < kCount; ++n) product(d[n], x.a, x.b[n / 2][2 * (n % 2)], x.b[n / 2][2 * (n % 2) + 1]);
       }
     }
   }
