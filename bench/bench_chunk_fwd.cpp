@@ -30,11 +30,11 @@ std::optional<kda::ChunkFwdPath> path_of(PathChoice choice) {
 kda::ChunkFwdPlan make_plan(const kda::ChunkFwdProblem& problem, const Options& options) {
   kda::ChunkFwdPlanOptions forced;
   forced.path = path_of(options.path);
-  const bool tile_fits = options.path == PathChoice::kStaged || is_fused_value_tile(options.value_tile);
-  if (options.value_tile != kAsPlanned && tile_fits) forced.value_tile = options.value_tile;
+  if (options.value_tile != kAsPlanned) forced.value_tile = options.value_tile;
+  if (options.clusters != kAsPlanned) forced.clusters = options.clusters;
   if (options.segment_chunks != kAsPlanned) forced.segment_chunks = options.segment_chunks;
 
-  kda::ChunkFwdPlan plan = kda::plan_chunk_fwd(problem, forced);
+  const kda::ChunkFwdPlan plan = kda::plan_chunk_fwd(problem, forced);
   if (forced.path && plan.path != *forced.path) {
     throw std::runtime_error(std::string("--path: ") + name_of(options.path) + " cannot run this case: " + plan.reason);
   }
@@ -44,15 +44,11 @@ kda::ChunkFwdPlan make_plan(const kda::ChunkFwdProblem& problem, const Options& 
   if (plan.path != kda::ChunkFwdPath::kStepwise && options.segment_chunks > 0) {
     throw std::runtime_error("--segment-chunks: the plan takes a path that cuts no sequences: --path stepwise");
   }
-  if (options.value_tile != kAsPlanned && plan.path == kda::ChunkFwdPath::kStepwise) {
-    throw std::runtime_error("--value-tile: the plan takes the stepwise path, which has no tiles of V: --path fused");
+  if (plan.path != kda::ChunkFwdPath::kStaged && options.value_tile != kAsPlanned) {
+    throw std::runtime_error("--value-tile: the plan takes a path that has no tiles of V to choose: --path staged");
   }
-  if (options.value_tile != kAsPlanned && plan.value_tile != options.value_tile) {
-    if (plan.path == kda::ChunkFwdPath::kFused) {
-      throw std::runtime_error("--value-tile: expected 64 or 128 for the fused path, which the plan takes, got " +
-                               std::to_string(options.value_tile));
-    }
-    plan.value_tile = options.value_tile;  // one that the planner could not be given before it had chosen the path
+  if (plan.path != kda::ChunkFwdPath::kFused && options.clusters != kAsPlanned) {
+    throw std::runtime_error("--clusters: the plan takes a path that has no clusters: --path fused");
   }
   return plan;
 }
@@ -65,8 +61,15 @@ struct Errors {
   }
 };
 
-// Runs a small case with the sizes, types, gates and features of `options`, on the path and with the tile and the cut of the
-// plan that is `timed`, and compares it with the host.
+// Clusters of the small case: they hand chains over, if those of the plan that is timed may.
+int clusters_to_verify(const Shape& shape, const kda::ChunkFwdPlan& timed) {
+  const int64_t chains = shape.sequences * shape.options.value_heads;
+  const int64_t most = timed.workspace.total_bytes > 0 ? chains - 1 : chains;
+  return static_cast<int>(std::min(timed.clusters, most));
+}
+
+// Runs a small case with the sizes, types, gates and features of `options`, on the path and with the tile, the clusters and
+// the cut of the plan that is `timed`, and compares it with the host.
 Errors verify(Options options, const kda::ChunkFwdPlan& timed, const Device& device, cudaStream_t stream) {
   constexpr int64_t kMaxSegmentChunks = 2;  // so that the small case has several segments
   const kda::NvtxRange range("bench.verify");
@@ -84,8 +87,11 @@ Errors verify(Options options, const kda::ChunkFwdPlan& timed, const Device& dev
       options.segment_chunks = static_cast<int>(std::min(timed.segment_chunks, kMaxSegmentChunks));
       break;
     case kda::ChunkFwdPath::kFused:
+      options.path = PathChoice::kFused;
+      options.clusters = clusters_to_verify(Shape(options), timed);
+      break;
     case kda::ChunkFwdPath::kStaged:
-      options.path = timed.path == kda::ChunkFwdPath::kFused ? PathChoice::kFused : PathChoice::kStaged;
+      options.path = PathChoice::kStaged;
       options.value_tile = timed.value_tile;
       break;
     case kda::ChunkFwdPath::kComposite:
@@ -112,6 +118,7 @@ std::string forced_as_text(const Options& options) {
   const auto add = [&](const std::string& part) { text += (text.empty() ? "" : ", ") + part; };
   if (options.path != PathChoice::kAuto) add(std::string("path ") + name_of(options.path));
   if (options.value_tile != kAsPlanned) add("value tile " + std::to_string(options.value_tile));
+  if (options.clusters != kAsPlanned) add("at most " + std::to_string(options.clusters) + " clusters");
   if (options.segment_chunks != kAsPlanned) add("segments of " + std::to_string(options.segment_chunks) + " chunks");
   return text;
 }
@@ -124,7 +131,7 @@ std::string own_json(const Options& options, const std::string& plan, const Erro
   json.precision(10);
   json << "\"final_state\": " << boolean(options.final_state) << ", \"chunk_states\": " << boolean(options.chunk_states)
        << ", \"forced\": {\"path\": \"" << name_of(options.path)
-       << "\", \"value_tile\": " << if_forced(options.value_tile)
+       << "\", \"value_tile\": " << if_forced(options.value_tile) << ", \"clusters\": " << if_forced(options.clusters)
        << ", \"segment_chunks\": " << if_forced(options.segment_chunks) << "}, \"plan\": " << plan
        << ", \"error_o\": " << errors.o << ", \"error_final_state\": " << errors.final_state
        << ", \"error_chunk_states\": " << errors.chunk_states << ", ";
@@ -185,16 +192,18 @@ constexpr const char* kHelp[] = {R"(bench_chunk_fwd: checks and times kda::chunk
 Overrides of the plan
   --path PATH          auto, stepwise, fused or staged: fail if the kernels of that path do not cover the case
                                                                                                     (default auto)
-  --value-tile N       V columns of one CTA, a divisor of V, at most 128: of the fused path, 64 or 128; of the state
-                       recurrence of the staged path, a multiple of 16                              (default: the plan's)
+  --value-tile N       V columns of one CTA of the state recurrence, of the staged path: a multiple of 16 that divides
+                       V, at most 128                                                               (default: the plan's)
+  --clusters N         at most N clusters of V / 64 CTAs, to which the chains of (sequence, value head) are dealt out,
+                       of the fused path; no more than run side by side and than there are chains   (default: the plan's)
   --segment-chunks N   chunks of 64 tokens of one segment of a cut sequence, of the stepwise path; 0: no cut
                                                                                                     (default: the plan's)
 )",
                                  kHelpMeasuring,
                                  R"(
-First a small case with the same heads' grouping, sizes, types, gate and features, on the path, with the value tile and
-with the cut (into short segments) that are timed, is checked against a token recurrence in double precision on the host:
-uneven sequences, or two rows if there is no cu_seqlens.
+First a small case with the same heads' grouping, sizes, types, gate and features, on the path, with the value tile, with
+clusters that hand chains over if those that are timed may, and with the cut (into short segments) is checked against a
+token recurrence in double precision on the host: uneven sequences, or two rows if there is no cu_seqlens.
 )",
                                  kHelpStatus};
 

@@ -40,7 +40,8 @@ struct Options {
   bool chunk_states = false;
   bool state_v_first = false;
   PathChoice path = PathChoice::kAuto;
-  int value_tile = kAsPlanned;
+  int value_tile = kAsPlanned;      // of the staged path
+  int clusters = kAsPlanned;        // of the fused path
   int segment_chunks = kAsPlanned;  // 0: sequences are not cut
   int iterations = 50;
   int warmup = 5;
@@ -139,10 +140,9 @@ struct IntegerFlag {
   int minimum, maximum;
 };
 inline constexpr int kMaxHeads = 1 << 16, kMaxDim = 1 << 12, kMaxIterations = 1 << 20, kMaxBatch = 1 << 16;
-// Of the state recurrence (staged): a warp owns 16 rows of the transposed state, a CTA has up to 8 warps. Of the fused
-// kernel: a CTA has one or two warpgroups with 64 rows each.
-inline constexpr int kValueRowsPerWarp = 16, kMaxValueTile = 8 * kValueRowsPerWarp, kFusedRowsPerGroup = 64;
-inline constexpr int kMaxSegmentChunks = 1 << 24;
+// Of the state recurrence (staged): a warp owns 16 rows of the transposed state, a CTA has up to 8 warps.
+inline constexpr int kValueRowsPerWarp = 16, kMaxValueTile = 8 * kValueRowsPerWarp;
+inline constexpr int kMaxClusters = 1 << 16, kMaxSegmentChunks = 1 << 24;
 inline constexpr IntegerFlag kIntegerFlags[] = {
     {"--batch", &Options::batch, 1, kMaxBatch},
     {"--heads", &Options::heads, 1, kMaxHeads},
@@ -150,6 +150,7 @@ inline constexpr IntegerFlag kIntegerFlags[] = {
     {"--key-dim", &Options::key_dim, 1, kMaxDim},
     {"--value-dim", &Options::value_dim, 1, kMaxDim},
     {"--value-tile", &Options::value_tile, kValueRowsPerWarp, kMaxValueTile},
+    {"--clusters", &Options::clusters, 1, kMaxClusters},
     {"--segment-chunks", &Options::segment_chunks, 0, kMaxSegmentChunks},
     {"--iterations", &Options::iterations, 1, kMaxIterations},
     {"--warmup", &Options::warmup, 0, kMaxIterations},
@@ -207,24 +208,22 @@ inline void parse_value_flag(Options& options, const std::string& flag, const st
   if (flag == "--json") options.json_path = value;
 }
 
-[[nodiscard]] inline bool is_fused_value_tile(int value_tile) { return value_tile % kFusedRowsPerGroup == 0; }
-
 inline void check_overrides(const Options& options) {
+  const auto may_be = [&](PathChoice path) { return options.path == path || options.path == PathChoice::kAuto; };
   if (options.value_tile != kAsPlanned &&
       (options.value_tile % kValueRowsPerWarp != 0 || options.value_dim % options.value_tile != 0)) {
     throw UsageError("--value-tile: expected a multiple of " + std::to_string(kValueRowsPerWarp) +
                      " that divides --value-dim = " + std::to_string(options.value_dim) + ", got " +
                      std::to_string(options.value_tile));
   }
-  if (options.path == PathChoice::kStepwise && options.value_tile != kAsPlanned) {
-    throw UsageError("--value-tile: expected --path fused, staged or auto, as the stepwise path has no tiles of V");
+  if (options.value_tile != kAsPlanned && !may_be(PathChoice::kStaged)) {
+    throw UsageError("--value-tile: expected --path staged or auto, as the other paths have no tiles of V to choose");
   }
-  if (options.path == PathChoice::kFused && options.value_tile != kAsPlanned &&
-      !is_fused_value_tile(options.value_tile)) {
-    throw UsageError("--value-tile: expected 64 or 128 with --path fused, got " + std::to_string(options.value_tile));
+  if (options.clusters != kAsPlanned && !may_be(PathChoice::kFused)) {
+    throw UsageError(
+        "--clusters: expected --path fused or auto, as the other paths have no clusters to deal chains to");
   }
-  const bool cuts = options.path == PathChoice::kStepwise || options.path == PathChoice::kAuto;
-  if (options.segment_chunks > 0 && !cuts) {
+  if (options.segment_chunks > 0 && !may_be(PathChoice::kStepwise)) {
     throw UsageError("--segment-chunks: expected --path stepwise or auto, as the other paths cut no sequences");
   }
 }

@@ -46,7 +46,7 @@ Json = dict[str, Any]
 
 
 # Entries of the plan's JSON that say what runs, and what a plan without them means.
-DECISIVE = {"path": None, "value_tile": 0, "segment_chunks": 0}
+DECISIVE = {"path": None, "value_tile": 0, "clusters": 0, "segment_chunks": 0}
 
 
 def decisive(plan: Json) -> Json:
@@ -54,9 +54,11 @@ def decisive(plan: Json) -> Json:
     return {name: plan.get(name, default) for name, default in DECISIVE.items()}
 
 
-def kind_of(plan: Json) -> tuple[Any, bool]:
-    """The kernels that a plan runs: its path, and whether sequences are cut."""
-    return plan["path"], plan.get("segment_chunks", 0) > 0
+def kind_of(plan: Json) -> tuple[Any, bool, bool]:
+    """The kernels that a plan runs: its path, whether sequences are cut, and whether chains are dealt out to clusters;
+    the fused kernel of past sweeps had none.
+    """
+    return plan["path"], plan.get("segment_chunks", 0) > 0, plan.get("clusters", 0) > 0
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,12 @@ def _forced(name: str, **plan: Any) -> Choice:
 
 PLANNED = Choice("the plan's", (), ())
 
-# The value tile is the columns of V of one CTA of the fused kernel: the smaller, the more CTAs, and the more often
-# factors are made. Segments are of the stepwise path, 0: no cut; the shorter, the more CTAs, and the more maps to
-# compose. The staged path is none to choose: it is for inputs that the others cannot read. The plan's own choice comes
-# last: its cut may have any length.
+# The fused kernel has as many clusters as run side by side: fewer are never better. Segments are of the stepwise path,
+# 0: no cut; the shorter, the more CTAs, and the more maps to compose. The staged path is none to choose: it is for
+# inputs that the others cannot read. The plan's own choice comes last: its cut may have any length.
 SEGMENT_CHUNKS = (4, 8, 16, 32, 64, 128)
 CHOICES = (
-    *(_forced(f"fused, value tile {n}", path="fused", value_tile=n) for n in (64, 128)),
+    _forced("fused", path="fused"),
     _forced("stepwise, no cut", path="stepwise", segment_chunks=0),
     *(_forced(f"stepwise, segments of {n} chunks", path="stepwise", segment_chunks=n) for n in SEGMENT_CHUNKS),
     PLANNED,

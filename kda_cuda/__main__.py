@@ -77,10 +77,11 @@ def planned(
 
 def cut_rows(plan: dict[str, Any], value_dim: int) -> list[tuple[str, str]]:
     """How a path of kernels cuts its work, for `plan` as text."""
-    tile = f"{plan['value_tile']} of {value_dim} columns"
     if plan["path"] == "fused":
-        steps = f"of {STEP_TOKENS} tokens, one by one in the CTA of a sequence, value head and value tile"
-        return [("steps", steps), ("value tile", f"{tile} for each CTA")]
+        ctas = value_dim // plan["value_tile"]
+        size = "of one CTA" if ctas == 1 else f"of {ctas} CTAs, with {plan['value_tile']} columns of V each"
+        steps = f"of {STEP_TOKENS} tokens, one by one in the chain of a sequence and value head"
+        return [("steps", steps), ("clusters", f"{plan['clusters']} {size}; the chains are dealt out to them")]
     if plan["path"] == "stepwise":
         steps = f"of {STEP_TOKENS} tokens: their factors side by side, then one by one in a CTA for each value head"
         segments = "none: a sequence is scanned in one piece"
@@ -89,7 +90,8 @@ def cut_rows(plan: dict[str, Any], value_dim: int) -> list[tuple[str, str]]:
             segments = f"of {plan['segment_chunks']} chunks ({tokens} tokens); {plan['segment_slots']} slots"
         return [("steps", steps), ("segments", segments)]
     chunks = f"{plan['chunk_slots']} slots of {plan['chunk_tokens']} tokens for each value head"
-    return [("chunks", chunks), ("value tile", f"{tile} for each CTA of the recurrence")]
+    tile = f"{plan['value_tile']} of {value_dim} columns for each CTA of the recurrence"
+    return [("chunks", chunks), ("value tile", tile)]
 
 
 def why_no_kernels(device: Device | None) -> str | None:

@@ -314,9 +314,10 @@ def test_planner_is_judged_by_the_best_choice(monkeypatch: pytest.MonkeyPatch) -
 
 def test_paths_and_cuts_are_judged_by_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cut of any length is judged by the plan's own measurement, as long as the plan is still that."""
-    fused = {"path": "fused", "value_tile": 64}
+    fused = {"path": "fused", "value_tile": 64, "clusters": 64}
     cut = {"path": "stepwise", "value_tile": 128, "segment_chunks": 9}
-    run = swept({"1x8192_h64": {"fused, value tile 64": 100.0, "stepwise, no cut": 300.0}, "1x8192_h4": {}})
+    run = swept({"1x8192_h64": {"stepwise, no cut": 300.0}, "1x8192_h4": {}})
+    run["cases"][0]["measurements"]["fused"] = {"median_us": 100.0, "plan": fused}
     run["cases"][1]["measurements"] = {
         "the plan's": {"median_us": 40.0, "plan": cut},
         CUTS[4]: {"median_us": 30.0, "plan": cut | {"segment_chunks": 4}},
@@ -325,7 +326,7 @@ def test_paths_and_cuts_are_judged_by_what_ran(monkeypatch: pytest.MonkeyPatch) 
     set_plans(monkeypatch, **{"1x8192_h64": fused | {"segment_chunks": 0}, "1x8192_h4": cut})
     found = sweep.quality(run)
     assert found.points == 2 and found.poor == {"1x8192_h4": pytest.approx(4 / 3)} and not found.unknown
-    set_plans(monkeypatch, **{"1x8192_h64": fused | {"value_tile": 128}, "1x8192_h4": cut | {"segment_chunks": 8}})
+    set_plans(monkeypatch, **{"1x8192_h64": fused | {"clusters": 66}, "1x8192_h4": cut | {"segment_chunks": 8}})
     assert sweep.quality(run).unknown == ["1x8192_h64", "1x8192_h4"]
 
 
@@ -337,8 +338,10 @@ def test_kernels_that_were_not_swept_do_not_count(
     run = swept({"1x8192_h64": times, "1x8192_h4": times, "1x1024_h4": times})
     plan = {"path": "stepwise", "value_tile": 128, "segment_chunks": 0}
     cut = plan | {"segment_chunks": 4}
-    fused = {"path": "fused", "value_tile": 64}
+    fused = {"path": "fused", "value_tile": 64, "clusters": 64}
     set_plans(monkeypatch, **{"1x8192_h64": fused, "1x8192_h4": cut, "1x1024_h4": plan})
+    # The fused kernel of a time when it had no clusters is another one.
+    run["cases"][0]["measurements"]["fused"] = {"median_us": 80.0, "plan": {"path": "fused", "value_tile": 64}}
     found = sweep.quality(run)
     assert found.points == 1 and found.good_share == 1 and found.not_swept == ["1x8192_h64", "1x8192_h4"]
     path = results.save(bench_results.board() | run | {"kind": "sweep"}, tmp_path)
@@ -365,7 +368,7 @@ def test_every_plan_without_a_cut_is_swept() -> None:
     forced = [choice for choice in sweep.CHOICES if choice != sweep.PLANNED]
     chosen = [[c.name for c in forced if c.is_choice_of(plan)] for plan in plans if plan["segment_chunks"] == 0]
     assert chosen and all(len(names) == 1 for names in chosen)
-    assert {"stepwise, no cut", "fused, value tile 128"} <= {name for names in chosen for name in names}
+    assert {"stepwise, no cut", "fused"} <= {name for names in chosen for name in names}
     assert not any(choice.is_choice_of({"path": "staged"}) for choice in forced)
     assert sweep.CHOICES[-1] == sweep.PLANNED and all(sweep.PLANNED.is_choice_of(plan) for plan in plans)
 
@@ -374,7 +377,7 @@ FAKE_BINARY = """#!{python}
 import json, sys
 if "--help" in sys.argv: print("  --lengths --heads --gate --json --iterations {flags} N"); sys.exit()
 value = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-if value.get("--value-tile") == "64": sys.exit("it broke")
+if value.get("--segment-chunks") == "4": sys.exit("it broke")
 plan = {{"path": "stepwise", "value_tile": 128, "segment_chunks": int(value.get("--segment-chunks", 7)), "reason": ""}}
 if value.get("--segment-chunks") == "8": plan["segment_chunks"] = 9
 json.dump({{"plan": plan, "median_us": 5.0, "min_us": 4.0, "p90_us": 6.0, "error_o": 1e-3}}, open(value["--json"], "w"))
@@ -390,17 +393,17 @@ def fake_binary(tmp_path: Path, flags: str) -> Path:
 
 def test_sweep_calls_the_binary_and_believes_only_what_it_forced(tmp_path: Path) -> None:
     point = Shape("1x64_h1", (64,), 1)
-    binary = fake_binary(tmp_path, "--path --value-tile --segment-chunks")
+    binary = fake_binary(tmp_path, "--path --segment-chunks")
     assert sweep.lacking_flags(binary) == []
     taken = {choice.name: sweep.time_point(binary, point, choice, tmp_path) for choice in sweep.CHOICES}
-    plan = {"path": "stepwise", "value_tile": 128, "segment_chunks": 0}
+    plan = {"path": "stepwise", "value_tile": 128, "clusters": 0, "segment_chunks": 0}
     assert taken["stepwise, no cut"]["median_us"] == 5.0 and taken["stepwise, no cut"]["plan"] == plan
-    assert taken["fused, value tile 64"] == {"error": "it broke"}
-    assert "another plan" in taken["fused, value tile 128"]["error"]
+    assert taken["stepwise, segments of 4 chunks"] == {"error": "it broke"}
+    assert "another plan" in taken["fused"]["error"]
     assert "another plan" in taken["stepwise, segments of 8 chunks"]["error"]
     assert taken["stepwise, segments of 16 chunks"]["plan"] == plan | {"segment_chunks": 16}
     assert taken["the plan's"]["plan"] == plan | {"segment_chunks": 7}
-    assert sweep.lacking_flags(fake_binary(tmp_path, "--other --path")) == ["--segment-chunks", "--value-tile"]
+    assert sweep.lacking_flags(fake_binary(tmp_path, "--other")) == ["--path", "--segment-chunks"]
     with pytest.raises(ValueError, match="make cmake"):
         sweep.lacking_flags(tmp_path / "none")
 

@@ -85,7 +85,7 @@ class TestCMake:
         shape = ("--lengths", "--batch", "--heads", "--value-heads", "--key-dim", "--value-dim", "--dtype")
         features = ("--gate", "--log-gate", "--no-l2norm", "--negative-eigenvalues", "--state-v-first")
         states = ("--no-initial-state", "--no-final-state", "--chunk-states")
-        overrides = ("--path", "--value-tile", "--segment-chunks")
+        overrides = ("--path", "--value-tile", "--clusters", "--segment-chunks")
         assert {*shape, *features, *states, *overrides, "--iterations", "--json"} <= set(text.split())
 
     def test_benchmark_of_the_backward_explains_itself(self, built):
@@ -97,6 +97,8 @@ class TestCMake:
         ("arguments", "message"),
         [
             (["--path", "fused"], "--path: it is a flag of bench_chunk_fwd"),
+            (["--value-tile", "64"], "--value-tile: it is a flag of bench_chunk_fwd"),
+            (["--clusters", "2"], "--clusters: it is a flag of bench_chunk_fwd"),
             (["--segment-chunks", "2"], "--segment-chunks: it is a flag of bench_chunk_fwd"),
             (["--chunk-states"], "--chunk-states: it is a flag of bench_chunk_fwd"),
             (["--no-beta-sigmoid", "--negative-eigenvalues"], "--negative-eigenvalues: expected no --no-beta-sigmoid"),
@@ -115,8 +117,11 @@ class TestCMake:
             (["--heads", "3", "--value-heads", "4"], "--value-heads: expected a multiple of --heads = 3, got 4"),
             (["--gate", "steep"], "--gate: expected random, long or unbounded, got 'steep'"),
             (["--path", "composite"], "--path: expected auto, stepwise, fused or staged, got 'composite'"),
-            (["--path", "fused", "--value-tile", "32"], "--value-tile: expected 64 or 128 with --path fused, got 32"),
-            (["--path", "stepwise", "--value-tile", "64"], "--value-tile: expected --path fused, staged or auto"),
+            (["--path", "fused", "--value-tile", "64"], "--value-tile: expected --path staged or auto"),
+            (["--path", "stepwise", "--value-tile", "64"], "--value-tile: expected --path staged or auto"),
+            (["--path", "staged", "--clusters", "4"], "--clusters: expected --path fused or auto"),
+            (["--path", "stepwise", "--clusters", "4"], "--clusters: expected --path fused or auto"),
+            (["--clusters", "0"], "--clusters: expected an integer in [1, "),
             (["--path", "fused", "--segment-chunks", "4"], "--segment-chunks: expected --path stepwise or auto"),
             (["--path", "staged", "--segment-chunks", "4"], "--segment-chunks: expected --path stepwise or auto"),
             (["--segment-chunks", "-1"], "--segment-chunks: expected an integer in [0, "),
@@ -288,9 +293,9 @@ arch = sm_90a
         assert named == ([True] if serialized else [])
         assert report.check(kernels, self.changed("solve_kernel", serialized_products=24), True) == []
 
-    def test_no_products_wait_in_the_stepwise_path(self, report):
+    def test_no_products_wait_in_the_paths_that_go_by_steps(self, report):
         budgets = json.loads(report.BUDGET_FILE.read_text())["kernels"]
-        for name in ("state_scan_kernel", "segment_summary_kernel"):
+        for name in ("fused_scan_kernel", "state_scan_kernel", "segment_summary_kernel"):
             limits = [budgets[name], *budgets[name]["instantiations"].values()]
             assert "HGMMA" in budgets[name]["instructions"]
             assert not any(limit.get("serialized_products", 0) for limit in limits)

@@ -85,14 +85,21 @@ class TestPlan:
         without_gpu(monkeypatch)
         text = run(capsys, "plan", "--lengths", "8192", "--heads", "96")
         assert "132 SMs, compute capability 9.0 (an H200 is assumed, there is no GPU here)" in text
-        assert "stepwise: " in text and "grid of state scan" in text and "96 CTAs" in text
+        assert "fused: " in text and "grid of fused scan" in text and "132 CTAs, 1.0 for each SM" in text
 
     def test_fused(self, capsys):
         text = run(capsys, "plan", *self.H200, "--lengths", "8x1024", "--heads", "96")
-        assert "fused: " in text and "grid of fused scan" in text and "768 CTAs" in text
-        assert "steps" in text and "of 32 tokens" in text and "128 of 128 columns for each CTA\n" in text
-        assert "0 B (0 bytes)" in text and "gate" in text and "bounded (use_gate" in text
-        assert "slots" not in text and "recurrence" not in text
+        assert "fused: " in text and "grid of fused scan" in text and "132 CTAs" in text
+        assert "steps" in text and "of 32 tokens, one by one in the chain of a sequence and value head" in text
+        assert "66 of 2 CTAs, with 64 columns of V each; the chains are dealt out to them" in text
+        assert "4.13 MiB (4326144 bytes)" in text and "gate" in text and "bounded (use_gate" in text
+        assert "slots" not in text and "recurrence" not in text and "value tile" not in text
+
+    def test_fused_with_whole_chains(self, capsys):
+        """One for each cluster: nothing is handed over, so no memory is taken for that."""
+        text = run(capsys, "plan", *self.H200, "--lengths", "8192", "--heads", "96", "--value-dim", "64")
+        assert "fused: " in text and "96 of one CTA; the chains are dealt out to them" in text
+        assert "grid of fused scan" in text and "96 CTAs" in text and "0 B (0 bytes)" in text
 
     def test_stepwise(self, capsys):
         text = run(capsys, "plan", *self.H200, "--lengths", "8192", "--heads", "96", "--unbounded-gate")

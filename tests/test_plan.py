@@ -21,6 +21,7 @@ C = 64
 STEP = 32
 MOST_SEGMENTS = 64  # of a sequence, as their composition goes from one to the next
 ALIGNMENT = 256
+ROWS_OF_CTA = 64  # of the transposed state, in the fused kernel
 
 
 def load_planner() -> ModuleType:
@@ -89,6 +90,31 @@ lengths_of_sequences = st.lists(
 )
 
 
+def chains_of(p: Any) -> int:
+    """Chains of the fused kernel: one for each sequence and value head."""
+    return p.sequences * p.value_heads
+
+
+def handoff_regions(p: Any, clusters: int) -> dict[str, int]:
+    """Bytes of what clusters of the fused kernel hand over, none where each takes whole chains for certain: a state in
+    fp32 for each of them, and a word for each of its CTAs.
+    """
+    if chains_of(p) <= 1 or not (p.varlen or chains_of(p) % clusters):
+        return {"handoff_states": 0, "handoff_flags": 0}
+    ctas = clusters * p.value_dim // ROWS_OF_CTA
+    return {"handoff_states": clusters * p.value_dim * p.key_dim * 4, "handoff_flags": 4 * ctas}
+
+
+def handoff_bytes(p: Any, clusters: int) -> int:
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in handoff_regions(p, clusters).values())
+
+
+def input_bytes(p: Any) -> int:
+    """Of q, k, v, g and beta."""
+    of_token = 2 * p.heads * p.key_dim + p.value_heads * (p.value_dim + p.key_dim + 1)
+    return 2 * p.batch * p.tokens * of_token
+
+
 SLOTS = {"chunks": (planner.chunk_slots, C), "steps": (planner.step_slots, STEP)}
 all_slots = pytest.mark.parametrize(("slots", "slot_tokens"), SLOTS.values(), ids=SLOTS)
 
@@ -153,8 +179,16 @@ class TestSlots:
         assert (planner.CHUNK_TOKENS, planner.STEP_TOKENS) == (C, STEP)
 
 
-PACKED = {"tokens": 8192, "sequences": 8, "varlen": True}  # 8 x 1024
-ROWS = {"tokens": 1024, "batch": 8, "sequences": 8}
+def packed(sequences: int, tokens: int) -> dict[str, Any]:
+    """So many sequences, of as many tokens each on average."""
+    return {"sequences": sequences, "tokens": sequences * tokens, "varlen": True}
+
+
+def rows(sequences: int, tokens: int) -> dict[str, Any]:
+    return {"sequences": sequences, "batch": sequences, "tokens": tokens}
+
+
+PACKED, ROWS = packed(8, 1024), rows(8, 1024)
 
 
 class TestPath:
@@ -213,43 +247,62 @@ class TestPath:
     @pytest.mark.parametrize("path", [STAGED, FUSED, STEPWISE], ids=str)
     @pytest.mark.parametrize("change", [{"heads": 1, "tokens": 64}, {"bounded_gate": False}, {"heads": 16}, ROWS])
     def test_a_path_can_be_fixed(self, path, change):
-        plan = planner.plan_chunk_fwd(problem(**{"bounded_gate": True, **change}), path=path)
+        p = problem(**{"bounded_gate": True, **change})
+        plan = planner.plan_chunk_fwd(p, path=path)
         assert plan.path == path and plan.reason == "asked for"
-        assert (plan.workspace.total_bytes == 0) == (path == FUSED)
+        assert (plan.clusters > 0) == (path == FUSED)
+        if path == FUSED:
+            assert plan.workspace.total_bytes == handoff_bytes(p, plan.clusters)
+        else:
+            assert plan.workspace.total_bytes > 0
 
     @pytest.mark.parametrize("change", [{"tokens": 0}, {"tokens": 0, "sequences": 0}, {"batch": 0, "sequences": 0}])
     @pytest.mark.parametrize("path", [None, STAGED, FUSED, STEPWISE], ids=str)
     def test_empty_calls_have_a_plan(self, change, path):
-        plan = planner.plan_chunk_fwd(problem(**change), path=path)
+        p = problem(**change)
+        plan = planner.plan_chunk_fwd(p, path=path)
         assert plan.path == (path or STEPWISE)
         assert plan.chunk_slots == plan.step_slots == plan.segment_chunks == 0
-        assert plan.workspace.total_bytes == 0
+        assert plan.workspace.total_bytes == (handoff_bytes(p, plan.clusters) if path == FUSED else 0)
 
 
 class TestFused:
-    """Where gates are bounded, the kernel without a workspace is for calls whose chains of steps fill the device."""
+    """Where gates are bounded, the one kernel is for calls whose chains of steps, dealt out in equal shares, keep the
+    device busy: a cluster of CTAs for each share, one CTA on a multiprocessor.
+    """
 
     @staticmethod
     def plan(options: dict[str, Any] | None = None, **changes: Any):
         return planner.plan_chunk_fwd(problem(**{"bounded_gate": True, **changes}), **(options or {}))
 
     @pytest.mark.parametrize(
-        ("change", "value_tile"),
+        ("change", "clusters"),
         [
-            (PACKED, 128),
-            (ROWS, 128),
-            ({"key_dim": 64, **ROWS}, 128),
-            ({"value_dim": 64}, 64),
-            ({"value_dim": 64, **ROWS}, 64),
-            ({"heads": 48, "value_heads": 96, **ROWS}, 128),
-            ({"activation_type": planner.DataType.float16, **ROWS}, 128),
+            ({"heads": 64}, 64),  # no more than there are chains
+            ({"heads": 96}, 66),  # two CTAs each, on 132 multiprocessors
+            ({"heads": 132}, 66),
+            ({"heads": 48, "value_heads": 96}, 66),
+            (PACKED, 66),
+            ({"heads": 64, **PACKED}, 66),
+            (ROWS, 66),
+            ({"heads": 48, "value_heads": 96, **ROWS}, 66),
+            ({"heads": 96, "tokens": 8192, "sequences": 6, "varlen": True}, 66),  # any lengths
+            ({"heads": 64, "tokens": 8192, "sequences": 6, "varlen": True}, 66),
+            ({"heads": 16, **rows(8, 2048)}, 66),
+            ({"heads": 12, **rows(4, 2048)}, 48),
+            ({"key_dim": 64, **ROWS}, 66),
+            ({"value_dim": 64}, 96),  # one CTA each
+            ({"value_dim": 64, **ROWS}, 132),
+            ({"activation_type": planner.DataType.float16, **ROWS}, 66),
         ],
     )
-    def test_many_chains_are_fused(self, change, value_tile):
-        plan = self.plan(**change)
+    def test_many_chains_are_fused(self, change, clusters):
+        p = problem(bounded_gate=True, **change)
+        plan = planner.plan_chunk_fwd(p)
         assert plan.path == FUSED and "below that of the stepwise" in plan.reason
-        assert plan.value_tile == value_tile
-        assert plan.workspace.total_bytes == 0
+        assert plan.clusters == clusters
+        assert plan.value_tile == ROWS_OF_CTA
+        assert plan.workspace.total_bytes == handoff_bytes(p, clusters)
         assert plan.segment_chunks == plan.step_slots == 0
 
     @pytest.mark.parametrize(
@@ -261,21 +314,95 @@ class TestFused:
         plan = self.plan(**change)
         assert plan.path == STEPWISE and "below that of the fused" in plan.reason
         assert plan.workspace.total_bytes > 0
+        assert plan.clusters == 0
 
-    @pytest.mark.parametrize("value_tile", [64, 128])
+    @pytest.mark.parametrize("clusters", [1, 2, 5, 64, 66, 10**6, 2**62])
     @pytest.mark.parametrize("heads", [1, 64, 96])
-    def test_value_tile_can_be_forced(self, value_tile, heads):
-        plan = self.plan({"path": FUSED, "value_tile": value_tile}, heads=heads)
-        assert plan.path == FUSED and plan.value_tile == value_tile
+    @pytest.mark.parametrize("value_dim", [64, 128])
+    def test_clusters_can_be_forced(self, clusters, heads, value_dim):
+        """At most so many: no more than run side by side, and no more than there are chains."""
+        p = problem(heads=heads, value_dim=value_dim, bounded_gate=True)
+        plan = planner.plan_chunk_fwd(p, path=FUSED, clusters=clusters)
+        assert plan.path == FUSED and plan.value_tile == ROWS_OF_CTA
+        assert plan.clusters == min(clusters, heads, 132 * ROWS_OF_CTA // value_dim)
+        assert plan.workspace.total_bytes == handoff_bytes(p, plan.clusters)
+
+    @pytest.mark.parametrize("path", [STAGED, STEPWISE], ids=str)
+    def test_other_paths_have_no_clusters(self, path):
+        for change in ({}, PACKED):
+            p = problem(bounded_gate=True, **change)
+            plan = planner.plan_chunk_fwd(p, path=path, clusters=3)
+            assert plan.path == path and plan.clusters == 0
+            assert plan.workspace.total_bytes == planner.plan_chunk_fwd(p, path=path).workspace.total_bytes
+
+    @pytest.mark.parametrize("value_tile", [32, 128])
+    def test_value_tiles_are_not_its_own(self, value_tile):
+        assert self.plan({"path": FUSED, "value_tile": value_tile}).value_tile == ROWS_OF_CTA
 
     @settings(deadline=None)
-    @given(problems(tokens=2**20, bounded_gate=True))
-    def test_any_choice_is_sound(self, p):
-        plan = planner.plan_chunk_fwd(p, path=FUSED)
-        assert plan.value_tile in (64, 128) and plan.value_tile <= p.value_dim
-        assert plan.workspace.total_bytes == 0
+    @given(problems(tokens=2**20, bounded_gate=True), st.sampled_from([None, 1, 2, 3, 7, 66, 132]))
+    def test_any_choice_is_sound(self, p, clusters):
+        plan = planner.plan_chunk_fwd(p, path=FUSED, clusters=clusters)
+        ctas_of_cluster = p.value_dim // ROWS_OF_CTA
+        side_by_side = max(p.sm_count // ctas_of_cluster, 1)
+        assert plan.clusters == max(min(side_by_side, chains_of(p), clusters or side_by_side), 1)
+        assert plan.value_tile == ROWS_OF_CTA
+        assert plan.workspace.total_bytes == handoff_bytes(p, plan.clusters)
         ctas = json.loads(planner.to_json(p, plan))["stage_ctas"]
-        assert ctas == {"fused_scan": p.sequences * p.heads * (p.value_dim // plan.value_tile)}
+        assert ctas == {"fused_scan": plan.clusters * ctas_of_cluster}
+
+
+class TestHandOver:
+    """A chain that two clusters share leaves its state in the workspace: where that may be, and there alone."""
+
+    @pytest.mark.parametrize(
+        ("change", "clusters"),
+        [
+            ({"heads": 1}, None),  # one chain is taken by one cluster
+            ({"heads": 1, "varlen": True}, None),
+            ({"heads": 64}, None),  # a chain each
+            ({"heads": 132}, None),  # two each
+            ({"heads": 96}, 48),
+            ({"heads": 96, "value_dim": 64}, None),
+            ({"heads": 16, **rows(4, 1000)}, 1),
+            ({"heads": 1, "sequences": 0, "varlen": True}, None),
+        ],
+    )
+    def test_whole_chains_need_none(self, change, clusters):
+        plan = planner.plan_chunk_fwd(problem(**change), path=FUSED, clusters=clusters)
+        w = plan.workspace
+        assert w.total_bytes == w.handoff_states == w.handoff_flags == 0
+
+    @pytest.mark.parametrize(
+        ("change", "clusters", "expected"),
+        [
+            ({"heads": 96}, None, 66),
+            ({"heads": 64}, 63, 63),
+            ({"heads": 64, **PACKED}, None, 66),
+            ({"heads": 2, "varlen": True}, None, 2),  # of whatever lengths
+            ({"heads": 3, "sequences": 2, "varlen": True}, 1, 1),
+            ({"heads": 96, "key_dim": 64, "value_dim": 64}, 36, 36),
+        ],
+    )
+    def test_shared_chains_have_a_state_for_each_cluster(self, change, clusters, expected):
+        p = problem(**change)
+        plan = planner.plan_chunk_fwd(p, path=FUSED, clusters=clusters)
+        assert plan.clusters == expected
+        w, states = plan.workspace, expected * p.key_dim * p.value_dim * 4
+        assert w.handoff_states == 0 and w.handoff_flags == -(-states // ALIGNMENT) * ALIGNMENT
+        flags = 4 * expected * p.value_dim // ROWS_OF_CTA
+        assert w.handoff_flags + flags <= w.total_bytes < w.handoff_flags + flags + ALIGNMENT
+
+    @pytest.mark.parametrize("heads", [64, 65, 96, 128, 256])
+    @pytest.mark.parametrize("sequences", [1, 6, 300])
+    @pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (64, 128), (128, 64), (128, 128)])
+    def test_it_is_small_beside_the_inputs(self, heads, sequences, key_dim, value_dim):
+        """At most a tenth of them, and it does not grow with the tokens."""
+        sizes = {"heads": heads, "key_dim": key_dim, "value_dim": value_dim, "sequences": sequences, "varlen": True}
+        p = problem(**sizes)
+        used = planner.plan_chunk_fwd(p, path=FUSED).workspace.total_bytes
+        assert 0 < used <= 0.1 * input_bytes(p)
+        assert planner.plan_chunk_fwd(problem(**sizes, tokens=2**24), path=FUSED).workspace.total_bytes == used
 
 
 class TestValueTile:
@@ -395,6 +522,11 @@ class TestWorkspace:
         "state": lambda K, V: V * K * 2,
         "chunk_decay": lambda K, V: K * 4,
     }
+    # Of the fused path, if chains are shared, for each cluster.
+    HANDOFF_REGIONS = {
+        "handoff_states": lambda K, V: V * K * 4,
+        "handoff_flags": lambda K, V: V // ROWS_OF_CTA * 4,
+    }
     # Of the stepwise path, for each (step slot, value head).
     STEP_REGIONS = {"step_images": lambda K, V: planner.step_image_bytes(K)}
     # Of a cut, for each (segment slot, value head).
@@ -406,26 +538,32 @@ class TestWorkspace:
 
     def regions(self, p: Any, plan: Any) -> list[tuple[int, int]]:
         """Where each region of a plan begins, and its size."""
-        kinds = [(plan.chunk_slots, self.STAGED_REGIONS)]
+        kinds = [(plan.chunk_slots * p.heads, self.STAGED_REGIONS)]
+        if plan.path == FUSED:
+            kinds = [(plan.clusters, self.HANDOFF_REGIONS)] if handoff_bytes(p, plan.clusters) else []
         if plan.path == STEPWISE:
-            kinds = [(plan.step_slots, self.STEP_REGIONS)]
+            kinds = [(plan.step_slots * p.heads, self.STEP_REGIONS)]
         if plan.segment_chunks:
-            kinds.append((plan.segment_slots, self.SEGMENT_REGIONS))
+            kinds.append((plan.segment_slots * p.heads, self.SEGMENT_REGIONS))
         return [
-            (getattr(plan.workspace, name), slots * p.heads * size(p.key_dim, p.value_dim))
-            for slots, sizes in kinds
+            (getattr(plan.workspace, name), count * size(p.key_dim, p.value_dim))
+            for count, sizes in kinds
             for name, size in sizes.items()
         ]
 
     @settings(deadline=None, max_examples=200)
     @given(
         problems(tokens=2**34, sequences=(1, 300)),
-        st.sampled_from([None, STAGED, STEPWISE]),
+        st.sampled_from([None, STAGED, FUSED, STEPWISE]),
         st.sampled_from([None, 0, 1, 50]),
+        st.sampled_from([None, 1, 2, 5]),
     )
-    def test_regions_are_aligned_and_disjoint(self, p, path, segment_chunks):
-        plan = planner.plan_chunk_fwd(p, path=path, segment_chunks=segment_chunks)
+    def test_regions_are_aligned_and_disjoint(self, p, path, segment_chunks, clusters):
+        plan = planner.plan_chunk_fwd(p, path=path, segment_chunks=segment_chunks, clusters=clusters)
         spans = sorted(self.regions(p, plan))
+        if not spans:
+            assert plan.path == FUSED and plan.workspace.total_bytes == 0
+            return
         assert all(offset % ALIGNMENT == 0 for offset, _ in spans)
         assert all(offset + size <= following for (offset, size), (following, _) in pairwise(spans))
         assert spans[-1][0] + spans[-1][1] <= plan.workspace.total_bytes
@@ -435,6 +573,7 @@ class TestWorkspace:
     def test_every_region_is_tested(self):
         assert {n for n in dir(planner.ChunkFwdWorkspace) if not n.startswith("_")} == {
             *self.STAGED_REGIONS,
+            *self.HANDOFF_REGIONS,
             *self.STEP_REGIONS,
             *self.SEGMENT_REGIONS,
             "total_bytes",
@@ -473,7 +612,7 @@ class TestJson:
         plan, content = planner.plan_chunk_fwd(p), self.content(p)
         assert content["path"] == "stepwise" and content["reason"] == plan.reason
         assert content["chunk_slots"] == 16
-        assert content["value_tile"] == 128
+        assert content["value_tile"] == 128 and content["clusters"] == 0
         assert content["segment_chunks"] == plan.segment_chunks
         assert content["segment_slots"] == plan.segment_slots
         assert content["workspace_bytes"] == plan.workspace.total_bytes
@@ -498,14 +637,19 @@ class TestJson:
         }
 
     def test_fused(self):
-        content = self.content(problem(bounded_gate=True, **ROWS))
-        assert content["path"] == "fused" and content["value_tile"] == 128
-        assert content["stage_ctas"] == {"fused_scan": 8 * 96} and content["workspace_bytes"] == 0
+        p = problem(bounded_gate=True, **ROWS)
+        content = self.content(p)
+        assert content["path"] == "fused" and content["value_tile"] == 64 and content["clusters"] == 66
+        assert content["stage_ctas"] == {"fused_scan": 132}
+        assert content["workspace_bytes"] == handoff_bytes(p, 66) > 0
+        content = self.content(problem(bounded_gate=True, value_dim=64, **ROWS), path=FUSED, clusters=12)
+        assert content["clusters"] == content["stage_ctas"]["fused_scan"] == 12 and content["workspace_bytes"] == 0
 
     def test_composite(self):
         p = problem(key_dim=7)
         content = json.loads(planner.to_json(p, planner.plan_chunk_fwd(p)))
         assert content["path"] == "composite" and content["stage_ctas"] == {} and content["reason"]
+        assert content["clusters"] == 0
 
 
 class TestBackward:

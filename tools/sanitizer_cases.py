@@ -54,7 +54,7 @@ class Case:
     # intermediates, and the backward that takes them.
     path: str = "staged"
     segment_chunks: int | None = None  # of a cut of the stepwise path, 0: none; instead of the planner's choice
-    value_tile: int | None = None  # of the fused path, instead of the planner's choice
+    clusters: int | None = None  # of the fused path, at most; None: as many as run side by side
     zero_beta: bool = False  # every third token writes nothing
     is_wrong: bool = False  # the contents are no cu_seqlens: nothing to compare, and unwritten workspace may be read
 
@@ -148,59 +148,65 @@ def cases() -> list[Case]:
         for name in ("decreasing", "beyond", "extreme")
     ]
     result += [
-        fused_case(f"wrong_{name}", 64, features, contents=contents, is_wrong=True) for name, contents in wrong.items()
+        fused_case(f"wrong_{name}", 4, features, contents=contents, is_wrong=True) for name, contents in wrong.items()
     ]
     return result
 
 
-def fused_case(name: str, value_tile: int, features: dict[str, Any], **changes: Any) -> Case:
-    return Case(f"fused_{name}", features, path="fused", value_tile=value_tile, **changes)
+def fused_case(name: str, clusters: int | None, features: dict[str, Any], **changes: Any) -> Case:
+    return Case(f"fused_{name}", features, path="fused", clusters=clusters, **changes)
 
 
 def fused_cases() -> list[Case]:
-    """The fused kernel: steps of 32 tokens through a ring of three stages, by two producer groups in turn."""
+    """The fused kernel: steps of 32 tokens through a ring of four stages, made by the two producer groups of each CTA
+    of a cluster in turn. Chains, one for each sequence and value head, go from one cluster to another where their
+    number is no multiple of that of the clusters, or lengths differ.
+    """
     packed = {"lengths": [1, 0, 31, 33, 0, 130, 64], "with_state": True}
-    tiles = [(64, 64), (128, 64), (128, 128)]  # V, value tile
     result = [
-        # More steps than the ring has stages, and the last one not full.
+        # Three chains for two clusters: each goes round its ring twice, one hands a state over, and the last step of a
+        # chain is not full.
         fused_case(
-            f"K{K}_V{V}_tile{tile}_{str(dtype).removeprefix('torch.')}",
-            tile,
-            {"T": 199, "H": 1, "HV": 2, "K": K, "V": V, "dtype": dtype, "with_state": True},
+            f"K{K}_V{V}_{str(dtype).removeprefix('torch.')}",
+            2,
+            {"T": 199, "H": 1, "HV": 3, "K": K, "V": V, "dtype": dtype, "with_state": True},
         )
         for K in (64, 128)
-        for V, tile in tiles
+        for V in (64, 128)
         for dtype in (torch.bfloat16, torch.float16)
     ]
     # All kinds of gates, in fp32 and in 16 bits. Pairs take one reference where the gate is bounded, levels elsewhere;
     # those are in fp16 where q and k are normalised, in bf16 elsewhere.
     result += [
-        fused_case(f"{family}_{dtype_name}_K{K}", 64, {"family": family, "T": 80, "K": K, "gate_dtype": dtype})
+        fused_case(f"{family}_{dtype_name}_K{K}", None, {"family": family, "T": 80, "K": K, "gate_dtype": dtype})
         for family in ("random", "unbounded", "unbounded_log")
         for dtype_name, dtype in (("fp32", torch.float32), ("fp16", torch.float16))
         for K in (64, 128)
     ]
     result += [
-        fused_case(f"not_normalised_{family}_K{K}", 64, {"family": family, "T": 80, "K": K, "use_qk_l2norm": False})
+        fused_case(f"not_normalised_{family}_K{K}", None, {"family": family, "T": 80, "K": K, "use_qk_l2norm": False})
         for family in ("long", "unbounded")
         for K in (64, 128)
     ]
     batch = {"B": 2, "T": 65, "V": 128, "with_state": True, "state_dtype": torch.bfloat16}
     return [
         *result,
-        fused_case("packed_int32", 64, {**packed, "index_dtype": torch.int32}),
-        fused_case("packed_int64_v_first", 128, {**packed, "state_v_first": True, "K": 128, "V": 128}),
-        fused_case("padded", 64, {"lengths": [50, 50, 50, 50]}, contents=(0, 70, 100, 100, 100)),
-        fused_case("padded_to_nothing", 128, {"lengths": [64, 64], "V": 128}, contents=(0, 0, 0)),
-        fused_case("batch_v_first_bf16_state", 128, {**batch, "state_v_first": True}),
-        fused_case("one_token", 64, {"T": 1, "with_state": True}),
-        fused_case("only_o", 64, {"T": 65, "output_final_state": False, "output_chunk_states": False}),
-        fused_case("no_tokens", 64, {"B": 2, "T": 0, "with_state": True}),
-        fused_case("no_sequences", 64, {"lengths": []}),
-        fused_case("empty_sequences", 64, {"lengths": [0, 0], "with_state": True}),
-        fused_case("negative_eigenvalues", 64, {"T": 80, "allow_neg_eigval": True, "scale": -0.5}),
-        fused_case("fused_projection", 64, {"B": 2, "T": 70, "HV": 4, "strided": "fused"}),
-        fused_case("head_major", 64, {"B": 2, "T": 70, "HV": 4, "strided": "head_major"}),
+        fused_case("packed_int32", 3, {**packed, "index_dtype": torch.int32}),
+        fused_case("packed_int64_v_first", 5, {**packed, "state_v_first": True, "K": 128, "V": 128}),
+        fused_case("packed_one_cluster", 1, {**packed, "V": 128}),
+        # More than a CTA has threads, which count the steps of some sequences each.
+        fused_case("many_sequences", 5, {"lengths": [0, 1, 3, 0, 33, 0, 1] * 60, "H": 1, "index_dtype": torch.int32}),
+        fused_case("padded", 3, {"lengths": [50, 50, 50, 50]}, contents=(0, 70, 100, 100, 100)),
+        fused_case("padded_to_nothing", 3, {"lengths": [64, 64], "V": 128}, contents=(0, 0, 0)),
+        fused_case("batch_v_first_bf16_state", 3, {**batch, "state_v_first": True}),
+        fused_case("one_token", None, {"T": 1, "with_state": True}),
+        fused_case("only_o", None, {"T": 65, "output_final_state": False, "output_chunk_states": False}),
+        fused_case("no_tokens", 3, {"B": 2, "T": 0, "with_state": True}),
+        fused_case("no_sequences", None, {"lengths": []}),
+        fused_case("empty_sequences", 3, {"lengths": [0, 0], "with_state": True}),
+        fused_case("negative_eigenvalues", None, {"T": 80, "allow_neg_eigval": True, "scale": -0.5}),
+        fused_case("fused_projection", 3, {"B": 2, "T": 70, "HV": 4, "strided": "fused"}),
+        fused_case("head_major", 3, {"B": 2, "T": 70, "HV": 4, "strided": "head_major"}),
     ]
 
 
@@ -349,7 +355,7 @@ def run_case(case: Case, device: str) -> str:
     elif case.path == "" or device == "cpu":
         outputs = kda_cuda.chunk_fwd(**moved)
     else:
-        cut = {"segment_chunks": case.segment_chunks, "value_tile": case.value_tile}
+        cut = {"segment_chunks": case.segment_chunks, "clusters": case.clusters}
         outputs = torch.ops.kda.chunk_fwd_planned(**moved, path=case.path, **cut)
     outputs = tuple(x.cpu() for x in outputs)
     if case.is_wrong:

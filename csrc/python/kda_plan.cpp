@@ -74,6 +74,8 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("U", &kda::ChunkFwdWorkspace::U)
       .def_readonly("state", &kda::ChunkFwdWorkspace::state)
       .def_readonly("chunk_decay", &kda::ChunkFwdWorkspace::chunk_decay)
+      .def_readonly("handoff_states", &kda::ChunkFwdWorkspace::handoff_states)
+      .def_readonly("handoff_flags", &kda::ChunkFwdWorkspace::handoff_flags)
       .def_readonly("step_images", &kda::ChunkFwdWorkspace::step_images)
       .def_readonly("segment_map", &kda::ChunkFwdWorkspace::segment_map)
       .def_readonly("segment_state", &kda::ChunkFwdWorkspace::segment_state)

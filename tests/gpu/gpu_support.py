@@ -90,22 +90,23 @@ def is_aligned(inputs: dict[str, Any]) -> bool:
     return True
 
 
-def call(inputs: dict[str, Any], value_tile: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def call(inputs: dict[str, Any], **grid: int) -> tuple[Tensor, Tensor, Tensor]:
     """(o, final_state, chunk_states) of the operator, by the kernels.
 
     Args:
-        value_tile: V columns of a CTA, in a test of all paths; the stepwise path has none.
+        grid: in a test of all paths, what the path of the test has to choose: ``value_tile``, V columns of a CTA of the
+            staged path; ``clusters`` of the fused path.
     """
     with kernels_only():
-        return launch(inputs, value_tile)
+        return launch(inputs, **grid)
 
 
-def launch(inputs: dict[str, Any], value_tile: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def launch(inputs: dict[str, Any], **grid: int) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`call` without its guard, which is not for several threads at once."""
     if not ON_CUDA or _forced_path is None:
         return run(inputs)
     path = _forced_path if is_aligned(inputs) else "staged"
-    return torch.ops.kda.chunk_fwd_planned(**inputs, path=path, segment_chunks=0, value_tile=value_tile)
+    return torch.ops.kda.chunk_fwd_planned(**inputs, path=path, segment_chunks=0, **grid)
 
 
 def reference(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:

@@ -65,19 +65,28 @@ def test_every_instantiation(family: str, K: int, V: int, dtype: torch.dtype) ->
         assert relative_rmse(opinion, expected) <= FP32_RELATIVE_RMSE
 
 
+# What the grid of a path may be beside the planner's choice. The stepwise path has one.
+GRIDS = {
+    "staged": [{"value_tile": tile} for tile in (32, 64, 128)],
+    "fused": [{"clusters": count} for count in (1, 2, 3, 5)],
+}
+
+
 @all_families
 @all_head_sizes
 @all_dtypes
-def test_value_tiles(family: str, K: int, V: int, dtype: torch.dtype, all_paths: str) -> None:  # noqa: F811
-    """A CTA of the recurrence takes all columns of V or some: the same bits."""
-    if not ON_CUDA or all_paths == "stepwise":
-        pytest.skip("the stepwise path and the composite implementation have no tiles")
+def test_grids(family: str, K: int, V: int, dtype: torch.dtype, all_paths: str) -> None:  # noqa: F811
+    """A CTA of the staged recurrence takes all columns of V or some, the fused kernel has any number of clusters: the
+    same bits.
+    """
+    if not ON_CUDA or all_paths not in GRIDS:
+        pytest.skip("the stepwise path and the composite implementation have one grid")
     inputs = make_inputs(family, T=200, H=2, HV=4, K=K, V=V, dtype=dtype, with_state=True, device=DEVICE)
-    tiles = [tile for tile in ((32, 64, 128) if all_paths == "staged" else (64, 128)) if tile <= V]
-    expected = call(inputs, value_tile=tiles[0])
+    expected = call(inputs)
     assert_contract(inputs, expected, reference(inputs))
-    for tile in tiles[1:]:
-        assert_all_same_bits(call(inputs, value_tile=tile), expected, f"value tile {tile}")
+    for grid in GRIDS[all_paths]:
+        if grid.get("value_tile", 0) <= V:
+            assert_all_same_bits(call(inputs, **grid), expected, str(grid))
 
 
 @all_families

@@ -199,7 +199,7 @@ def test_seventy_thousand_sequences() -> None:
 @needs_cuda
 @pytest.mark.usefixtures("all_paths")
 def test_many_heads_in_a_batch() -> None:
-    """2^17 CTAs of a batch: rows of equal contents have equal bits."""
+    """2^17 sequences and value heads of a batch: rows of equal contents have equal bits."""
     B, HV = 512, 256
     row = make_inputs("long", T=3, H=64, HV=HV, with_state=True, device=DEVICE)
     expected = call(row)

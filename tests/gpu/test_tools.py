@@ -66,20 +66,24 @@ def test_cases_cover_every_instantiation() -> None:
 
 
 def test_cases_cover_every_instantiation_of_the_fused_kernel() -> None:
-    """Each goes round its ring of three stages and ends with a step that is not full."""
-    step_tokens, stages = 32, 3
-    scan, gates, levels = set(), set(), set()
+    """Each goes round its ring of four stages twice, hands a chain over and ends with a step that is not full."""
+    step_tokens, stages = 32, 4
+    scan, gates, levels, counts = set(), set(), set(), set()
     for case, inputs in covering_cases("fused"):
-        K, V, longest = inputs["q"].shape[3], inputs["v"].shape[3], longest_sequence(inputs)
-        assert case.value_tile in (64, 128) and case.value_tile <= V, case.name
-        if longest > 2 * stages * step_tokens and longest % step_tokens:
-            scan.add((K, V, case.value_tile, inputs["q"].dtype))
+        (B, T, _, K), (HV, V) = inputs["q"].shape, inputs["v"].shape[2:]
+        assert case.segment_chunks is None, case.name
+        counts.add(case.clusters)
+        if case.clusters and "cu_seqlens" not in inputs:
+            steps_of_cluster = B * HV * -(-T // step_tokens) // case.clusters
+            if steps_of_cluster > 2 * stages and B * HV % case.clusters and T % step_tokens:
+                scan.add((K, V, inputs["q"].dtype))
         kind = kind_of_gate(inputs)
         gates.add((kind, K, inputs["g"].dtype == torch.float32))
         if kind != "sigmoid":  # steps that decay too far for one reference
             levels.add((K, inputs["use_qk_l2norm"]))
-    head_sizes, dtypes, tiles = (64, 128), (torch.bfloat16, torch.float16), ((64, 64), (128, 64), (128, 128))
-    assert scan == {(K, V, tile, dtype) for K in head_sizes for V, tile in tiles for dtype in dtypes}
+    head_sizes, dtypes = (64, 128), (torch.bfloat16, torch.float16)
+    assert scan == {(K, V, dtype) for K in head_sizes for V in head_sizes for dtype in dtypes}
+    assert counts >= {None, 1, 2, 3, 5}
     kinds = ("log", "softplus", "sigmoid")
     assert gates == {(kind, K, is_fp32) for kind in kinds for K in head_sizes for is_fp32 in (False, True)}
     assert levels == {(K, normalised) for K in head_sizes for normalised in (False, True)}
@@ -92,7 +96,7 @@ def test_cases_cover_every_instantiation_of_the_stepwise_kernels() -> None:
     for case, inputs in covering_cases("stepwise"):
         K, V, dtype, longest = inputs["q"].shape[3], inputs["v"].shape[3], inputs["q"].dtype, longest_sequence(inputs)
         kind = kind_of_gate(inputs)
-        assert case.segment_chunks is not None and case.value_tile is None, case.name
+        assert case.segment_chunks is not None and case.clusters is None, case.name
         factors.add((K, dtype))
         gates |= {(kind, K), (kind, inputs["g"].dtype)}
         if kind != "sigmoid":
@@ -113,6 +117,14 @@ def test_cases_cover_every_instantiation_of_the_stepwise_kernels() -> None:
     assert {(kind, torch.float32) for kind in kinds} <= gates
     assert levels == {(K, normalised) for K in head_sizes for normalised in (False, True)}
     assert faded == {(True, True), (False, True), (True, False)}  # assumed where keys and beta allow it, else not
+
+
+def test_fused_cases_hand_over_sequences_of_any_length() -> None:
+    """Packed calls with empty sequences and with more sequences than a CTA has threads, on several clusters."""
+    threads = 384
+    lengths = [inputs["cu_seqlens"].diff() for case, inputs in covering_cases("fused") if "cu_seqlens" in inputs]
+    assert any(x.numel() > threads for x in lengths)
+    assert sum(bool((x == 0).any()) for x in lengths) >= 4
 
 
 def test_the_number_of_cases_is_moderate() -> None:
