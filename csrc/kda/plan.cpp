@@ -185,11 +185,11 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p, const ChunkFwdPlanOptions&
   }
   // One CTA a multiprocessor.
   const int64_t side_by_side = std::max<int64_t>(p.sm_count / (p.value_dim / kScanRows), 1);
-  const int64_t clusters =
-      std::min(std::min(side_by_side, options.clusters.value_or(side_by_side)), std::max<int64_t>(chains_of(p), 1));
+  const int64_t most = std::max<int64_t>(options.clusters.value_or(side_by_side), 1);
+  const int64_t clusters = std::min({side_by_side, most, std::max<int64_t>(chains_of(p), 1)});
   const StepwiseEstimate stepwise = estimate_stepwise(p);
   const bool is_forced = options.path.has_value();
-  if (is_forced ? *options.path == ChunkFwdPath::kFused : p.bounded_gate && estimate_fused_us(p, clusters) < stepwise.us) {
+  if (is_forced ? *options.path == ChunkFwdPath::kFused : estimate_fused_us(p, clusters) < stepwise.us) {
     plan.path = ChunkFwdPath::kFused;
     plan.reason = is_forced ? "asked for" : "its estimate is below that of the stepwise path";
     plan.value_tile = kScanRows;
@@ -198,9 +198,7 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p, const ChunkFwdPlanOptions&
     return plan;
   }
   plan.path = ChunkFwdPath::kStepwise;
-  plan.reason = is_forced         ? "asked for"
-                : !p.bounded_gate ? "the gate has no bound, which costs the fused kernel more"
-                                  : "its estimate is below that of the fused kernel";
+  plan.reason = is_forced ? "asked for" : "its estimate is below that of the fused kernel";
   plan.step_slots = step_slots(p);
   plan.value_tile = p.value_dim;
   plan.segment_chunks = options.segment_chunks.value_or(stepwise.segment_chunks);

@@ -83,7 +83,7 @@ struct ChunkFwdPlan {
   int64_t chunk_slots = 0;  // grid extent over chunks; see chunk_slots()
   int64_t step_slots = 0;   // of kStepwise: grid extent over steps; see step_slots()
   int value_tile = 0;       // V columns of one CTA of the state recurrence, of the fused kernel or of the scan
-  int64_t clusters = 0;     // of kFused: of V / 64 CTAs each, side by side; chains are dealt out to them in equal shares
+  int64_t clusters = 0;  // of kFused: of V / 64 CTAs each, side by side; chains are dealt out to them in equal shares
 
   // The cut of sequences into segments, whose affine maps S -> M S + B are computed side by side before the scan.
   int64_t segment_chunks = 0;  // chunks of one segment; 0: sequences are not cut

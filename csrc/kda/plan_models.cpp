@@ -33,10 +33,11 @@ struct Load {
   static constexpr int kStepsPerChunk = kChunkTokens / kStepTokens;
 };
 
-// The mean over what the lengths may be; equal ones are the more likely.
+// The mean over what the lengths may be. Most batches are near to equal ones: what the longest sequence costs is seen only where it is far longer
+// than the mean.
 template <typename Cost>
 double expected_us(const ChunkFwdProblem& p, Cost cost) {
-  constexpr double kEqual = 0.85;
+  constexpr double kEqual = 0.97;
   const double equal = cost(Load::of_equal_lengths(p));
   return p.varlen && p.sequences > 1 ? kEqual * equal + (1 - kEqual) * cost(Load::of_one_sequence(p)) : equal;
 }
@@ -53,6 +54,7 @@ class StepwiseModel {
  public:
   explicit StepwiseModel(const ChunkFwdProblem& p)
       : wide_(p.key_dim == 128),
+        bounded_(p.bounded_gate),
         map_rows_(p.key_dim),
         value_rows_(p.value_dim),
         scans_per_sm_(p.value_dim == 128 ? 1 : 2) {}
@@ -60,7 +62,7 @@ class StepwiseModel {
   [[nodiscard]] double us(const Load& load, double segment_chunks) const {
     const double segments = segment_chunks == 0 ? 1 : std::ceil(load.chunks / segment_chunks);
     const double steps = Load::kStepsPerChunk * (segments > 1 ? segment_chunks : load.chunks);
-    const double factors = load.steps() * (wide_ ? 0.0165 : 0.0105);
+    const double factors = load.steps() * (wide_ ? 0.0155 : 0.0105) * (bounded_ ? 1.0 : 1.15);
     const double ctas_of_scan = load.chains() * segments;
     // Alone, and where others share the memory.
     const double step_us = ctas_of_scan < load.sm_count / 2 ? (wide_ ? 1.5 : 1.05) : (wide_ ? 1.7 : 1.2);
@@ -69,11 +71,12 @@ class StepwiseModel {
     double cut = 0;
     if (segment_chunks != 0) cut = 2 * kLaunch + 4.0;  // the last steps of each segment, and their composition
     if (segments > 1) {
-      // Maps of steep gates are known after these steps, those of gates with a long memory are not: the mean of both.
+      // Maps of steep gates are known after these steps, those of gates with a long memory are not: the mean of both. A gate without a bound is rarely
+      // steep in all channels.
       const double ctas = load.chains() * (segments - 1) * (map_rows_ + value_rows_) / kScanRows;
       const double summary = turns(ctas, load.sm_count * (wide_ ? 3 : 4)) * steps * (wide_ ? 1.75 : 1.0);
       const double compose = (segments - 2) * 1.4 * turns(load.chains() * value_rows_ / kComposeRows, load.sm_count);
-      cut += (summary + compose) / 2;
+      cut += (summary + compose) * (bounded_ ? 0.5 : 0.9);
     }
     return 2 * kLaunch + factors + scan + cut;
   }
@@ -84,7 +87,7 @@ class StepwiseModel {
   // Of a step in the scan, where memory bounds it.
   [[nodiscard]] double traffic_us() const { return (wide_ ? 0.0122 : 0.0083) + 0.00002 * value_rows_; }
 
-  bool wide_;
+  bool wide_, bounded_;
   double map_rows_, value_rows_;
   double scans_per_sm_;
 };
@@ -114,8 +117,10 @@ StepwiseEstimate estimate_stepwise(const ChunkFwdProblem& p) {
 double estimate_fused_us(const ChunkFwdProblem& p, int64_t clusters) {
   constexpr double kLaunchUs = 9.0;    // launch, first loads, last stores
   constexpr double kStepsToBegin = 4;  // from one chain to the next: see scan_schedule.cuh
-  const double step_us = p.key_dim == 128 ? (p.value_dim == 128 ? 1.65 : 2.8) : (p.value_dim == 128 ? 1.27 : 2.0);
-  const double available = static_cast<double>(std::max<int64_t>(clusters, 1));
+  constexpr double kLevels = 1.7;      // of a gate without a bound, whose steps take the levels (step_operands.cuh)
+  const double bounded_us = p.key_dim == 128 ? (p.value_dim == 128 ? 1.66 : 2.85) : (p.value_dim == 128 ? 1.27 : 2.07);
+  const double step_us = bounded_us * (p.bounded_gate ? 1.0 : kLevels);
+  const auto available = static_cast<double>(std::max<int64_t>(clusters, 1));
   return expected_us(p, [&](const Load& load) {
     const double chain = load.chunks * Load::kStepsPerChunk + kStepsToBegin;
     return kLaunchUs + std::max(load.chains() * chain / available, chain) * step_us;

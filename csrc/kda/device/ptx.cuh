@@ -134,13 +134,6 @@ __device__ __forceinline__ void cp_async_bulk_tensor_load(uint32_t destination, 
       : "memory");
 }
 
-__device__ __forceinline__ void cp_async_bulk_tensor_prefetch(const void* tensor_map, int c0, int c1, int c2, int c3,
-                                                              int c4) {
-  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(tensor_map), "r"(c0),
-               "r"(c1), "r"(c2), "r"(c3), "r"(c4)
-               : "memory");
-}
-
 __device__ __forceinline__ void cp_async_bulk_store(void* destination, uint32_t source, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(source), "r"(bytes)
                : "memory");

@@ -96,7 +96,8 @@ struct FusedConsumer : FusedRole {
       uint32_t operands[K / 16][4];
       state.to_operands(operands);
       for (int step = piece.first_step; step < piece.end_step; ++step, ++index) {
-        if (__builtin_expect(call.chunk_states != nullptr, 0) && step % (kChunkTokens / C) == 0) store_chunk_state(state, piece, step);
+        if (__builtin_expect(call.chunk_states != nullptr, 0) && step % (kChunkTokens / C) == 0)
+          store_chunk_state(state, piece, step);
         ptx::mbarrier_wait_parity(Config::full(ptx::shared_address(shared), Config::stage_of(index)),
                                   Config::parity_of(index));
         const bool follows = step > piece.first_step;

@@ -38,8 +38,10 @@ struct FusedProducer : FusedRole {
     const uint32_t rows = ptx::shared_address(raw());
     const bool gate_is_fp32 = params.call.gate_type == DataType::kFloat32;
     ptx::mbarrier_arrive_expect_tx(barrier, (gate_is_fp32 ? 4 : 3) * Config::kKeyTileBytes);
-    ptx::cp_async_bulk_tensor_load(rows + Config::kRawQ, &params.q, 0, step.token, 0, step.key_head, step.batch, barrier);
-    ptx::cp_async_bulk_tensor_load(rows + Config::kRawK, &params.k, 0, step.token, 0, step.key_head, step.batch, barrier);
+    ptx::cp_async_bulk_tensor_load(rows + Config::kRawQ, &params.q, 0, step.token, 0, step.key_head, step.batch,
+                                   barrier);
+    ptx::cp_async_bulk_tensor_load(rows + Config::kRawK, &params.k, 0, step.token, 0, step.key_head, step.batch,
+                                   barrier);
     ptx::cp_async_bulk_tensor_load(rows + Config::kRawG, &params.g, 0, step.token, 0, step.value_head, step.batch,
                                    barrier);
   }
@@ -85,8 +87,7 @@ struct FusedProducer : FusedRole {
     const uint32_t shared_base = ptx::shared_address(shared);
     const int stage_index = Config::stage_of(step.index);
     uint8_t* const stage = shared + stage_index * Config::kStageBytes;
-    const StepProducer<Config> make{params.call, raw(),  stage, scratch(), step.tokens, kBarrier + group,
-                                    thread,      lane};
+    const StepProducer<Config> make{params.call, raw(), stage, scratch(), step.tokens, kBarrier + group, thread, lane};
     // Those of the step before are read until its inverse is stored, by warps that may be behind.
     const RowValues rows(scratch() + Config::kRowValues + turn % 2 * Config::kRowValuesBytes);
     const StepOperands<Config> operands = make.operands(constants);

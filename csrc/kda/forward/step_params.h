@@ -13,8 +13,9 @@ struct StepKernelParams {
   CUtensorMap q, k, g, v;
 
   // Of the fused path:
-  int64_t clusters;         // of the grid
-  float4* handoff_states;   // [clusters, V / 16, K / 8, 32 lanes] fragments of S^T where a chain goes from one cluster to another
+  int64_t clusters;  // of the grid
+  float4*
+      handoff_states;  // [clusters, V / 16, K / 8, 32 lanes] fragments of S^T where a chain goes from one cluster to another
   uint32_t* handoff_flags;  // [clusters, V / 64] whether these rows are there; null if no chain is shared
 
   // Of the stepwise path:

@@ -107,8 +107,8 @@ struct StepProducer {
       uint32_t rows[kLoadsAhead][4];  // 0-7: q, 8-15: k
 #pragma unroll
       for (int n = 0; n < kLoadsAhead; ++n) {
-        ptx::ldmatrix_x4(rows[n], tile + Config::KeyTile::unit_offset(8 * row_warp() + (lane & 7),
-                                                                      2 * (first + n) + (matrix >> 1)));
+        ptx::ldmatrix_x4(
+            rows[n], tile + Config::KeyTile::unit_offset(8 * row_warp() + (lane & 7), 2 * (first + n) + (matrix >> 1)));
       }
 #pragma unroll
       for (int n = 0; n < kLoadsAhead; ++n) {
