@@ -25,10 +25,15 @@ struct FusedConsumer : FusedRole {
     return shared + Config::stage_of(index) * Config::kStageBytes;
   }
 
-  // Tells a barrier of the stage's maker, by each warp.
+  // Tells a barrier of the stage's maker: by each thread if that is this CTA, else by each warp.
   __device__ __forceinline__ void release(uint32_t barrier, int index) const {
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive_at_cta(ptx::map_to_cta(barrier, Config::maker_of(Config::stage_of(index))));
+    const uint32_t maker = Config::maker_of(Config::stage_of(index));
+    if (maker == rank) {
+      ptx::mbarrier_arrive(barrier);
+    } else {
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive_at_cta(ptx::map_to_cta(barrier, maker));
+    }
   }
   __device__ __forceinline__ void release_stage(int index) const {
     release(Config::empty(ptx::shared_address(shared), Config::stage_of(index)), index);

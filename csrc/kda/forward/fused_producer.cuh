@@ -110,7 +110,7 @@ struct FusedProducer : FusedRole {
     ptx::fence_proxy_async_shared();
     make.sync();
     send(stage_index, Config::kInverseTile, Config::kImageBytes);
-    if (thread == kLoader) ptx::mbarrier_arrive(Config::full(shared_base, stage_index));
+    ptx::mbarrier_arrive(Config::full(shared_base, stage_index));
   }
 
   __device__ __forceinline__ void run() const {

@@ -29,9 +29,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Config::kStages; ++stage) {
-      // Bytes are counted: of V, and of the image if another CTA makes it; else there is an arrival for that.
-      ptx::mbarrier_init(Config::full(shared_base, stage), Config::maker_of(stage) == rank ? 2 : 1);
-      constexpr int kReaders = Config::kCtas * Config::kGroupThreads / 32;  // warps
+      // Bytes are counted: of V, and of the image if another CTA makes it; else its makers arrive.
+      const bool is_made_here = Config::maker_of(stage) == rank;
+      ptx::mbarrier_init(Config::full(shared_base, stage), 1 + (is_made_here ? Config::kGroupThreads : 0));
+      // The threads here, and the warps of the other CTAs.
+      constexpr int kReaders = Config::kGroupThreads + (Config::kCtas - 1) * (Config::kGroupThreads / 32);
       ptx::mbarrier_init(Config::empty(shared_base, stage), kReaders);
       ptx::mbarrier_init(Config::values_empty(shared_base, stage), kReaders);
     }
