@@ -115,9 +115,9 @@ StepwiseEstimate estimate_stepwise(const ChunkFwdProblem& p) {
 }
 
 double estimate_fused_us(const ChunkFwdProblem& p, int64_t clusters) {
-  constexpr double kLaunchUs = 9.0;    // launch, first loads, last stores
-  constexpr double kStepsToBegin = 4;  // from one chain to the next: see scan_schedule.cuh
-  constexpr double kLevels = 1.7;      // of a gate without a bound, whose steps take the levels (step_operands.cuh)
+  constexpr double kLaunchUs = 9.0;      // launch, first loads, last stores
+  constexpr double kStepsToBegin = 2.5;  // from one chain to the next, without a partial step
+  constexpr double kLevels = 1.7;        // of a gate without a bound, whose steps take the levels (step_operands.cuh)
   const double bounded_us = p.key_dim == 128 ? (p.value_dim == 128 ? 1.66 : 2.85) : (p.value_dim == 128 ? 1.27 : 2.07);
   const double step_us = bounded_us * (p.bounded_gate ? 1.0 : kLevels);
   const auto available = static_cast<double>(std::max<int64_t>(clusters, 1));
