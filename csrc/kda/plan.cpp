@@ -145,7 +145,7 @@ int64_t chains_of(const ChunkFwdProblem& p) { return p.sequences * p.value_heads
 
 // Whether a chain may go from one cluster to another: unless each cluster has whole ones for certain.
 bool shares_chains(const ChunkFwdProblem& p, int64_t clusters) {
-  return chains_of(p) > 1 && (p.varlen || chains_of(p) % clusters != 0);
+  return chains_of(p) > clusters && (p.varlen || chains_of(p) % clusters != 0);
 }
 
 void reserve_fused(ChunkFwdWorkspace& w, const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {

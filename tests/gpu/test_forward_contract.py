@@ -3,8 +3,10 @@ run, cu_seqlens whose contents change, errors that name the argument, and a warn
 
 from __future__ import annotations
 
+import functools
 import random
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -58,23 +60,31 @@ def tensors_of(inputs: dict[str, Any]) -> dict[str, Tensor]:
 @needs_cuda
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
 def test_kernels_of_a_call(packed: bool, all_paths: str) -> None:  # noqa: F811
-    """One launch of each stage, or one in all; a memset more with cu_seqlens and chunk_states, and another one where
-    clusters of the fused kernel may hand chains over; nothing else.
-    """
+    """One launch of each stage, or one in all; a memset more with cu_seqlens and chunk_states; nothing else."""
     shape: dict[str, Any] = {"lengths": [70, 0, 130]} if packed else {"B": 2, "T": 100}
     inputs = make_inputs("long", with_state=True, device=DEVICE, **shape)
-    call(inputs)
+    check_launches(lambda: call(inputs), KERNELS[all_paths], memsets=1 if packed else 0)
+
+
+@needs_cuda
+def test_kernels_of_a_call_that_hands_over() -> None:
+    """One memset more: of the flags."""
+    inputs = make_inputs("long", lengths=[70, 0, 130], with_state=True, device=DEVICE)
+    planned = functools.partial(torch.ops.kda.chunk_fwd_planned, **inputs, path="fused", clusters=2)
+    check_launches(planned, KERNELS["fused"], memsets=2)
+
+
+def check_launches(run_call: Callable[[], object], kernels: tuple[str, ...], memsets: int) -> None:
+    run_call()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
-        call(inputs)
+        run_call()
         torch.cuda.synchronize()
     on_device = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    kernels = KERNELS[all_paths]
     for kernel in kernels:
         assert sum(kernel in name for name in on_device) == 1, on_device
     others = [name for name in on_device if not any(kernel in name for kernel in kernels)]
-    memsets = (2 if all_paths == "fused" else 1) if packed else 0
     assert len(others) == memsets and all("memset" in name.lower() for name in others), others
 
 

@@ -185,6 +185,16 @@ __device__ __forceinline__ const ScanStretch& find_stretch(const ChunkFwdParams&
     return search.found;
   }
 
+  if (sequences * heads <= count) {  // a chain for each: nothing is to be shared, whatever the lengths are
+    if (thread == 0) {
+      const int64_t sequence = index / heads;
+      const int steps = sequence < sequences ? steps_of(sequence_range(call, sequence)) : 0;
+      search.found = {0, steps + kStepsToBegin, 0, sequence, steps, static_cast<int>(index % heads)};
+    }
+    __syncthreads();
+    return search.found;
+  }
+
   // Each thread counts the steps of its share of the sequences.
   const int threads = blockDim.x, warp = thread >> 5, lane = thread & 31;
   const int64_t share = (sequences + threads - 1) / threads;
