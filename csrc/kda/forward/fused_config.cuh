@@ -47,7 +47,7 @@ struct FusedConfig : StepStage<K_, 64> {
   static constexpr int kProducerOffset = kRawOffset + kProducerGroups * kRawBytes;
   static constexpr int kBarrierOffset = kProducerOffset + kProducerGroups * kProducerBytes;
   static constexpr int kBarriers = 3 * kStages + kProducerGroups;
-  static constexpr int kSearchOffset = 0;  // StretchSearch, before the roles part; then in a place of its own
+  static constexpr int kSearchOffset = 0;  // StretchSearch, before the roles part and stages take its place
   static constexpr int kStretchOffset = kBarrierOffset + 8 * kBarriers;
   static constexpr int kSharedBytes = kStretchOffset + static_cast<int>(sizeof(ScanStretch));
   static_assert(kSharedBytes <= 227 * 1024);

@@ -31,6 +31,7 @@ struct FusedProducer : FusedRole {
     return shared + Config::kProducerOffset + group * Config::kProducerBytes;
   }
   __device__ __forceinline__ uint8_t* raw() const { return shared + Config::kRawOffset + group * Config::kRawBytes; }
+
   // q, k and g of a step, by one thread. Rows past the end are of any content.
   __device__ __forceinline__ void load_inputs(const Step& step) const {
     if (!step.exists || thread != kLoader) return;
