@@ -17,7 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import run
+from cases import FAMILIES, run
 from torch import Tensor
 
 from kda_cuda import composite
@@ -30,6 +30,14 @@ ON_CUDA = DEVICE.startswith("cuda")
 # `pytestmark` of every module of this folder, and the mark of tests that a rehearsal cannot run.
 gpu_tests = [pytest.mark.gpu] if ON_CUDA else []
 needs_cuda = pytest.mark.skipif(not ON_CUDA, reason="looks at CUDA itself")
+
+# What the kernels are instantiated for.
+HEAD_SIZES = [(64, 64), (64, 128), (128, 64), (128, 128)]
+DTYPES = [torch.bfloat16, torch.float16]
+
+all_families = pytest.mark.parametrize("family", FAMILIES)
+all_head_sizes = pytest.mark.parametrize(("K", "V"), HEAD_SIZES, ids=[f"K{K}-V{V}" for K, V in HEAD_SIZES])
+all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
 
 OUTPUTS = ("o", "final_state", "chunk_states")
 REQUESTED_BY = {"final_state": "output_final_state", "chunk_states": "output_chunk_states"}

@@ -6,8 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DIFFERENTIABLE, FAMILIES, backward_arguments, make_inputs, output_gradients
-from gpu_support import DEVICE, assert_same_bits, gpu_tests, needs_cuda, odd_strides, only_sequence, reference
+from cases import DIFFERENTIABLE, backward_arguments, make_inputs, output_gradients
+from gpu_support import (
+    DEVICE,
+    all_dtypes,
+    all_families,
+    all_head_sizes,
+    assert_same_bits,
+    gpu_tests,
+    needs_cuda,
+    odd_strides,
+    only_sequence,
+    reference,
+)
 from gradient_support import assert_gradients, backward, composite_fp64
 from test_forward_accuracy import draw_call
 
@@ -21,10 +32,6 @@ HEADS = 16
 
 # Gradients of fewer numbers, and of shorter inputs, are held to FEW_LIMIT where everything is drawn at random.
 FEW_NUMBERS, FEW_LIMIT = 64, 0.25
-
-all_families = pytest.mark.parametrize("family", FAMILIES)
-all_head_sizes = pytest.mark.parametrize(("K", "V"), [(64, 64), (64, 128), (128, 64), (128, 128)])
-all_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 
 
 def check(inputs: dict[str, Any], with_dstate: bool = True) -> dict[str, torch.Tensor]:

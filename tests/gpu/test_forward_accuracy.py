@@ -10,8 +10,13 @@ import torch
 from cases import CHUNK_TOKENS, FAMILIES, make_inputs, run
 from gpu_support import (
     DEVICE,
+    DTYPES,
     FP32_RELATIVE_RMSE,
+    HEAD_SIZES,
     ON_CUDA,
+    all_dtypes,
+    all_families,
+    all_head_sizes,
     all_paths,  # noqa: F401  (a fixture)
     assert_all_same_bits,
     assert_contract,
@@ -32,15 +37,9 @@ from kda_cuda.reference import log_gate
 
 pytestmark = [*gpu_tests, pytest.mark.usefixtures("all_paths")]
 
-HEAD_SIZES = [(64, 64), (64, 128), (128, 64), (128, 128)]
-DTYPES = [torch.bfloat16, torch.float16]
 GATE_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Around the sizes of a row block, a tile and a chunk.
 LENGTHS = (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 191, 200)
-
-all_families = pytest.mark.parametrize("family", FAMILIES)
-all_head_sizes = pytest.mark.parametrize(("K", "V"), HEAD_SIZES, ids=[f"K{K}-V{V}" for K, V in HEAD_SIZES])
-all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
 
 
 def check(inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:

@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CHUNK_TOKENS, FAMILIES, make_inputs
+from cases import CHUNK_TOKENS, make_inputs
 from gpu_support import (
     DEVICE,
+    HEAD_SIZES,
+    all_dtypes,
+    all_families,
+    all_head_sizes,
     assert_all_same_bits,
     assert_contract,
     assert_same_bits,
@@ -28,15 +32,10 @@ from torch import Tensor
 
 pytestmark = [*gpu_tests, needs_cuda]
 
-HEAD_SIZES = [(64, 64), (64, 128), (128, 64), (128, 128)]
-DTYPES = [torch.bfloat16, torch.float16]
 CLUSTERS = (1, 2, 3, 5)
 STEP_TOKENS = 32
 BY_TOKEN = ("q", "k", "v", "g", "beta")
 
-all_families = pytest.mark.parametrize("family", FAMILIES)
-all_head_sizes = pytest.mark.parametrize(("K", "V"), HEAD_SIZES, ids=[f"K{K}-V{V}" for K, V in HEAD_SIZES])
-all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
 both_index_dtypes = pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
 
 

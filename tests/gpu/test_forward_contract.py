@@ -16,6 +16,7 @@ from cases import CHUNK_TOKENS, FAMILIES, make_inputs, run, slice_tokens
 from gpu_support import (
     DEVICE,
     OUTPUTS,
+    all_head_sizes,
     all_paths,  # noqa: F401  (a fixture)
     assert_all_same_bits,
     assert_contract,
@@ -44,10 +45,7 @@ KERNELS = {
     "fused": ("fused_scan_kernel",),
     "staged": ("intra_chunk_solve_kernel", "state_recurrence_kernel", "output_gemm_kernel"),
 }
-HEAD_SIZES = [(64, 64), (64, 128), (128, 64), (128, 128)]
 SLEEP_CYCLES = 200_000_000  # about 0.1 s
-
-all_head_sizes = pytest.mark.parametrize(("K", "V"), HEAD_SIZES, ids=[f"K{K}-V{V}" for K, V in HEAD_SIZES])
 
 
 def tensors_of(inputs: dict[str, Any]) -> dict[str, Tensor]:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CHUNK_TOKENS, FAMILIES, make_inputs
+from cases import CHUNK_TOKENS, make_inputs
 from gpu_support import (
     DEVICE,
     OUTPUTS,
+    all_families,
+    all_head_sizes,
     assert_all_same_bits,
     assert_contract,
     assert_same_bits,
@@ -29,11 +31,8 @@ from kda_cuda.accuracy import relative_rmse
 
 pytestmark = [*gpu_tests, needs_cuda]
 
-HEAD_SIZES = [(64, 64), (64, 128), (128, 64), (128, 128)]
 SEGMENT_CHUNKS = [1, 2, 5]
 
-all_families = pytest.mark.parametrize("family", FAMILIES)
-all_head_sizes = pytest.mark.parametrize(("K", "V"), HEAD_SIZES, ids=[f"K{K}-V{V}" for K, V in HEAD_SIZES])
 all_segments = pytest.mark.parametrize("segment_chunks", SEGMENT_CHUNKS)
 
 
