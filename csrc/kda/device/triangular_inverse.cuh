@@ -116,7 +116,7 @@ __device__ __forceinline__ void invert_unit_lower_32x32(SolveMatrix32 matrix, in
   store_16x16(off_diagonal, t, -1.0f, lane);
 }
 
-// The same by a group of four warps, in a third of the time and with twice the instructions. Blocks of 8, then of 16, then the whole:
+// The same by a group of four warps, none of which waits for another for long. Blocks of 8, then of 16, then the whole:
 //   T_21 = -T_22 A_21 T_11,
 // of which a warp takes a few columns, so that A_21 T_11 stays in its registers. sync(): a barrier of the group; the result is there after one more.
 template <typename Sync>

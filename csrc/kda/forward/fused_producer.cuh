@@ -89,7 +89,7 @@ struct FusedProducer : FusedRole {
     const int stage_index = Config::stage_of(step.index);
     uint8_t* const stage = shared + stage_index * Config::kStageBytes;
     const StepProducer<Config> make{params.call, raw(), stage, scratch(), step.tokens, kBarrier + group, thread, lane};
-    // Those of the step before are read until its inverse is stored, by warps that may be behind.
+    // In turn, though the barrier at the end of a step would allow one place for both.
     const RowValues rows(scratch() + Config::kRowValues + turn % 2 * Config::kRowValuesBytes);
     const StepOperands<Config> operands = make.operands(constants);
 
