@@ -12,7 +12,6 @@ template <int K_, int V_, typename Element_>
 struct FusedConfig : StepStage<K_, 64> {
   using Stage = StepStage<K_, 64>;
   using Stage::C, Stage::K, Stage::kRows, Stage::kStageBytes, Stage::kKeyTileBytes;
-  static constexpr bool kHasRegisters = true;  // see StepConsumer
   static constexpr int V = V_;
   using Element = Element_;
 
@@ -46,22 +45,18 @@ struct FusedConfig : StepStage<K_, 64> {
   static constexpr int kRawOffset = kStages * kStageBytes;
   static constexpr int kProducerOffset = kRawOffset + kProducerGroups * kRawBytes;
   static constexpr int kBarrierOffset = kProducerOffset + kProducerGroups * kProducerBytes;
-  static constexpr int kBarriers = 3 * kStages + kProducerGroups;
+  static constexpr int kBarriers = 2 * kStages + kProducerGroups;
   static constexpr int kSearchOffset = 0;  // StretchSearch, before the roles part and stages take its place
   static constexpr int kStretchOffset = kBarrierOffset + 8 * kBarriers;
   static constexpr int kSharedBytes = kStretchOffset + static_cast<int>(sizeof(ScanStretch));
   static_assert(kSharedBytes <= 227 * 1024);
 
   static __device__ __forceinline__ uint32_t full(uint32_t shared, int stage) {
-    return shared + kBarrierOffset + 24 * stage;
+    return shared + kBarrierOffset + 16 * stage;
   }
   static __device__ __forceinline__ uint32_t empty(uint32_t shared, int stage) { return full(shared, stage) + 8; }
-  // The place of V: O of the step goes out by way of it, while the next step is on.
-  static __device__ __forceinline__ uint32_t values_empty(uint32_t shared, int stage) {
-    return full(shared, stage) + 16;
-  }
   static __device__ __forceinline__ uint32_t raw_full(uint32_t shared, int producer) {
-    return shared + kBarrierOffset + 24 * kStages + 8 * producer;
+    return shared + kBarrierOffset + 16 * kStages + 8 * producer;
   }
 
   // Of a step, by its index in the stretch.

@@ -25,22 +25,17 @@ struct FusedConsumer : FusedRole {
     return shared + Config::stage_of(index) * Config::kStageBytes;
   }
 
-  // Tells a barrier of the stage's maker: by each thread if that is this CTA, else by each warp.
-  __device__ __forceinline__ void release(uint32_t barrier, int index) const {
+  // Tells the stage's maker that it is free: by each thread if that is this CTA, else by each warp.
+  __device__ __forceinline__ void release(int index) const {
+    const uint32_t barrier = Config::empty(ptx::shared_address(shared), Config::stage_of(index));
     const uint32_t maker = Config::maker_of(Config::stage_of(index));
+    ptx::fence_proxy_async_shared();  // O went out by way of it, and the copy engine writes next
     if (maker == rank) {
       ptx::mbarrier_arrive(barrier);
     } else {
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive_at_cta(ptx::map_to_cta(barrier, maker));
     }
-  }
-  __device__ __forceinline__ void release_stage(int index) const {
-    release(Config::empty(ptx::shared_address(shared), Config::stage_of(index)), index);
-  }
-  __device__ __forceinline__ void release_values(int index) const {
-    ptx::fence_proxy_async_shared();  // the copy engine writes next
-    release(Config::values_empty(ptx::shared_address(shared), Config::stage_of(index)), index);
   }
 
   // States that are handed on lie in fragments, [stretches, V / 16, K / 8, 32 lanes].
@@ -85,39 +80,44 @@ struct FusedConsumer : FusedRole {
     store_state(call.chunk_states, slot * call.problem.value_heads + piece.value_head, state, call, warp_row(), lane);
   }
 
+  // The stage of a step, when it is full.
+  __device__ __forceinline__ uint8_t* wait_for(int index) const {
+    ptx::mbarrier_wait_parity(Config::full(ptx::shared_address(shared), Config::stage_of(index)),
+                              Config::parity_of(index));
+    return stage(index);
+  }
+
   __device__ __forceinline__ void run() const {
     const ChunkFwdParams& call = params.call;
-    const Consumer advance{0, warp, lane};
+    Consumer consumer(0, warp, lane);
     int index = 0;
     for (PieceWalk walk(call, stretch); !walk.done(); walk.next()) {
       const ScanPiece& piece = walk.piece;
-      StateFragments<K> state;
-      load_entry(state, piece);
-      Writer writer(call, piece.batch, piece.token_of(piece.first_step), piece.value_head, group_row(), thread);
-      typename Consumer::PackedOutput output;  // of the step before, stored while the products of the next one run
-      const auto store_output = [&](int step, int at) {
-        writer.store(output, stage(at) + Config::kValues, piece.tokens(step));
-      };
-      uint32_t operands[K / 16][4];
-      state.to_operands(operands);
-      for (int step = piece.first_step; step < piece.end_step; ++step, ++index) {
-        if (__builtin_expect(call.chunk_states != nullptr, 0) && step % (kChunkTokens / C) == 0)
-          store_chunk_state(state, piece, step);
-        ptx::mbarrier_wait_parity(Config::full(ptx::shared_address(shared), Config::stage_of(index)),
-                                  Config::parity_of(index));
-        const bool follows = step > piece.first_step;
-        advance.advance(state, operands, output, stage(index), piece.tokens(step), true, [&] {
-          if (follows) store_output(step - 1, index - 1);
-        });
-        release_stage(index);
-        if (follows) release_values(index - 1);
-      }
+      load_entry(consumer.state, piece);
       if (piece.end_step > piece.first_step) {
+        Writer writer(call, piece.batch, piece.token_of(piece.first_step), piece.value_head, group_row(), thread);
+        typename Consumer::PackedOutput output;  // of the step before
+        const auto store_output = [&](int step, int at) {
+          writer.store(output, stage(at) + Config::kValues, piece.tokens(step));
+          release(at);
+        };
+        consumer.enter();
+        for (int step = piece.first_step; step < piece.end_step; ++step, ++index) {
+          if (__builtin_expect(call.chunk_states != nullptr, 0) && step % (kChunkTokens / C) == 0)
+            store_chunk_state(consumer.state, piece, step);
+          const bool follows = step > piece.first_step;
+          consumer.begin(wait_for(index));
+          consumer.pack_output(output, stage(follows ? index - 1 : index));
+          consumer.advance(stage(index), piece.tokens(step), true, [&] {
+            if (follows) store_output(step - 1, index - 1);
+          });
+        }
+        consumer.pack_output(output, stage(index - 1));
         store_output(piece.end_step - 1, index - 1);
-        release_values(index - 1);
       }
-      store_exit(state, piece);
+      store_exit(consumer.state, piece);
       if (call.cu_seqlens != nullptr && piece.is_end() && piece.sequence == call.problem.sequences - 1) {
+        const Writer writer(call, piece.batch, piece.begin, piece.value_head, group_row(), thread);
         writer.clear_rows_past(call, piece.end, piece.value_head, group_row());
       }
     }

@@ -53,7 +53,6 @@ struct FusedProducer : FusedRole {
     const uint32_t shared_base = ptx::shared_address(shared);
     const uint32_t full = Config::full(shared_base, stage_index);
     const uint32_t to = shared_base + stage_index * Config::kStageBytes + Config::kValues;
-    ptx::mbarrier_wait_parity(Config::values_empty(shared_base, stage_index), Config::parity_of(step.index) ^ 1);
 #pragma unroll
     for (uint32_t cta = 0; cta < Config::kCtas; ++cta) {
       const int block = static_cast<int>(cta);  // of 64 columns

@@ -35,7 +35,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       // The threads here, and the warps of the other CTAs.
       constexpr int kReaders = Config::kGroupThreads + (Config::kCtas - 1) * (Config::kGroupThreads / 32);
       ptx::mbarrier_init(Config::empty(shared_base, stage), kReaders);
-      ptx::mbarrier_init(Config::values_empty(shared_base, stage), kReaders);
     }
     for (int producer = 0; producer < Config::kProducerGroups; ++producer) {
       ptx::mbarrier_init(Config::raw_full(shared_base, producer), 1);

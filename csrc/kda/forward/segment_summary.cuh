@@ -25,7 +25,6 @@ template <int K_, int V_, typename Element_>
 struct SegmentSummaryConfig : StepStage<K_, 64> {
   using Stage = StepStage<K_, 64>;
   using Stage::K, Stage::kStageBytes;
-  static constexpr bool kHasRegisters = false;  // see StepConsumer
   static constexpr int V = V_;
   using Element = Element_;
   static constexpr int kThreads = 128, kStages = 2;
@@ -59,9 +58,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   if (thread == 0) ring.init(Config::kThreads);
   ptx::cluster_sync();       // they write into each other's shared memory
   int filled = 0, read = 0;  // stages so far, the former by thread 0
-  const Consumer advance{0, warp, lane};
-  StateFragments<K> state;
-  typename Consumer::PackedOutput no_output;
+  Consumer consumer(0, warp, lane);
+  StateFragments<K>& state = consumer.state;
 
   // Keys of norm 1 and beta in [0, 2]: the norm of a map never grows.
   const bool may_fade = call.qk_l2norm && call.beta_sigmoid;
@@ -82,11 +80,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
       state.for_each(
           lane, [&](float& value, int row, int channel) { value = is_map && warp_row + row == channel ? 1.0f : 0.0f; });
     }
-    uint32_t operands[K / 16][4];
-    state.to_operands(operands);
+    consumer.enter();
     for (int step = first_step; step < segment.steps; ++step) {
-      uint8_t* const stage = ring.wait(read);
-      advance.advance(state, operands, no_output, stage, segment.tokens(step), !is_map, [] {});
+      consumer.begin(ring.wait(read));
+      consumer.advance(ring.stage(read), segment.tokens(step), !is_map, [] {});
       ring.release(read++);
       fill(step + Config::kStages);
     }

@@ -19,7 +19,6 @@ struct StateScanConfig : StepStage<K_, V_> {
   using Stage::K, Stage::kStageBytes;
   static constexpr int V = V_;
   using Element = Element_;
-  static constexpr bool kHasRegisters = true;  // see StepConsumer
   static constexpr int kGroups = V / 64, kGroupThreads = 128;
   static constexpr int kConsumers = kGroups * kGroupThreads, kThreads = kConsumers + kGroupThreads;
   static constexpr int kCtasPerSm = 2 / kGroups;
@@ -61,42 +60,43 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
   const int group = threadIdx.x / Config::kGroupThreads, thread = threadIdx.x % Config::kGroupThreads;
   const int warp = thread >> 5, first_row = 64 * group, warp_row = first_row + 16 * warp;
-  StateFragments<K> state;
+  Consumer consumer(first_row, warp, lane);
   if (segment.location.is_first) {
-    load_initial_state(state, call, segment.location.sequence, segment.value_head, warp_row, lane);
+    load_initial_state(consumer.state, call, segment.location.sequence, segment.value_head, warp_row, lane);
   } else {  // the end of the segment before
     const int64_t tile = segment.tile(value_heads) - value_heads;
-    state.load_fragments(params.segment_state + (tile * (V / 16) + warp_row / 16) * (K / 8) * 32, lane);
+    consumer.state.load_fragments(params.segment_state + (tile * (V / 16) + warp_row / 16) * (K / 8) * 32, lane);
   }
 
-  const Consumer advance{first_row, warp, lane};
   OutputWriter<Config> writer(call, segment.range.batch, segment.first_token, segment.value_head, first_row, thread);
-  typename Consumer::PackedOutput output;  // of the step before, stored while the products of the next one run
-  uint32_t operands[K / 16][4];
-  state.to_operands(operands);
-  const auto store_output = [&](int step) {
-    uint8_t* const tile = ring.stage(step) + Config::kValues + group * OutputWriter<Config>::kTileBytes;
-    writer.store(output, tile, segment.tokens(step));
-  };
-  for (int step = 0; step < steps; ++step) {
-    if (call.chunk_states != nullptr && step % (kChunkTokens / C) == 0) {
-      const int64_t slot = segment.location.first_chunk_slot + step / (kChunkTokens / C);
-      store_state(call.chunk_states, slot * value_heads + segment.value_head, state, call, warp_row, lane);
-    }
-    uint8_t* const stage = ring.wait(step);
-    advance.advance(state, operands, output, stage, segment.tokens(step), true, [&] {
-      if (step == 0) return;
-      store_output(step - 1);
+  if (steps > 0) {
+    typename Consumer::PackedOutput output;  // of the step before
+    const auto store_output = [&](int step) {
+      uint8_t* const tile = ring.stage(step) + Config::kValues + group * OutputWriter<Config>::kTileBytes;
+      writer.store(output, tile, segment.tokens(step));
       ptx::fence_proxy_async_shared();  // the copy engine writes next
-      ring.release(step - 1);
-    });
+      ring.release(step);
+    };
+    consumer.enter();
+    for (int step = 0; step < steps; ++step) {
+      if (call.chunk_states != nullptr && step % (kChunkTokens / C) == 0) {
+        const int64_t slot = segment.location.first_chunk_slot + step / (kChunkTokens / C);
+        store_state(call.chunk_states, slot * value_heads + segment.value_head, consumer.state, call, warp_row, lane);
+      }
+      consumer.begin(ring.wait(step));
+      consumer.pack_output(output, ring.stage(max(step - 1, 0)));
+      consumer.advance(ring.stage(step), segment.tokens(step), true, [&] {
+        if (step > 0) store_output(step - 1);
+      });
+    }
+    consumer.pack_output(output, ring.stage(steps - 1));
+    store_output(steps - 1);
   }
-  if (steps > 0) store_output(steps - 1);
 
   if (segment.location.is_last) {
     if (call.final_state != nullptr) {
-      store_state(call.final_state, segment.location.sequence * value_heads + segment.value_head, state, call, warp_row,
-                  lane);
+      store_state(call.final_state, segment.location.sequence * value_heads + segment.value_head, consumer.state, call,
+                  warp_row, lane);
     }
     if (call.cu_seqlens != nullptr && segment.location.sequence == call.problem.sequences - 1) {
       writer.clear_rows_past(call, segment.range.end, segment.value_head, first_row);

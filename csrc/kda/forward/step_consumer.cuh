@@ -13,7 +13,8 @@
 
 namespace kda {
 
-// [64 rows, 16 n tokens] accumulators as A operands, one for each 16 tokens: high + low.
+// [64 rows, 8 n tokens] accumulators as A operands, one for each 16 tokens: high + low. The low part is made apart, while products of the
+// high one run.
 template <int kTiles>
 struct SplitOperands {
   uint32_t high[kTiles / 2][4], low[kTiles / 2][4];
@@ -23,9 +24,18 @@ struct SplitOperands {
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const SplitBf16 split(x[n][2 * half], x[n][2 * half + 1]);
-        high[n / 2][2 * (n % 2) + half] = split.high;
-        low[n / 2][2 * (n % 2) + half] = split.low;
+        high[n / 2][2 * (n % 2) + half] = pack_bf16(x[n][2 * half], x[n][2 * half + 1]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void make_low(const float (&x)[kTiles][4]) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 h = unpack_bf16(high[n / 2][2 * (n % 2) + half]);
+        low[n / 2][2 * (n % 2) + half] = pack_bf16(x[n][2 * half] - h.x, x[n][2 * half + 1] - h.y);
       }
     }
   }
@@ -34,19 +44,28 @@ struct SplitOperands {
 // What a step gives: outputs and the next state, or the next state alone.
 enum class StepResult { kOutputs, kState };
 
-// Config: a StepStage with Element, and with kHasRegisters, where ptxas finds room for more beside the products.
-// kResult: see StepResult.
+// A warpgroup's rows of S^T on their way through the steps. Between two steps the product of the state with the gated keys of the next one is in
+// flight, and behind it what is still missing of O of the last one: what is not part of the chain from S to S' runs while the tensor cores do.
+//
+// Config: a StepStage with Element. kResult: see StepResult.
 template <typename Config, StepResult kResult>
 struct StepConsumer {
   using Element = typename Config::Element;
   static constexpr int K = Config::K, C = Config::C;
   static constexpr int kTokenTiles = C / 8;
   static constexpr bool kOutputs = kResult == StepResult::kOutputs;
-  // With outputs, the products of the state with keys and with queries are one.
-  static constexpr int kProductTiles = kOutputs ? 2 * kTokenTiles : kTokenTiles;
 
   const int value_column;  // of the group's first row in the tile of V
   const int warp, lane;
+
+  StateFragments<K> state;
+  uint32_t operands[K / 16][4];           // of the state, for the next products
+  float predicted[kTokenTiles][4];        // S^T (K ⊙ e^G)^T of the next step
+  float o[kOutputs ? kTokenTiles : 1][4];  // O^T without its scale
+  float last_o[kOutputs ? kTokenTiles : 1][4];  // of the step before: ptxas serialises all products if o is read while one runs
+
+  __device__ __forceinline__ StepConsumer(int value_column, int warp, int lane)
+      : value_column(value_column), warp(warp), lane(lane) {}
 
   __device__ __forceinline__ int member() const { return lane & 3; }
 
@@ -55,21 +74,20 @@ struct StepConsumer {
     return *reinterpret_cast<const float2*>(stage + array + (8 * n + 2 * member()) * 4);
   }
 
-  // S^T times the gated keys (d[0 .. 3]) and queries (d[4 .. 7]).
-  static __device__ __forceinline__ void multiply_state(float (&d)[kProductTiles][4],
-                                                        const uint32_t (&state)[K / 16][4], uint64_t tile) {
+  static __device__ __forceinline__ uint64_t token_major(const uint8_t* stage, int tile) {
+    return wgmma::descriptor(ptx::shared_address(stage) + tile, 16);
+  }
+
+  // d = S^T times 32 rows of the gated tile, of keys or of queries.
+  __device__ __forceinline__ void multiply_state(float (&d)[kTokenTiles][4], uint64_t tile) const {
 #pragma unroll
     for (int kt = 0; kt < K / 16; ++kt) {
       const uint64_t b = wgmma::advance(tile, kt / 4 * Config::GatedTile::kBlockBytes + kt % 4 * 32);
-      if constexpr (kOutputs) {
-        wgmma::m64n64k16_bf16<false>(d, state[kt], b, kt > 0);
-      } else {
-        wgmma::m64n32k16_bf16<false>(d, state[kt], b, kt > 0);
-      }
+      wgmma::m64n32k16_bf16<false>(d, operands[kt], b, kt > 0);
     }
   }
 
-  // D += A B for columns first_column .. + C - 1 of a tile of matrices [C, C].
+  // d += A B for 32 columns of a tile of matrices [C, C].
   static __device__ __forceinline__ void multiply_tokens(float (&d)[kTokenTiles][4], const uint32_t (&a)[C / 16][4],
                                                          uint64_t tile, bool accumulate) {
 #pragma unroll
@@ -78,8 +96,7 @@ struct StepConsumer {
     }
   }
 
-  static __device__ __forceinline__ void add_to_state(StateFragments<K>& state, const uint32_t (&u)[C / 16][4],
-                                                      uint64_t tile) {
+  __device__ __forceinline__ void add_to_state(const uint32_t (&u)[C / 16][4], uint64_t tile) {
 #pragma unroll
     for (int kt = 0; kt < C / 16; ++kt) {
       const uint64_t b = wgmma::advance(tile, kt * 2048);
@@ -96,109 +113,114 @@ struct StepConsumer {
     uint32_t pairs[kTokenTiles][2];
   };
 
-  __device__ __forceinline__ void pack_output(PackedOutput& packed, const float (&o)[kTokenTiles][4],
-                                              const uint8_t* stage) const {
+  // O of the step before, whose stage is given; zeros before any step.
+  __device__ __forceinline__ void pack_output(PackedOutput& packed, const uint8_t* stage) const {
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
       const float2 scale = token_pair(stage, Config::kOutputScale, n);
-      packed.pairs[n][0] = Packed2<Element>::from_floats(o[n][0] * scale.x, o[n][1] * scale.y);
-      packed.pairs[n][1] = Packed2<Element>::from_floats(o[n][2] * scale.x, o[n][3] * scale.y);
+      packed.pairs[n][0] = Packed2<Element>::from_floats(last_o[n][0] * scale.x, last_o[n][1] * scale.y);
+      packed.pairs[n][1] = Packed2<Element>::from_floats(last_o[n][2] * scale.x, last_o[n][3] * scale.y);
     }
   }
 
-  // One step, whose stage is in shared memory. operands: those of the state (StateFragments::to_operands), before and after. meanwhile(): what
-  // can be done while the first product runs. has_values: whether there is V; else it is zero. output: of StepResult::kOutputs.
-  template <typename Meanwhile>
-  __device__ __forceinline__ void advance(StateFragments<K>& state, uint32_t (&operands)[K / 16][4],
-                                          PackedOutput& output, const uint8_t* stage, int tokens, bool has_values,
-                                          Meanwhile meanwhile) const {
-    const uint32_t stage_address = ptx::shared_address(stage);
-    const uint64_t tiles = wgmma::descriptor(stage_address, 16);  // K-major
-    const uint64_t gated = wgmma::advance(tiles, Config::kGated);
-    const uint64_t keys_decayed = wgmma::descriptor(stage_address + Config::kKeysDecayed, Config::KeyTile::kBlockBytes);
-    const uint64_t inverse_high = wgmma::advance(tiles, Config::kInverseTile);
-    const uint64_t inverse_middle = wgmma::advance(inverse_high, 2 * C);
-    const uint64_t aqk = wgmma::advance(tiles, Config::kAqkTile), inverse_low = wgmma::advance(aqk, 2 * C);
-
-    const auto let_decay = [&] {
-      const float* const decay = reinterpret_cast<const float*>(stage + Config::kStepDecay);
+  // Takes on a state, before the first step.
+  __device__ __forceinline__ void enter() {
+    state.to_operands(operands);
 #pragma unroll
-      for (int n = 0; n < K / 8; ++n) {
-        const float2 factor = *reinterpret_cast<const float2*>(decay + 8 * n + 2 * member());
-        state.acc[n][0] *= factor.x, state.acc[n][1] *= factor.y;
-        state.acc[n][2] *= factor.x, state.acc[n][3] *= factor.y;
-      }
-    };
-    // While the first product runs, if ptxas can tell that apart from it: for want of registers, or where branches lie in between, it
-    // serialises all products.
-    if constexpr (!Config::kHasRegisters) let_decay();
-    float products[kProductTiles][4];
+    for (auto& fragment : last_o) fragment[0] = fragment[1] = fragment[2] = fragment[3] = 0.0f;
+  }
+
+  // The first product of a step, whose stage is in shared memory.
+  __device__ __forceinline__ void begin(const uint8_t* stage) {
     wgmma::fence();
-    multiply_state(products, operands, gated);
+    multiply_state(predicted, token_major(stage, Config::kGated));
     wgmma::commit_group();
-    if constexpr (Config::kHasRegisters) let_decay();
-    meanwhile();
+  }
 
-    uint32_t v[kTokenTiles / 2][4] = {};
-    if (has_values) {
+  // |K| V^T; zero past the end, where V may be anything.
+  __device__ __forceinline__ void load_values(float (&values)[kTokenTiles][4], const uint8_t* stage,
+                                              int tokens) const {
 #pragma unroll
-      for (int kt = 0; kt < kTokenTiles / 2; ++kt) {
-        Config::ValueTile::load_a_trans(v[kt], stage_address + Config::kValues, 16 * kt, value_column + 16 * warp,
-                                        lane);
+    for (int kt = 0; kt < kTokenTiles / 2; ++kt) {
+      uint32_t v[4];
+      Config::ValueTile::load_a_trans(v, ptx::shared_address(stage) + Config::kValues, 16 * kt, value_column + 16 * warp,
+                                      lane);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int n = 2 * kt + i / 2;
+        const float2 norm = token_pair(stage, Config::kKeyNorm, n), value = Packed2<Element>::to_float2(v[i]);
+        values[n][2 * (i % 2)] = value.x * norm.x, values[n][2 * (i % 2) + 1] = value.y * norm.y;
       }
     }
-
-    wgmma::wait_group<0>();
-    wgmma::pin(products);
-    float r[kTokenTiles][4], o[kTokenTiles][4];
-#pragma unroll
-    for (int n = 0; n < kTokenTiles; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        r[n][e] = products[n][e];
-        if constexpr (kOutputs) {
-          // In registers of its own: parts of the accumulators of one product cannot be those of another without ptxas serialising both.
-          const float x = products[kTokenTiles + n][e];
-          o[n][e] = Config::kHasRegisters ? ptx::copied(x) : x;
-        }
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < kTokenTiles; ++n) {
-      const float2 norm = token_pair(stage, Config::kKeyNorm, n);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float2 value = Packed2<Element>::to_float2(v[n / 2][2 * (n % 2) + half]);
-        r[n][2 * half] = value.x * norm.x - r[n][2 * half];
-        r[n][2 * half + 1] = value.y * norm.y - r[n][2 * half + 1];
-      }
-    }
-    if (tokens < C) {  // V past the end may be anything
+    if (tokens < C) {
 #pragma unroll
       for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          if (8 * n + 2 * member() + (e & 1) >= tokens) r[n][e] = 0.0f;
+          if (8 * n + 2 * member() + (e & 1) >= tokens) values[n][e] = 0.0f;
         }
       }
     }
+  }
+
+  __device__ __forceinline__ void let_decay(const uint8_t* stage) {
+    const float* const decay = reinterpret_cast<const float*>(stage + Config::kStepDecay);
+#pragma unroll
+    for (int n = 0; n < K / 8; ++n) {
+      const float2 factor = *reinterpret_cast<const float2*>(decay + 8 * n + 2 * member());
+      state.acc[n][0] *= factor.x, state.acc[n][1] *= factor.y;
+      state.acc[n][2] *= factor.x, state.acc[n][3] *= factor.y;
+    }
+  }
+
+  // The rest of a step after its begin() and, if there was one before, finish_output(). has_values: whether there is V; else it is zero.
+  // meanwhile(): what can be done while products run. Then the stage is no longer needed but for O.
+  template <typename Meanwhile>
+  __device__ __forceinline__ void advance(const uint8_t* stage, int tokens, bool has_values, Meanwhile meanwhile) {
+    const uint64_t keys_decayed =
+        wgmma::descriptor(ptx::shared_address(stage) + Config::kKeysDecayed, Config::KeyTile::kBlockBytes);
+    const uint64_t inverse_high = token_major(stage, Config::kInverseTile);
+    const uint64_t inverse_middle = wgmma::advance(inverse_high, 2 * C);
+    const uint64_t aqk = token_major(stage, Config::kAqkTile), inverse_low = wgmma::advance(aqk, 2 * C);
+
+    if constexpr (kOutputs) {
+      wgmma::fence();
+      multiply_state(o, token_major(stage, Config::kGated + Config::GatedTile::unit_offset(C, 0)));
+      wgmma::commit_group();
+    }
+    float r[kTokenTiles][4] = {};
+    if (has_values) load_values(r, stage, tokens);
+    wgmma::wait_group<kOutputs ? 1 : 0>();
+    wgmma::pin(predicted);
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) r[n][e] -= predicted[n][e];
+    }
     float u[kTokenTiles][4];
     {
-      const SplitOperands<kTokenTiles> split(r);
+      SplitOperands<kTokenTiles> split(r);
       wgmma::fence();
       multiply_tokens(u, split.high, inverse_high, false);
-      multiply_tokens(u, split.low, inverse_high, true);
       multiply_tokens(u, split.high, inverse_middle, true);
       multiply_tokens(u, split.high, inverse_low, true);
+      split.make_low(r);
+      wgmma::fence();
+      multiply_tokens(u, split.low, inverse_high, true);
       wgmma::commit_group();
+      let_decay(stage);
+      wgmma::pin(state.acc);
+      meanwhile();
       wgmma::wait_group<0>();
       wgmma::pin(u);
     }
     {
-      const SplitOperands<kTokenTiles> split(u);
+      SplitOperands<kTokenTiles> split(u);
       wgmma::fence();
-      add_to_state(state, split.high, keys_decayed);
-      add_to_state(state, split.low, keys_decayed);
+      add_to_state(split.high, keys_decayed);
+      split.make_low(u);
+      wgmma::fence();
+      add_to_state(split.low, keys_decayed);
       wgmma::commit_group();
       if constexpr (kOutputs) {
         multiply_tokens(o, split.high, aqk, true);
@@ -211,9 +233,13 @@ struct StepConsumer {
       if constexpr (kOutputs) {
         wgmma::wait_group<0>();
         wgmma::pin(o);
+#pragma unroll
+        for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) last_o[n][e] = ptx::copied(o[n][e]);
+        }
       }
     }
-    if constexpr (kOutputs) pack_output(output, o, stage);
   }
 };
 
