@@ -21,6 +21,13 @@ __device__ __forceinline__ float2 unpack_bf16(uint32_t packed) {
   return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u)};
 }
 
+// Products of two pairs of bf16, rounded to bf16: exact if one of a pair is a power of two and nothing underflows.
+__device__ __forceinline__ uint32_t multiply_bf16(uint32_t x, uint32_t y) {
+  const __nv_bfloat162 product =
+      __hmul2(reinterpret_cast<const __nv_bfloat162&>(x), reinterpret_cast<const __nv_bfloat162&>(y));
+  return reinterpret_cast<const uint32_t&>(product);
+}
+
 // Two fp32 values as the sum of two bf16 operands: about 16 significant bits.
 struct SplitBf16 {
   uint32_t high, low;

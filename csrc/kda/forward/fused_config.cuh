@@ -36,9 +36,11 @@ struct FusedConfig : StepStage<K_, 64> {
   // What a producer group has for itself.
   static constexpr int kSolve = 0;  // Akk, then its inverse   [C, 36] fp32
   static constexpr int kSolveBytes = C * SolveMatrix32::kStride * 4;
-  static constexpr int kTotals = kSolve + kSolveBytes;  // log-decay of each group of tokens   [groups, K] fp32
-  static constexpr int kTokenGroups = kGroupThreads / (K / 2), kTokensPerThread = C / kTokenGroups;
-  static constexpr int kRowValues = kTotals + kTokenGroups * K * 4;  // see RowValues; of even and of odd turns
+  static constexpr int kTotals =
+      kSolve;  // log-decay of each group of tokens   [groups, K] fp32; no longer needed when Akk comes
+  static constexpr int kTokenGroups = kGroupThreads / (K / 4), kTokensPerThread = C / kTokenGroups;
+  static_assert(kTokenGroups * K * 4 <= kSolveBytes);
+  static constexpr int kRowValues = kSolve + kSolveBytes;  // see RowValues; of even and of odd turns
   static constexpr int kRowValuesBytes = 6 * C * 4;
   static constexpr int kProducerBytes = (kRowValues + 2 * kRowValuesBytes + 127) / 128 * 128;
 

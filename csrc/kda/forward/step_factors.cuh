@@ -37,7 +37,7 @@ struct StepFactorsConfig : StepTiles<K_> {
   static constexpr int kSolve = 0;  // Akk, then its inverse   [C, 36] fp32
   static constexpr int kTotals =
       kSolve;  // log-decay of each group of tokens   [groups, K] fp32; no longer needed when Akk comes
-  static constexpr int kTokenGroups = kGroupThreads / (K / 2), kTokensPerThread = C / kTokenGroups;
+  static constexpr int kTokenGroups = kGroupThreads / (K / 4), kTokensPerThread = C / kTokenGroups;
   static_assert(kTokenGroups * K * 4 <= SolveMatrix32::kBytes);
   static constexpr int kRowValues = kSolve + SolveMatrix32::kBytes;  // see RowValues
   static constexpr int kScratchBytes = kRowValues + 6 * C * 4;

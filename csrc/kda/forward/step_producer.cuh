@@ -16,16 +16,16 @@ namespace kda {
 // What a thread keeps from step to step of one head.
 struct GateConstants {
   float decay_rate;  // exp(A_log), or 1
-  float2 bias;       // of the thread's two channels
+  ChannelQuad bias;  // of the thread's four channels
   float unit;        // the bounded gate is kept as the sigmoid, in units of its bound
 
   __device__ __forceinline__ GateConstants(const ChunkFwdParams& call, int value_head, int channel)
       : decay_rate(call.A_log != nullptr ? expf(call.A_log[value_head]) : 1.0f),
-        bias{0.0f, 0.0f},
+        bias{},
         unit(call.gate == GateKind::kSigmoid ? call.lower_bound * kLog2E : 1.0f) {
     if (call.dt_bias != nullptr) {
       const float* source = call.dt_bias + int64_t{value_head} * call.problem.key_dim + channel;
-      bias = {source[0], source[1]};
+      bias = {source[0], source[1], source[2], source[3]};
     }
   }
 };
@@ -91,8 +91,8 @@ struct StepProducer {
   __device__ __forceinline__ SolveMatrix32 solve_matrix() const {
     return {reinterpret_cast<float*>(scratch + Config::kSolve)};
   }
-  // First of the two channels of a thread.
-  static __device__ __forceinline__ int channel_of(int thread) { return 2 * (thread % (K / 2)); }
+  // First of the four channels of a thread.
+  static __device__ __forceinline__ int channel_of(int thread) { return 4 * (thread % (K / 4)); }
 
   // Products of the warp's 8 tokens with themselves, from q and k as they came, exact in fp32: q q^T and q k^T in elements 0, 1 of the
   // accumulators, k k^T in elements 2, 3 of the second. fp16 keys are rounded to bf16 for k k^T, as in all operands of the recurrence: the norm must
@@ -375,7 +375,7 @@ struct StepProducer {
   }
 
   __device__ __forceinline__ StepOperands<Config> operands(const GateConstants& constants) const {
-    return {raw, stage, scratch, channel_of(thread), thread / (K / 2), tokens, constants.unit};
+    return {raw, stage, scratch, channel_of(thread), thread / (K / 4), tokens, constants.unit};
   }
 
   // Activates the gates. Returns whether the step's tokens are too far apart for one reference; a barrier of the group.
