@@ -43,7 +43,7 @@ void refuse_flags_of_the_forward(const Options& options) {
   };
   refuse(options.path != PathChoice::kAuto, "--path");
   refuse(options.value_tile != kAsPlanned, "--value-tile");
-  refuse(options.clusters != kAsPlanned, "--clusters");
+  refuse(options.scans != kAsPlanned, "--scans");
   refuse(options.segment_chunks != kAsPlanned, "--segment-chunks");
   refuse(!options.final_state, "--no-final-state");
   refuse(options.chunk_states, "--chunk-states");

@@ -31,7 +31,7 @@ kda::ChunkFwdPlan make_plan(const kda::ChunkFwdProblem& problem, const Options& 
   kda::ChunkFwdPlanOptions forced;
   forced.path = path_of(options.path);
   if (options.value_tile != kAsPlanned) forced.value_tile = options.value_tile;
-  if (options.clusters != kAsPlanned) forced.clusters = options.clusters;
+  if (options.scans != kAsPlanned) forced.scans = options.scans;
   if (options.segment_chunks != kAsPlanned) forced.segment_chunks = options.segment_chunks;
 
   const kda::ChunkFwdPlan plan = kda::plan_chunk_fwd(problem, forced);
@@ -47,8 +47,8 @@ kda::ChunkFwdPlan make_plan(const kda::ChunkFwdProblem& problem, const Options& 
   if (plan.path != kda::ChunkFwdPath::kStaged && options.value_tile != kAsPlanned) {
     throw std::runtime_error("--value-tile: the plan takes a path that has no tiles of V to choose: --path staged");
   }
-  if (plan.path != kda::ChunkFwdPath::kFused && options.clusters != kAsPlanned) {
-    throw std::runtime_error("--clusters: the plan takes a path that has no clusters: --path fused");
+  if (plan.path != kda::ChunkFwdPath::kFused && options.scans != kAsPlanned) {
+    throw std::runtime_error("--scans: the plan takes a path that has no scans: --path fused");
   }
   return plan;
 }
@@ -65,10 +65,10 @@ struct Errors {
 int clusters_to_verify(const Shape& shape, const kda::ChunkFwdPlan& timed) {
   const int64_t chains = shape.sequences * shape.options.value_heads;
   const int64_t most = timed.workspace.total_bytes > 0 ? chains - 1 : chains;
-  return static_cast<int>(std::min(timed.clusters, most));
+  return static_cast<int>(std::min(timed.scans, most));
 }
 
-// Runs a small case with the sizes, types, gates and features of `options`, on the path and with the tile, the clusters and
+// Runs a small case with the sizes, types, gates and features of `options`, on the path and with the tile, the scans and
 // the cut of the plan that is `timed`, and compares it with the host.
 Errors verify(Options options, const kda::ChunkFwdPlan& timed, const Device& device, cudaStream_t stream) {
   constexpr int64_t kMaxSegmentChunks = 2;  // so that the small case has several segments
@@ -88,7 +88,7 @@ Errors verify(Options options, const kda::ChunkFwdPlan& timed, const Device& dev
       break;
     case kda::ChunkFwdPath::kFused:
       options.path = PathChoice::kFused;
-      options.clusters = clusters_to_verify(Shape(options), timed);
+      options.scans = clusters_to_verify(Shape(options), timed);
       break;
     case kda::ChunkFwdPath::kStaged:
       options.path = PathChoice::kStaged;
@@ -118,7 +118,7 @@ std::string forced_as_text(const Options& options) {
   const auto add = [&](const std::string& part) { text += (text.empty() ? "" : ", ") + part; };
   if (options.path != PathChoice::kAuto) add(std::string("path ") + name_of(options.path));
   if (options.value_tile != kAsPlanned) add("value tile " + std::to_string(options.value_tile));
-  if (options.clusters != kAsPlanned) add("at most " + std::to_string(options.clusters) + " clusters");
+  if (options.scans != kAsPlanned) add("at most " + std::to_string(options.scans) + " scans");
   if (options.segment_chunks != kAsPlanned) add("segments of " + std::to_string(options.segment_chunks) + " chunks");
   return text;
 }
@@ -131,7 +131,7 @@ std::string own_json(const Options& options, const std::string& plan, const Erro
   json.precision(10);
   json << "\"final_state\": " << boolean(options.final_state) << ", \"chunk_states\": " << boolean(options.chunk_states)
        << ", \"forced\": {\"path\": \"" << name_of(options.path)
-       << "\", \"value_tile\": " << if_forced(options.value_tile) << ", \"clusters\": " << if_forced(options.clusters)
+       << "\", \"value_tile\": " << if_forced(options.value_tile) << ", \"scans\": " << if_forced(options.scans)
        << ", \"segment_chunks\": " << if_forced(options.segment_chunks) << "}, \"plan\": " << plan
        << ", \"error_o\": " << errors.o << ", \"error_final_state\": " << errors.final_state
        << ", \"error_chunk_states\": " << errors.chunk_states << ", ";
@@ -194,7 +194,7 @@ Overrides of the plan
                                                                                                     (default auto)
   --value-tile N       V columns of one CTA of the state recurrence, of the staged path: a multiple of 16 that divides
                        V, at most 128                                                               (default: the plan's)
-  --clusters N         at most N clusters of V / 64 CTAs, to which the chains of (sequence, value head) are dealt out,
+  --scans N         at most N scans of V / 64 CTAs, to which the chains of (sequence, value head) are dealt out,
                        of the fused path; no more than run side by side and than there are chains   (default: the plan's)
   --segment-chunks N   chunks of 64 tokens of one segment of a cut sequence, of the stepwise path; 0: no cut
                                                                                                     (default: the plan's)
@@ -202,7 +202,7 @@ Overrides of the plan
                                  kHelpMeasuring,
                                  R"(
 First a small case with the same heads' grouping, sizes, types, gate and features, on the path, with the value tile, with
-clusters that hand chains over if those that are timed may, and with the cut (into short segments) is checked against a
+scans that hand chains over if those that are timed may, and with the cut (into short segments) is checked against a
 token recurrence in double precision on the host: uneven sequences, or two rows if there is no cu_seqlens.
 )",
                                  kHelpStatus};

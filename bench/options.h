@@ -41,7 +41,7 @@ struct Options {
   bool state_v_first = false;
   PathChoice path = PathChoice::kAuto;
   int value_tile = kAsPlanned;      // of the staged path
-  int clusters = kAsPlanned;        // of the fused path
+  int scans = kAsPlanned;        // of the fused path
   int segment_chunks = kAsPlanned;  // 0: sequences are not cut
   int iterations = 50;
   int warmup = 5;
@@ -150,7 +150,7 @@ inline constexpr IntegerFlag kIntegerFlags[] = {
     {"--key-dim", &Options::key_dim, 1, kMaxDim},
     {"--value-dim", &Options::value_dim, 1, kMaxDim},
     {"--value-tile", &Options::value_tile, kValueRowsPerWarp, kMaxValueTile},
-    {"--clusters", &Options::clusters, 1, kMaxClusters},
+    {"--scans", &Options::scans, 1, kMaxClusters},
     {"--segment-chunks", &Options::segment_chunks, 0, kMaxSegmentChunks},
     {"--iterations", &Options::iterations, 1, kMaxIterations},
     {"--warmup", &Options::warmup, 0, kMaxIterations},
@@ -219,9 +219,9 @@ inline void check_overrides(const Options& options) {
   if (options.value_tile != kAsPlanned && !may_be(PathChoice::kStaged)) {
     throw UsageError("--value-tile: expected --path staged or auto, as the other paths have no tiles of V to choose");
   }
-  if (options.clusters != kAsPlanned && !may_be(PathChoice::kFused)) {
+  if (options.scans != kAsPlanned && !may_be(PathChoice::kFused)) {
     throw UsageError(
-        "--clusters: expected --path fused or auto, as the other paths have no clusters to deal chains to");
+        "--scans: expected --path fused or auto, as the other paths have no scans to deal chains to");
   }
   if (options.segment_chunks > 0 && !may_be(PathChoice::kStepwise)) {
     throw UsageError("--segment-chunks: expected --path stepwise or auto, as the other paths cut no sequences");

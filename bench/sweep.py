@@ -46,7 +46,7 @@ Json = dict[str, Any]
 
 
 # Entries of the plan's JSON that say what runs, and what a plan without them means.
-DECISIVE = {"path": None, "value_tile": 0, "clusters": 0, "segment_chunks": 0}
+DECISIVE = {"path": None, "value_tile": 0, "scans": 0, "segment_chunks": 0}
 
 
 def decisive(plan: Json) -> Json:
@@ -55,10 +55,10 @@ def decisive(plan: Json) -> Json:
 
 
 def kind_of(plan: Json) -> tuple[Any, bool, bool]:
-    """The kernels that a plan runs: its path, whether sequences are cut, and whether chains are dealt out to clusters;
+    """The kernels that a plan runs: its path, whether sequences are cut, and whether chains are dealt out to scans;
     the fused kernel of past sweeps had none.
     """
-    return plan["path"], plan.get("segment_chunks", 0) > 0, plan.get("clusters", 0) > 0
+    return plan["path"], plan.get("segment_chunks", 0) > 0, plan.get("scans", 0) > 0
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _forced(name: str, **plan: Any) -> Choice:
 
 PLANNED = Choice("the plan's", (), ())
 
-# The fused kernel has as many clusters as run side by side: fewer are never better. Segments are of the stepwise path,
+# The fused kernel has as many scans as run side by side: fewer are never better. Segments are of the stepwise path,
 # 0: no cut; the shorter, the more CTAs, and the more maps to compose. The staged path is none to choose: it is for
 # inputs that the others cannot read. The plan's own choice comes last: its cut may have any length.
 SEGMENT_CHUNKS = (4, 8, 16, 32, 64, 128)

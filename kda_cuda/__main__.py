@@ -81,7 +81,7 @@ def cut_rows(plan: dict[str, Any], value_dim: int) -> list[tuple[str, str]]:
         ctas = value_dim // plan["value_tile"]
         size = "of one CTA" if ctas == 1 else f"of {ctas} CTAs, with {plan['value_tile']} columns of V each"
         steps = f"of {STEP_TOKENS} tokens, one by one in the chain of a sequence and value head"
-        return [("steps", steps), ("clusters", f"{plan['clusters']} {size}; the chains are dealt out to them")]
+        return [("steps", steps), ("scans", f"{plan['scans']} {size}; the chains are dealt out to them")]
     if plan["path"] == "stepwise":
         steps = f"of {STEP_TOKENS} tokens: their factors side by side, then one by one in a CTA for each value head"
         segments = "none: a sequence is scanned in one piece"

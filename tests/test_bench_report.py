@@ -314,7 +314,7 @@ def test_planner_is_judged_by_the_best_choice(monkeypatch: pytest.MonkeyPatch) -
 
 def test_paths_and_cuts_are_judged_by_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cut of any length is judged by the plan's own measurement, as long as the plan is still that."""
-    fused = {"path": "fused", "value_tile": 64, "clusters": 64}
+    fused = {"path": "fused", "value_tile": 64, "scans": 64}
     cut = {"path": "stepwise", "value_tile": 128, "segment_chunks": 9}
     run = swept({"1x8192_h64": {"stepwise, no cut": 300.0}, "1x8192_h4": {}})
     run["cases"][0]["measurements"]["fused"] = {"median_us": 100.0, "plan": fused}
@@ -326,7 +326,7 @@ def test_paths_and_cuts_are_judged_by_what_ran(monkeypatch: pytest.MonkeyPatch) 
     set_plans(monkeypatch, **{"1x8192_h64": fused | {"segment_chunks": 0}, "1x8192_h4": cut})
     found = sweep.quality(run)
     assert found.points == 2 and found.poor == {"1x8192_h4": pytest.approx(4 / 3)} and not found.unknown
-    set_plans(monkeypatch, **{"1x8192_h64": fused | {"clusters": 66}, "1x8192_h4": cut | {"segment_chunks": 8}})
+    set_plans(monkeypatch, **{"1x8192_h64": fused | {"scans": 66}, "1x8192_h4": cut | {"segment_chunks": 8}})
     assert sweep.quality(run).unknown == ["1x8192_h64", "1x8192_h4"]
 
 
@@ -338,9 +338,9 @@ def test_kernels_that_were_not_swept_do_not_count(
     run = swept({"1x8192_h64": times, "1x8192_h4": times, "1x1024_h4": times})
     plan = {"path": "stepwise", "value_tile": 128, "segment_chunks": 0}
     cut = plan | {"segment_chunks": 4}
-    fused = {"path": "fused", "value_tile": 64, "clusters": 64}
+    fused = {"path": "fused", "value_tile": 64, "scans": 64}
     set_plans(monkeypatch, **{"1x8192_h64": fused, "1x8192_h4": cut, "1x1024_h4": plan})
-    # The fused kernel of a time when it had no clusters is another one.
+    # The fused kernel of a time when it had no scans is another one.
     run["cases"][0]["measurements"]["fused"] = {"median_us": 80.0, "plan": {"path": "fused", "value_tile": 64}}
     found = sweep.quality(run)
     assert found.points == 1 and found.good_share == 1 and found.not_swept == ["1x8192_h64", "1x8192_h4"]
@@ -396,7 +396,7 @@ def test_sweep_calls_the_binary_and_believes_only_what_it_forced(tmp_path: Path)
     binary = fake_binary(tmp_path, "--path --segment-chunks")
     assert sweep.lacking_flags(binary) == []
     taken = {choice.name: sweep.time_point(binary, point, choice, tmp_path) for choice in sweep.CHOICES}
-    plan = {"path": "stepwise", "value_tile": 128, "clusters": 0, "segment_chunks": 0}
+    plan = {"path": "stepwise", "value_tile": 128, "scans": 0, "segment_chunks": 0}
     assert taken["stepwise, no cut"]["median_us"] == 5.0 and taken["stepwise, no cut"]["plan"] == plan
     assert taken["stepwise, segments of 4 chunks"] == {"error": "it broke"}
     assert "another plan" in taken["fused"]["error"]

@@ -85,7 +85,7 @@ class TestCMake:
         shape = ("--lengths", "--batch", "--heads", "--value-heads", "--key-dim", "--value-dim", "--dtype")
         features = ("--gate", "--log-gate", "--no-l2norm", "--negative-eigenvalues", "--state-v-first")
         states = ("--no-initial-state", "--no-final-state", "--chunk-states")
-        overrides = ("--path", "--value-tile", "--clusters", "--segment-chunks")
+        overrides = ("--path", "--value-tile", "--scans", "--segment-chunks")
         assert {*shape, *features, *states, *overrides, "--iterations", "--json"} <= set(text.split())
 
     def test_benchmark_of_the_backward_explains_itself(self, built):
@@ -98,7 +98,7 @@ class TestCMake:
         [
             (["--path", "fused"], "--path: it is a flag of bench_chunk_fwd"),
             (["--value-tile", "64"], "--value-tile: it is a flag of bench_chunk_fwd"),
-            (["--clusters", "2"], "--clusters: it is a flag of bench_chunk_fwd"),
+            (["--scans", "2"], "--scans: it is a flag of bench_chunk_fwd"),
             (["--segment-chunks", "2"], "--segment-chunks: it is a flag of bench_chunk_fwd"),
             (["--chunk-states"], "--chunk-states: it is a flag of bench_chunk_fwd"),
             (["--no-beta-sigmoid", "--negative-eigenvalues"], "--negative-eigenvalues: expected no --no-beta-sigmoid"),
@@ -119,9 +119,9 @@ class TestCMake:
             (["--path", "composite"], "--path: expected auto, stepwise, fused or staged, got 'composite'"),
             (["--path", "fused", "--value-tile", "64"], "--value-tile: expected --path staged or auto"),
             (["--path", "stepwise", "--value-tile", "64"], "--value-tile: expected --path staged or auto"),
-            (["--path", "staged", "--clusters", "4"], "--clusters: expected --path fused or auto"),
-            (["--path", "stepwise", "--clusters", "4"], "--clusters: expected --path fused or auto"),
-            (["--clusters", "0"], "--clusters: expected an integer in [1, "),
+            (["--path", "staged", "--scans", "4"], "--scans: expected --path fused or auto"),
+            (["--path", "stepwise", "--scans", "4"], "--scans: expected --path fused or auto"),
+            (["--scans", "0"], "--scans: expected an integer in [1, "),
             (["--path", "fused", "--segment-chunks", "4"], "--segment-chunks: expected --path stepwise or auto"),
             (["--path", "staged", "--segment-chunks", "4"], "--segment-chunks: expected --path stepwise or auto"),
             (["--segment-chunks", "-1"], "--segment-chunks: expected an integer in [0, "),

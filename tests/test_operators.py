@@ -222,11 +222,11 @@ def test_no_warning_on_the_cpu(recwarn: pytest.WarningsRecorder) -> None:
 def test_plan() -> None:
     call = ([1024], 8, 96, 96, 128, 128, "bfloat16", False, 90, 132)
     plan = json.loads(torch.ops.kda.plan_chunk_fwd(*call))
-    assert plan["path"] == "fused" and plan["clusters"] == 66 and plan["stage_ctas"] == {"fused_scan": 132}
+    assert plan["path"] == "fused" and plan["scans"] == 66 and plan["stage_ctas"] == {"fused_scan": 132}
     assert 0 < plan["workspace_bytes"] - 66 * 128 * 128 * 4 <= 1024  # a state for each cluster, and flags
     plan = json.loads(torch.ops.kda.plan_chunk_fwd(*call, False))
     assert plan["path"] == "stepwise" and "below that of the fused" in plan["reason"]
-    assert plan["workspace_bytes"] > 0 and plan["clusters"] == 0
+    assert plan["workspace_bytes"] > 0 and plan["scans"] == 0
     plan = json.loads(torch.ops.kda.plan_chunk_fwd([3, 0, 5], 1, 4, 8, 80, 128, "float16", True, 90, 132))
     assert plan["path"] == "composite"
     assert "K" in plan["reason"]

@@ -95,18 +95,18 @@ def chains_of(p: Any) -> int:
     return p.sequences * p.value_heads
 
 
-def handoff_regions(p: Any, clusters: int) -> dict[str, int]:
-    """Bytes of what clusters of the fused kernel hand over, none where each takes whole chains for certain: a state in
+def handoff_regions(p: Any, scans: int) -> dict[str, int]:
+    """Bytes of what scans of the fused kernel hand over, none where each takes whole chains for certain: a state in
     fp32 for each of them, and a word for each of its CTAs.
     """
-    if chains_of(p) <= clusters or not (p.varlen or chains_of(p) % clusters):
+    if chains_of(p) <= scans or not (p.varlen or chains_of(p) % scans):
         return {"handoff_states": 0, "handoff_flags": 0}
-    ctas = clusters * p.value_dim // ROWS_OF_CTA
-    return {"handoff_states": clusters * p.value_dim * p.key_dim * 4, "handoff_flags": 4 * ctas}
+    ctas = scans * p.value_dim // ROWS_OF_CTA
+    return {"handoff_states": scans * p.value_dim * p.key_dim * 4, "handoff_flags": 4 * ctas}
 
 
-def handoff_bytes(p: Any, clusters: int) -> int:
-    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in handoff_regions(p, clusters).values())
+def handoff_bytes(p: Any, scans: int) -> int:
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in handoff_regions(p, scans).values())
 
 
 def input_bytes(p: Any) -> int:
@@ -250,9 +250,9 @@ class TestPath:
         p = problem(**{"bounded_gate": True, **change})
         plan = planner.plan_chunk_fwd(p, path=path)
         assert plan.path == path and plan.reason == "asked for"
-        assert (plan.clusters > 0) == (path == FUSED)
+        assert (plan.scans > 0) == (path == FUSED)
         if path == FUSED:
-            assert plan.workspace.total_bytes == handoff_bytes(p, plan.clusters)
+            assert plan.workspace.total_bytes == handoff_bytes(p, plan.scans)
         else:
             assert plan.workspace.total_bytes > 0
 
@@ -263,7 +263,7 @@ class TestPath:
         plan = planner.plan_chunk_fwd(p, path=path)
         assert plan.path == (path or STEPWISE)
         assert plan.chunk_slots == plan.step_slots == plan.segment_chunks == 0
-        assert plan.workspace.total_bytes == (handoff_bytes(p, plan.clusters) if path == FUSED else 0)
+        assert plan.workspace.total_bytes == (handoff_bytes(p, plan.scans) if path == FUSED else 0)
 
 
 class TestFused:
@@ -276,7 +276,7 @@ class TestFused:
         return planner.plan_chunk_fwd(problem(**{"bounded_gate": True, **changes}), **(options or {}))
 
     @pytest.mark.parametrize(
-        ("change", "clusters"),
+        ("change", "scans"),
         [
             ({"heads": 64}, 64),  # no more than there are chains
             ({"heads": 96}, 66),  # two CTAs each, on 132 multiprocessors
@@ -298,13 +298,13 @@ class TestFused:
             ({"activation_type": planner.DataType.float16, **ROWS}, 66),
         ],
     )
-    def test_many_chains_are_fused(self, change, clusters):
+    def test_many_chains_are_fused(self, change, scans):
         p = problem(bounded_gate=True, **change)
         plan = planner.plan_chunk_fwd(p)
         assert plan.path == FUSED and "below that of the stepwise" in plan.reason
-        assert plan.clusters == clusters
+        assert plan.scans == scans
         assert plan.value_tile == ROWS_OF_CTA
-        assert plan.workspace.total_bytes == handoff_bytes(p, clusters)
+        assert plan.workspace.total_bytes == handoff_bytes(p, scans)
         assert plan.segment_chunks == plan.step_slots == 0
 
     @pytest.mark.parametrize(
@@ -316,25 +316,25 @@ class TestFused:
         plan = self.plan(**change)
         assert plan.path == STEPWISE and "below that of the fused" in plan.reason
         assert plan.workspace.total_bytes > 0
-        assert plan.clusters == 0
+        assert plan.scans == 0
 
-    @pytest.mark.parametrize("clusters", [1, 2, 5, 64, 66, 10**6, 2**62])
+    @pytest.mark.parametrize("scans", [1, 2, 5, 64, 66, 10**6, 2**62])
     @pytest.mark.parametrize("heads", [1, 64, 96])
     @pytest.mark.parametrize("value_dim", [64, 128])
-    def test_clusters_can_be_forced(self, clusters, heads, value_dim):
+    def test_clusters_can_be_forced(self, scans, heads, value_dim):
         """At most so many: no more than run side by side, and no more than there are chains."""
         p = problem(heads=heads, value_dim=value_dim, bounded_gate=True)
-        plan = planner.plan_chunk_fwd(p, path=FUSED, clusters=clusters)
+        plan = planner.plan_chunk_fwd(p, path=FUSED, scans=scans)
         assert plan.path == FUSED and plan.value_tile == ROWS_OF_CTA
-        assert plan.clusters == min(clusters, heads, 132 * ROWS_OF_CTA // value_dim)
-        assert plan.workspace.total_bytes == handoff_bytes(p, plan.clusters)
+        assert plan.scans == min(scans, heads, 132 * ROWS_OF_CTA // value_dim)
+        assert plan.workspace.total_bytes == handoff_bytes(p, plan.scans)
 
     @pytest.mark.parametrize("path", [STAGED, STEPWISE], ids=str)
     def test_other_paths_have_no_clusters(self, path):
         for change in ({}, PACKED):
             p = problem(bounded_gate=True, **change)
-            plan = planner.plan_chunk_fwd(p, path=path, clusters=3)
-            assert plan.path == path and plan.clusters == 0
+            plan = planner.plan_chunk_fwd(p, path=path, scans=3)
+            assert plan.path == path and plan.scans == 0
             assert plan.workspace.total_bytes == planner.plan_chunk_fwd(p, path=path).workspace.total_bytes
 
     @pytest.mark.parametrize("value_tile", [32, 128])
@@ -343,22 +343,22 @@ class TestFused:
 
     @settings(deadline=None)
     @given(problems(tokens=2**20, bounded_gate=True), st.sampled_from([None, 1, 2, 3, 7, 66, 132]))
-    def test_any_choice_is_sound(self, p, clusters):
-        plan = planner.plan_chunk_fwd(p, path=FUSED, clusters=clusters)
+    def test_any_choice_is_sound(self, p, scans):
+        plan = planner.plan_chunk_fwd(p, path=FUSED, scans=scans)
         ctas_of_cluster = p.value_dim // ROWS_OF_CTA
         side_by_side = max(p.sm_count // ctas_of_cluster, 1)
-        assert plan.clusters == max(min(side_by_side, chains_of(p), clusters or side_by_side), 1)
+        assert plan.scans == max(min(side_by_side, chains_of(p), scans or side_by_side), 1)
         assert plan.value_tile == ROWS_OF_CTA
-        assert plan.workspace.total_bytes == handoff_bytes(p, plan.clusters)
+        assert plan.workspace.total_bytes == handoff_bytes(p, plan.scans)
         ctas = json.loads(planner.to_json(p, plan))["stage_ctas"]
-        assert ctas == {"fused_scan": plan.clusters * ctas_of_cluster}
+        assert ctas == {"fused_scan": plan.scans * ctas_of_cluster}
 
 
 class TestHandOver:
-    """A chain that two clusters share leaves its state in the workspace: where that may be, and there alone."""
+    """A chain that two scans share leaves its state in the workspace: where that may be, and there alone."""
 
     @pytest.mark.parametrize(
-        ("change", "clusters"),
+        ("change", "scans"),
         [
             ({"heads": 1}, None),  # one chain is taken by one cluster
             ({"heads": 1, "varlen": True}, None),
@@ -372,13 +372,13 @@ class TestHandOver:
             ({"heads": 1, "sequences": 0, "varlen": True}, None),
         ],
     )
-    def test_whole_chains_need_none(self, change, clusters):
-        plan = planner.plan_chunk_fwd(problem(**change), path=FUSED, clusters=clusters)
+    def test_whole_chains_need_none(self, change, scans):
+        plan = planner.plan_chunk_fwd(problem(**change), path=FUSED, scans=scans)
         w = plan.workspace
         assert w.total_bytes == w.handoff_states == w.handoff_flags == 0
 
     @pytest.mark.parametrize(
-        ("change", "clusters", "expected"),
+        ("change", "scans", "expected"),
         [
             ({"heads": 96}, None, 66),
             ({"heads": 64}, 63, 63),
@@ -387,10 +387,10 @@ class TestHandOver:
             ({"heads": 96, "key_dim": 64, "value_dim": 64}, 36, 36),
         ],
     )
-    def test_shared_chains_have_a_state_for_each_cluster(self, change, clusters, expected):
+    def test_shared_chains_have_a_state_for_each_cluster(self, change, scans, expected):
         p = problem(**change)
-        plan = planner.plan_chunk_fwd(p, path=FUSED, clusters=clusters)
-        assert plan.clusters == expected
+        plan = planner.plan_chunk_fwd(p, path=FUSED, scans=scans)
+        assert plan.scans == expected
         w, states = plan.workspace, expected * p.key_dim * p.value_dim * 4
         assert w.handoff_states == 0 and w.handoff_flags == -(-states // ALIGNMENT) * ALIGNMENT
         flags = 4 * expected * p.value_dim // ROWS_OF_CTA
@@ -405,7 +405,7 @@ class TestHandOver:
         p = problem(**sizes)
         plan = planner.plan_chunk_fwd(p, path=FUSED)
         used = plan.workspace.total_bytes
-        assert (used > 0) == (chains_of(p) > plan.clusters) and used <= 0.1 * input_bytes(p)
+        assert (used > 0) == (chains_of(p) > plan.scans) and used <= 0.1 * input_bytes(p)
         assert planner.plan_chunk_fwd(problem(**sizes, tokens=2**24), path=FUSED).workspace.total_bytes == used
 
 
@@ -544,7 +544,7 @@ class TestWorkspace:
         """Where each region of a plan begins, and its size."""
         kinds = [(plan.chunk_slots * p.heads, self.STAGED_REGIONS)]
         if plan.path == FUSED:
-            kinds = [(plan.clusters, self.HANDOFF_REGIONS)] if handoff_bytes(p, plan.clusters) else []
+            kinds = [(plan.scans, self.HANDOFF_REGIONS)] if handoff_bytes(p, plan.scans) else []
         if plan.path == STEPWISE:
             kinds = [(plan.step_slots * p.heads, self.STEP_REGIONS)]
         if plan.segment_chunks:
@@ -562,8 +562,8 @@ class TestWorkspace:
         st.sampled_from([None, 0, 1, 50]),
         st.sampled_from([None, 1, 2, 5]),
     )
-    def test_regions_are_aligned_and_disjoint(self, p, path, segment_chunks, clusters):
-        plan = planner.plan_chunk_fwd(p, path=path, segment_chunks=segment_chunks, clusters=clusters)
+    def test_regions_are_aligned_and_disjoint(self, p, path, segment_chunks, scans):
+        plan = planner.plan_chunk_fwd(p, path=path, segment_chunks=segment_chunks, scans=scans)
         spans = sorted(self.regions(p, plan))
         if not spans:
             assert plan.path == FUSED and plan.workspace.total_bytes == 0
@@ -616,7 +616,7 @@ class TestJson:
         plan, content = planner.plan_chunk_fwd(p), self.content(p)
         assert content["path"] == "stepwise" and content["reason"] == plan.reason
         assert content["chunk_slots"] == 16
-        assert content["value_tile"] == 128 and content["clusters"] == 0
+        assert content["value_tile"] == 128 and content["scans"] == 0
         assert content["segment_chunks"] == plan.segment_chunks
         assert content["segment_slots"] == plan.segment_slots
         assert content["workspace_bytes"] == plan.workspace.total_bytes
@@ -643,17 +643,17 @@ class TestJson:
     def test_fused(self):
         p = problem(bounded_gate=True, **ROWS)
         content = self.content(p)
-        assert content["path"] == "fused" and content["value_tile"] == 64 and content["clusters"] == 66
+        assert content["path"] == "fused" and content["value_tile"] == 64 and content["scans"] == 66
         assert content["stage_ctas"] == {"fused_scan": 132}
         assert content["workspace_bytes"] == handoff_bytes(p, 66) > 0
-        content = self.content(problem(bounded_gate=True, value_dim=64, **ROWS), path=FUSED, clusters=12)
-        assert content["clusters"] == content["stage_ctas"]["fused_scan"] == 12 and content["workspace_bytes"] == 0
+        content = self.content(problem(bounded_gate=True, value_dim=64, **ROWS), path=FUSED, scans=12)
+        assert content["scans"] == content["stage_ctas"]["fused_scan"] == 12 and content["workspace_bytes"] == 0
 
     def test_composite(self):
         p = problem(key_dim=7)
         content = json.loads(planner.to_json(p, planner.plan_chunk_fwd(p)))
         assert content["path"] == "composite" and content["stage_ctas"] == {} and content["reason"]
-        assert content["clusters"] == 0
+        assert content["scans"] == 0
 
 
 class TestBackward:

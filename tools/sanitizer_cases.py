@@ -54,7 +54,7 @@ class Case:
     # intermediates, and the backward that takes them.
     path: str = "staged"
     segment_chunks: int | None = None  # of a cut of the stepwise path, 0: none; instead of the planner's choice
-    clusters: int | None = None  # of the fused path, at most; None: as many as run side by side
+    scans: int | None = None  # of the fused path, at most; None: as many as run side by side
     zero_beta: bool = False  # every third token writes nothing
     is_wrong: bool = False  # the contents are no cu_seqlens: nothing to compare, and unwritten workspace may be read
 
@@ -153,18 +153,18 @@ def cases() -> list[Case]:
     return result
 
 
-def fused_case(name: str, clusters: int | None, features: dict[str, Any], **changes: Any) -> Case:
-    return Case(f"fused_{name}", features, path="fused", clusters=clusters, **changes)
+def fused_case(name: str, scans: int | None, features: dict[str, Any], **changes: Any) -> Case:
+    return Case(f"fused_{name}", features, path="fused", scans=scans, **changes)
 
 
 def fused_cases() -> list[Case]:
     """The fused kernel: steps of 32 tokens through a ring of four stages, made by the two producer groups of each CTA
     of a cluster in turn. Chains, one for each sequence and value head, go from one cluster to another where their
-    number is no multiple of that of the clusters, or lengths differ.
+    number is no multiple of that of the scans, or lengths differ.
     """
     packed = {"lengths": [1, 0, 31, 33, 0, 130, 64], "with_state": True}
     result = [
-        # Three chains for two clusters: each goes round its ring twice, one hands a state over, and the last step of a
+        # Three chains for two scans: each goes round its ring twice, one hands a state over, and the last step of a
         # chain is not full.
         fused_case(
             f"K{K}_V{V}_{str(dtype).removeprefix('torch.')}",
@@ -355,7 +355,7 @@ def run_case(case: Case, device: str) -> str:
     elif case.path == "" or device == "cpu":
         outputs = kda_cuda.chunk_fwd(**moved)
     else:
-        cut = {"segment_chunks": case.segment_chunks, "clusters": case.clusters}
+        cut = {"segment_chunks": case.segment_chunks, "scans": case.scans}
         outputs = torch.ops.kda.chunk_fwd_planned(**moved, path=case.path, **cut)
     outputs = tuple(x.cpu() for x in outputs)
     if case.is_wrong:

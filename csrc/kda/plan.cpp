@@ -108,7 +108,7 @@ JsonObject stage_ctas(const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
   JsonObject ctas;
   const int64_t segments = plan.segment_slots * p.value_heads;
   if (plan.path == ChunkFwdPath::kFused) {
-    ctas.add("fused_scan", plan.clusters * (p.value_dim / plan.value_tile));
+    ctas.add("fused_scan", plan.scans + plan.makers);
   }
   if (plan.path == ChunkFwdPath::kStepwise) {
     ctas.add("step_factors", plan.step_slots * p.value_heads);
@@ -143,17 +143,20 @@ void reserve_staged(ChunkFwdWorkspace& w, const ChunkFwdProblem& p, const ChunkF
 // Chains of the fused kernel: (sequence, value head).
 int64_t chains_of(const ChunkFwdProblem& p) { return p.sequences * p.value_heads; }
 
-// Whether a chain may go from one cluster to another: unless each cluster has whole ones for certain.
-bool shares_chains(const ChunkFwdProblem& p, int64_t clusters) {
-  return chains_of(p) > clusters && (p.varlen || chains_of(p) % clusters != 0);
+// Whether a chain may go from one scan to another: unless each has whole ones for certain.
+bool shares_chains(const ChunkFwdProblem& p, int64_t scans) {
+  return chains_of(p) > scans && (p.varlen || chains_of(p) % scans != 0);
 }
 
 void reserve_fused(ChunkFwdWorkspace& w, const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
   constexpr size_t kFp32 = 4;
-  if (!shares_chains(p, plan.clusters)) return;
-  const auto clusters = static_cast<size_t>(plan.clusters);
-  w.handoff_states = reserve(w, clusters * p.value_dim * p.key_dim * kFp32);
-  w.handoff_flags = reserve(w, clusters * (p.value_dim / plan.value_tile) * sizeof(uint32_t));
+  const auto scans = static_cast<size_t>(plan.scans);
+  w.ring_images = reserve(w, scans * kFusedRingSlots * step_image_bytes(p.key_dim));
+  const bool shares = shares_chains(p, plan.scans);
+  if (shares) w.handoff_states = reserve(w, scans * p.value_dim * p.key_dim * kFp32);
+  w.ring_flags = reserve(w, scans * (kFusedRingSlots + 1) * sizeof(uint32_t));
+  if (shares) w.handoff_flags = reserve(w, scans * (p.value_dim / kScanRows) * sizeof(uint32_t));
+  w.flag_bytes = w.total_bytes - w.ring_flags;
 }
 
 void reserve_stepwise(ChunkFwdWorkspace& w, const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
@@ -183,17 +186,15 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p, const ChunkFwdPlanOptions&
     reserve_staged(plan.workspace, p, plan);
     return plan;
   }
-  // One CTA a multiprocessor.
-  const int64_t side_by_side = std::max<int64_t>(p.sm_count / (p.value_dim / kScanRows), 1);
-  const int64_t most = std::max<int64_t>(options.clusters.value_or(side_by_side), 1);
-  const int64_t clusters = std::min({side_by_side, most, std::max<int64_t>(chains_of(p), 1)});
+  const FusedEstimate fused = estimate_fused(p, options.scans);
   const StepwiseEstimate stepwise = estimate_stepwise(p);
   const bool is_forced = options.path.has_value();
-  if (is_forced ? *options.path == ChunkFwdPath::kFused : estimate_fused_us(p, clusters) < stepwise.us) {
+  if (is_forced ? *options.path == ChunkFwdPath::kFused : fused.us < stepwise.us) {
     plan.path = ChunkFwdPath::kFused;
     plan.reason = is_forced ? "asked for" : "its estimate is below that of the stepwise path";
-    plan.value_tile = kScanRows;
-    plan.clusters = clusters;
+    plan.value_tile = p.value_dim;
+    plan.scans = fused.scans;
+    plan.makers = fused.makers;
     reserve_fused(plan.workspace, p, plan);
     return plan;
   }
@@ -263,7 +264,8 @@ std::string to_json(const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
   json.add("chunk_tokens", int64_t{kChunkTokens});
   json.add("chunk_slots", plan.chunk_slots);
   json.add("value_tile", int64_t{plan.value_tile});
-  json.add("clusters", plan.clusters);
+  json.add("scans", plan.scans);
+  json.add("makers", plan.makers);
   json.add("segment_chunks", plan.segment_chunks);
   json.add("segment_slots", plan.segment_slots);
   json.add("stage_ctas", stage_ctas(p, plan));

@@ -36,7 +36,7 @@ struct ChunkFwdProblem {
 enum class ChunkFwdPath : int32_t {
   kComposite = 0,  // no CUDA kernel: PyTorch operators, or the CPU kernels of a host tensor
   kStaged = 1,     // three kernels: intra-chunk solve, state recurrence, output GEMM; for inputs that are not aligned
-  kFused = 2,      // one kernel: producers of the factors of a step feed the recurrence through shared memory
+  kFused = 2,      // one kernel: some CTAs make the factors of the steps, others take them through the recurrence
   kStepwise = 3,   // two kernels: the factors of all steps side by side, then a scan; two more if sequences are cut
 };
 
@@ -44,7 +44,7 @@ enum class ChunkFwdPath : int32_t {
 struct ChunkFwdPlanOptions {
   std::optional<ChunkFwdPath> path;       // a path of kernels; kStaged where that does not cover the call
   std::optional<int> value_tile;          // of kStaged: 32, 64 or 128; at most V
-  std::optional<int64_t> clusters;        // of kFused: at most so many in the grid
+  std::optional<int64_t> scans;           // of kFused: at most so many in the grid
   std::optional<int64_t> segment_chunks;  // of kStepwise; 0: sequences are not cut
 };
 
@@ -65,9 +65,13 @@ struct ChunkFwdWorkspace {
   size_t U = 0;            // Tinv V, fp32 accumulators [slots, HV, V, C]; then, in its place, U as two bf16 operands
   size_t state = 0;        // state at entry of a chunk [slots, HV, V, K]   bf16, fragment order
   size_t chunk_decay = 0;  // e^{G_C}                   [slots, HV, K]      fp32
-  // Of kFused, one for each cluster: the state of a chain that goes on in another one, if that can be
-  size_t handoff_states = 0;  // [clusters, V, K]     fp32, fragments
-  size_t handoff_flags = 0;   // whether it is there  [clusters, V / 64]   uint32
+  // Of kFused, for each scan; the flags, which are cleared before the kernel, last:
+  size_t ring_images = 0;     // images on their way       [scans, kFusedRingSlots]      see step_image_bytes()
+  size_t handoff_states = 0;  // the state of a chain that goes on in another scan, if that can be
+                              //                           [scans, V, K]     fp32, fragments
+  size_t ring_flags = 0;      // which images are there, how many are read  [scans, kFusedRingSlots + 1]   uint32
+  size_t handoff_flags = 0;   // whether the state is there                 [scans, V / 64]                uint32
+  size_t flag_bytes = 0;      // of both
   // Of kStepwise:
   size_t step_images = 0;  // factors of each step      [step slots, HV]    see step_image_bytes()
   // Of a cut, one for each (segment slot, value head):
@@ -83,7 +87,8 @@ struct ChunkFwdPlan {
   int64_t chunk_slots = 0;  // grid extent over chunks; see chunk_slots()
   int64_t step_slots = 0;   // of kStepwise: grid extent over steps; see step_slots()
   int value_tile = 0;       // V columns of one CTA of the state recurrence, of the fused kernel or of the scan
-  int64_t clusters = 0;  // of kFused: of V / 64 CTAs each, side by side; chains are dealt out to them in equal shares
+  int64_t scans = 0;   // of kFused: CTAs that go through the steps, to which chains are dealt out in equal shares
+  int64_t makers = 0;  // of kFused: CTAs that make the factors for them
 
   // The cut of sequences into segments, whose affine maps S -> M S + B are computed side by side before the scan.
   int64_t segment_chunks = 0;  // chunks of one segment; 0: sequences are not cut

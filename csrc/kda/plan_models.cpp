@@ -114,17 +114,29 @@ StepwiseEstimate estimate_stepwise(const ChunkFwdProblem& p) {
   return best;
 }
 
-double estimate_fused_us(const ChunkFwdProblem& p, int64_t clusters) {
-  constexpr double kLaunchUs = 9.0;      // launch, first loads, last stores
+FusedEstimate estimate_fused(const ChunkFwdProblem& p, std::optional<int64_t> most_scans) {
+  constexpr double kLaunchUs = 12.0;     // launch, first loads, last stores
   constexpr double kStepsToBegin = 2.5;  // from one chain to the next, without a partial step
-  constexpr double kLevels = 1.7;        // of a gate without a bound, whose steps take the levels (step_operands.cuh)
-  const double bounded_us = p.key_dim == 128 ? (p.value_dim == 128 ? 1.66 : 2.85) : (p.value_dim == 128 ? 1.27 : 2.07);
-  const double step_us = bounded_us * (p.bounded_gate ? 1.0 : kLevels);
-  const auto available = static_cast<double>(std::max<int64_t>(clusters, 1));
-  return expected_us(p, [&](const Load& load) {
-    const double chain = load.chunks * Load::kStepsPerChunk + kStepsToBegin;
-    return kLaunchUs + std::max(load.chains() * chain / available, chain) * step_us;
-  });
+  constexpr double kLevels = 1.5;        // of a gate without a bound, whose steps take the levels (step_operands.cuh)
+  constexpr int64_t kMakersOfScan = 3;   // CTAs; their groups' images fill its ring
+  const bool wide = p.key_dim == 128;
+  const double make_us = (wide ? 1.9 : 1.2) * (p.bounded_gate ? 1.0 : kLevels);  // a step, on one multiprocessor
+  const double scan_us = wide ? 1.0 : 0.75;
+  const int64_t ctas = std::max(p.sm_count, 2);
+  const int64_t chains = std::max<int64_t>(p.sequences * p.value_heads, 1);
+  const int64_t most = std::max<int64_t>(most_scans.value_or(ctas), 1);
+  FusedEstimate best = {0, 0, 0.0};
+  for (int64_t scans = 1; scans <= std::min({chains, most, ctas - 1}); ++scans) {
+    const int64_t makers = std::min(ctas - scans, kMakersOfScan * scans);
+    if (4 * makers < scans) break;  // a group for each
+    const double us = expected_us(p, [&](const Load& load) {
+      const double chain = load.chunks * Load::kStepsPerChunk + kStepsToBegin;
+      const double share = std::max(load.chains() * chain / static_cast<double>(scans), chain);
+      return kLaunchUs + std::max(share * scan_us, load.steps() * make_us / static_cast<double>(makers));
+    });
+    if (best.scans == 0 || us < best.us) best = {scans, makers, us};
+  }
+  return best;
 }
 
 }  // namespace kda

@@ -2,6 +2,8 @@
 // (docs/lab-notebook.md). Pure functions, like the plan.
 #pragma once
 
+#include <optional>
+
 #include "plan.h"
 
 namespace kda {
@@ -20,7 +22,12 @@ struct StepwiseEstimate {
 // The stepwise path with the cut that is best for it.
 [[nodiscard]] StepwiseEstimate estimate_stepwise(const ChunkFwdProblem& problem);
 
-// The fused kernel on so many clusters, which walk through equal shares of all steps.
-[[nodiscard]] double estimate_fused_us(const ChunkFwdProblem& problem, int64_t clusters);
+struct FusedEstimate {
+  int64_t scans, makers;  // CTAs of the grid
+  double us;
+};
+
+// The fused kernel with the grid that is estimated to be the fastest, with at most most_scans scans.
+[[nodiscard]] FusedEstimate estimate_fused(const ChunkFwdProblem& problem, std::optional<int64_t> most_scans);
 
 }  // namespace kda

@@ -12,6 +12,10 @@ inline constexpr int kChunkTokens = 64;
 // the solve for each token, and a range of the gates that one reference token in the middle can serve (see step_operands.cuh).
 inline constexpr int kStepTokens = 32;
 
+// Of the fused forward: places for images of each scan, through which those of its steps go in turn. A few more than what its makers and its
+// own shared memory hold, and few enough for all of them to stay in the second-level cache.
+inline constexpr int kFusedRingSlots = 16;
+
 // Under the root of the normalisation x * rsqrt(sum x^2 + epsilon).
 inline constexpr float kL2NormEpsilon = 1e-6f;
 

@@ -88,7 +88,8 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("chunk_slots", &kda::ChunkFwdPlan::chunk_slots)
       .def_readonly("step_slots", &kda::ChunkFwdPlan::step_slots)
       .def_readonly("value_tile", &kda::ChunkFwdPlan::value_tile)
-      .def_readonly("clusters", &kda::ChunkFwdPlan::clusters)
+      .def_readonly("scans", &kda::ChunkFwdPlan::scans)
+      .def_readonly("makers", &kda::ChunkFwdPlan::makers)
       .def_readonly("segment_chunks", &kda::ChunkFwdPlan::segment_chunks)
       .def_readonly("segment_slots", &kda::ChunkFwdPlan::segment_slots)
       .def_readonly("workspace", &kda::ChunkFwdPlan::workspace);
@@ -130,11 +131,11 @@ PYBIND11_MODULE(kda_plan, m) {
   m.def(
       "plan_chunk_fwd",
       [](const kda::ChunkFwdProblem& problem, std::optional<kda::ChunkFwdPath> path, std::optional<int> value_tile,
-         std::optional<int64_t> clusters, std::optional<int64_t> segment_chunks) {
-        return kda::plan_chunk_fwd(problem, {path, value_tile, clusters, segment_chunks});
+         std::optional<int64_t> scans, std::optional<int64_t> segment_chunks) {
+        return kda::plan_chunk_fwd(problem, {path, value_tile, scans, segment_chunks});
       },
       py::arg("problem"), py::kw_only(), py::arg("path") = py::none(), py::arg("value_tile") = py::none(),
-      py::arg("clusters") = py::none(), py::arg("segment_chunks") = py::none());
+      py::arg("scans") = py::none(), py::arg("segment_chunks") = py::none());
   m.def("intermediate_bytes", &kda::intermediate_bytes, py::arg("problem"));
   m.def("plan_chunk_bwd", &kda::plan_chunk_bwd, py::arg("problem"), py::arg("activated_gate"),
         py::arg("saved") = false);

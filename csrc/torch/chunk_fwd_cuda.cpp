@@ -50,7 +50,7 @@ Outputs chunk_fwd_cuda(ChunkFwdArguments args) {
 
 // What no path can do is refused here, what the plan's path cannot do in check_plan().
 ChunkFwdPlanOptions plan_options(const std::string& path, std::optional<int64_t> segment_chunks,
-                                 std::optional<int64_t> value_tile, std::optional<int64_t> clusters,
+                                 std::optional<int64_t> value_tile, std::optional<int64_t> scans,
                                  int64_t value_dim) {
   ChunkFwdPlanOptions options;
   if (path == "staged") {
@@ -74,8 +74,8 @@ ChunkFwdPlanOptions plan_options(const std::string& path, std::optional<int64_t>
     }
     options.value_tile = static_cast<int>(*value_tile);
   }
-  if (clusters && *clusters < 1) refuse("clusters", "expected at least 1, got " + std::to_string(*clusters));
-  options.clusters = clusters;
+  if (scans && *scans < 1) refuse("scans", "expected at least 1, got " + std::to_string(*scans));
+  options.scans = scans;
   return options;
 }
 
@@ -87,8 +87,8 @@ void check_plan(const ChunkFwdPlan& plan, const ChunkFwdPlanOptions& options) {
     refuse("value_tile", "expected none with path stepwise or fused, which have no tiles of V to choose, got " +
                              std::to_string(*options.value_tile));
   }
-  if (options.clusters && plan.path != ChunkFwdPath::kFused) {
-    refuse("clusters", "expected none with path stepwise or staged, got " + std::to_string(*options.clusters));
+  if (options.scans && plan.path != ChunkFwdPath::kFused) {
+    refuse("scans", "expected none with path stepwise or staged, got " + std::to_string(*options.scans));
   }
   if (options.segment_chunks.value_or(0) > 0 && !is_stepwise) {
     refuse("segment_chunks",
@@ -114,9 +114,9 @@ void boxed_chunk_fwd_planned_cuda(StableIValue* stack, uint64_t, uint64_t) {
   const auto path = to<std::string>(stack[kChunkFwdArguments]);
   const auto segment_chunks = to<std::optional<int64_t>>(stack[kChunkFwdArguments + 1]);
   const auto value_tile = to<std::optional<int64_t>>(stack[kChunkFwdArguments + 2]);
-  const auto clusters = to<std::optional<int64_t>>(stack[kChunkFwdArguments + 3]);
+  const auto scans = to<std::optional<int64_t>>(stack[kChunkFwdArguments + 3]);
   check_chunk_fwd(args);
-  const ChunkFwdPlanOptions options = plan_options(path, segment_chunks, value_tile, clusters, args.v.size(3));
+  const ChunkFwdPlanOptions options = plan_options(path, segment_chunks, value_tile, scans, args.v.size(3));
   return_outputs(chunk_fwd_planned_cuda(std::move(args), options), stack);
 }
 

@@ -35,10 +35,10 @@ inline constexpr const char* kSchemas[] = {
 
     // The forward by CUDA kernels and nothing else, as planned with what is fixed here; for tests and measurements.
     // path: stepwise, fused or staged; empty: as chunk_fwd. segment_chunks: chunks of a segment of the stepwise path, 0: no
-    // cut; the others cut nothing. value_tile: V columns of a CTA of the recurrence of the staged path. clusters: at most so
+    // cut; the others cut nothing. value_tile: V columns of a CTA of the recurrence of the staged path. scans: at most so
     // many in the grid of the fused kernel. What the path cannot do is refused.
     "chunk_fwd_planned(" KDA_CHUNK_FWD_ARGUMENTS
-    ", str path=\"\", int? segment_chunks=None, int? value_tile=None, int? clusters=None) -> "
+    ", str path=\"\", int? segment_chunks=None, int? value_tile=None, int? scans=None) -> "
     "(Tensor o, Tensor final_state, Tensor chunk_states)",
 
     // The composite implementation of the forward: on the CPU that of chunk_fwd, elsewhere PyTorch operators.

@@ -103,7 +103,7 @@ def call(inputs: dict[str, Any], **grid: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         grid: in a test of all paths, what the path of the test has to choose: ``value_tile``, V columns of a CTA of the
-            staged path; ``clusters`` of the fused path.
+            staged path; ``scans`` of the fused path.
     """
     with kernels_only():
         return launch(inputs, **grid)

@@ -67,7 +67,7 @@ def test_every_instantiation(family: str, K: int, V: int, dtype: torch.dtype) ->
 # What the grid of a path may be beside the planner's choice. The stepwise path has one.
 GRIDS = {
     "staged": [{"value_tile": tile} for tile in (32, 64, 128)],
-    "fused": [{"clusters": count} for count in (1, 2, 3, 5)],
+    "fused": [{"scans": count} for count in (1, 2, 3, 5)],
 }
 
 
@@ -75,7 +75,7 @@ GRIDS = {
 @all_head_sizes
 @all_dtypes
 def test_grids(family: str, K: int, V: int, dtype: torch.dtype, all_paths: str) -> None:  # noqa: F811
-    """A CTA of the staged recurrence takes all columns of V or some, the fused kernel has any number of clusters: the
+    """A CTA of the staged recurrence takes all columns of V or some, the fused kernel has any number of scans: the
     same bits.
     """
     if not ON_CUDA or all_paths not in GRIDS:

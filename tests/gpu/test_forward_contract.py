@@ -68,7 +68,7 @@ def test_kernels_of_a_call(packed: bool, all_paths: str) -> None:  # noqa: F811
 def test_kernels_of_a_call_that_hands_over() -> None:
     """One memset more: of the flags."""
     inputs = make_inputs("long", lengths=[70, 0, 130], with_state=True, device=DEVICE)
-    planned = functools.partial(torch.ops.kda.chunk_fwd_planned, **inputs, path="fused", clusters=2)
+    planned = functools.partial(torch.ops.kda.chunk_fwd_planned, **inputs, path="fused", scans=2)
     check_launches(planned, KERNELS["fused"], memsets=2)
 
 

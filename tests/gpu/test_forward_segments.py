@@ -302,9 +302,9 @@ def test_a_long_sequence_is_cut_unasked(family: str) -> None:
         (dict(value_tile=64), "argument `value_tile`: expected none with path stepwise or fused"),
         (dict(path="staged", value_tile=48), "argument `value_tile`: expected 32, 64 or 128"),
         (dict(path="staged", value_tile=128), "argument `value_tile`: .* at most V = 64, got 128"),
-        (dict(path="fused", clusters=0), "argument `clusters`: expected at least 1, got 0"),
-        (dict(path="stepwise", clusters=2), "argument `clusters`: expected none with path stepwise or staged, got 2"),
-        (dict(path="staged", clusters=2), "argument `clusters`: expected none with path stepwise or staged, got 2"),
+        (dict(path="fused", scans=0), "argument `scans`: expected at least 1, got 0"),
+        (dict(path="stepwise", scans=2), "argument `scans`: expected none with path stepwise or staged, got 2"),
+        (dict(path="staged", scans=2), "argument `scans`: expected none with path stepwise or staged, got 2"),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )

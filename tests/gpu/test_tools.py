@@ -72,10 +72,10 @@ def test_cases_cover_every_instantiation_of_the_fused_kernel() -> None:
     for case, inputs in covering_cases("fused"):
         (B, T, _, K), (HV, V) = inputs["q"].shape, inputs["v"].shape[2:]
         assert case.segment_chunks is None, case.name
-        counts.add(case.clusters)
-        if case.clusters and "cu_seqlens" not in inputs:
-            steps_of_cluster = B * HV * -(-T // step_tokens) // case.clusters
-            if steps_of_cluster > 2 * stages and B * HV % case.clusters and T % step_tokens:
+        counts.add(case.scans)
+        if case.scans and "cu_seqlens" not in inputs:
+            steps_of_cluster = B * HV * -(-T // step_tokens) // case.scans
+            if steps_of_cluster > 2 * stages and B * HV % case.scans and T % step_tokens:
                 scan.add((K, V, inputs["q"].dtype))
         kind = kind_of_gate(inputs)
         gates.add((kind, K, inputs["g"].dtype == torch.float32))
@@ -96,7 +96,7 @@ def test_cases_cover_every_instantiation_of_the_stepwise_kernels() -> None:
     for case, inputs in covering_cases("stepwise"):
         K, V, dtype, longest = inputs["q"].shape[3], inputs["v"].shape[3], inputs["q"].dtype, longest_sequence(inputs)
         kind = kind_of_gate(inputs)
-        assert case.segment_chunks is not None and case.clusters is None, case.name
+        assert case.segment_chunks is not None and case.scans is None, case.name
         factors.add((K, dtype))
         gates |= {(kind, K), (kind, inputs["g"].dtype)}
         if kind != "sigmoid":
@@ -120,7 +120,7 @@ def test_cases_cover_every_instantiation_of_the_stepwise_kernels() -> None:
 
 
 def test_fused_cases_hand_over_sequences_of_any_length() -> None:
-    """Packed calls with empty sequences and with more sequences than a CTA has threads, on several clusters."""
+    """Packed calls with empty sequences and with more sequences than a CTA has threads, on several scans."""
     threads = 384
     lengths = [inputs["cu_seqlens"].diff() for case, inputs in covering_cases("fused") if "cu_seqlens" in inputs]
     assert any(x.numel() > threads for x in lengths)

@@ -155,6 +155,9 @@ __device__ __forceinline__ void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Likewise for all of memory, and the other way round.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
 // ---- Barriers ----
 
 // `threads` threads of the CTA, whole warps, meet at barrier `id` of 16; 0 is that of __syncthreads().

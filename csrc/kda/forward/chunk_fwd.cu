@@ -27,10 +27,15 @@ cudaError_t run_steps(const ChunkFwdParams& call, const ChunkFwdPlan& plan, cuda
   if (status != cudaSuccess) return status;
   uint8_t* const base = static_cast<uint8_t*>(call.workspace);
   if (plan.path == ChunkFwdPath::kFused) {
-    params.clusters = plan.clusters;
-    if (plan.workspace.total_bytes > 0) {
-      params.handoff_states = reinterpret_cast<float4*>(base + plan.workspace.handoff_states);
-      params.handoff_flags = reinterpret_cast<uint32_t*>(base + plan.workspace.handoff_flags);
+    const ChunkFwdWorkspace& workspace = plan.workspace;
+    params.scans = plan.scans;
+    params.ctas = plan.scans + plan.makers;
+    params.images = base + workspace.ring_images;
+    params.ring_flags = reinterpret_cast<uint32_t*>(base + workspace.ring_flags);
+    params.flag_bytes = workspace.flag_bytes;
+    if (workspace.handoff_flags > 0) {
+      params.handoff_states = reinterpret_cast<float4*>(base + workspace.handoff_states);
+      params.handoff_flags = reinterpret_cast<uint32_t*>(base + workspace.handoff_flags);
     }
     return run_stage("kda.fused_scan", [&] { return launch_fused_scan<K>(params, stream); });
   }

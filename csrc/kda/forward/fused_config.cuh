@@ -1,81 +1,67 @@
-// The fused forward's configuration: shared-memory map, roles, barriers. See fused_scan.cuh for the kernel.
+// The fused forward's configuration: roles, shared-memory maps, barriers, the ring in device memory. See fused_scan.cuh for the kernel.
 #pragma once
 
-#include "../device/triangular_inverse.cuh"
 #include "scan_schedule.cuh"
-#include "step_layout.cuh"
+#include "state_scan.cuh"
+#include "step_factors.cuh"
 
 namespace kda {
 
 // K: channels of a key. V: width of a value row.
 template <int K_, int V_, typename Element_>
-struct FusedConfig : StepStage<K_, 64> {
-  using Stage = StepStage<K_, 64>;
-  using Stage::C, Stage::K, Stage::kRows, Stage::kStageBytes, Stage::kKeyTileBytes;
+struct FusedConfig : StepStage<K_, V_> {
+  using Stage = StepStage<K_, V_>;
+  using Stage::C, Stage::K, Stage::kStageBytes;
   static constexpr int V = V_;
   using Element = Element_;
 
-  // CTAs of a cluster: one for each 64 rows of the transposed state. They share the work of the producers.
-  static constexpr int kCtas = V / kRows;
+  static constexpr int kGroupThreads = 128, kThreads = 4 * kGroupThreads;
 
-  // Registers of a thread after the roles have parted: those that all were launched with.
-  static constexpr int kProducerGroups = 2, kGroupThreads = 128;
-  static constexpr int kThreads = (kProducerGroups + 1) * kGroupThreads;
-  static constexpr int kProducerRegisters = 144, kConsumerRegisters = 216;
-  static_assert(kProducerGroups * kProducerRegisters + kConsumerRegisters == (kProducerGroups + 1) * 168);
+  // Of a CTA that makes images: groups that work by themselves.
+  using Factors = StepFactorsConfig<K, kGroupThreads / 32, Element>;
+  static constexpr int kMakers = 4;
+  static_assert(kMakers * kGroupThreads == kThreads);
+  static constexpr int kMakerBytes = (Factors::kSharedBytes + 1023) / 1024 * 1024;
 
-  // One stage: what a consumer needs of a step. A stage is always filled by the same CTA.
-  static constexpr int kStages = 4;
-  static_assert(kStages % kCtas == 0);
+  // Of a CTA that scans: a group for each 64 rows of S^T, then one whose first thread loads. The rest goes home, and leaves its registers.
+  static constexpr int kScanGroups = V / 64, kConsumers = kScanGroups * kGroupThreads;
+  static constexpr int kIdleRegisters = 24, kConsumerRegisters = 216;
+  static_assert(kScanGroups * kConsumerRegisters + (4 - kScanGroups) * kIdleRegisters <= 65536 / kGroupThreads);
+  static constexpr int kSpareBytes = 4096;  // barriers, stretches, the search for them
+  static constexpr int kMostStages = (227 * 1024 - kSpareBytes) / kStageBytes, kStages = kMostStages < 5 ? kMostStages : 5;
+  static_assert(kStages >= 3);
 
-  // The rows of q, k and g of a step as they come, one buffer for each producer group. Then, in their place, the gates in fp32 (over g, which
-  // has room for fp32) and the operands of the pair products: P q, P k over q, k, and R k over the first of the gates.
-  static constexpr int kRawQ = 0, kRawK = kKeyTileBytes, kRawG = 2 * kKeyTileBytes, kSecondGate = 3 * kKeyTileBytes;
-  static constexpr int kRawBytes = 4 * kKeyTileBytes;
-
-  // What a producer group has for itself.
-  static constexpr int kSolve = 0;  // Akk, then its inverse   [C, 36] fp32
-  static constexpr int kSolveBytes = C * SolveMatrix32::kStride * 4;
-  static constexpr int kTotals =
-      kSolve;  // log-decay of each group of tokens   [groups, K] fp32; no longer needed when Akk comes
-  static constexpr int kTokenGroups = kGroupThreads / (K / 4), kTokensPerThread = C / kTokenGroups;
-  static_assert(kTokenGroups * K * 4 <= kSolveBytes);
-  static constexpr int kRowValues = kSolve + kSolveBytes;  // see RowValues; of even and of odd turns
-  static constexpr int kRowValuesBytes = 6 * C * 4;
-  static constexpr int kProducerBytes = (kRowValues + 2 * kRowValuesBytes + 127) / 128 * 128;
-
-  static constexpr int kRawOffset = kStages * kStageBytes;
-  static constexpr int kProducerOffset = kRawOffset + kProducerGroups * kRawBytes;
-  static constexpr int kBarrierOffset = kProducerOffset + kProducerGroups * kProducerBytes;
-  static constexpr int kBarriers = 2 * kStages + kProducerGroups;
-  static constexpr int kSearchOffset = 0;  // StretchSearch, before the roles part and stages take its place
-  static constexpr int kStretchOffset = kBarrierOffset + 8 * kBarriers;
-  static constexpr int kSharedBytes = kStretchOffset + static_cast<int>(sizeof(ScanStretch));
+  static constexpr int kScanBytes = kStages * kStageBytes;
+  static constexpr int kBarrierOffset = kMakers * kMakerBytes > kScanBytes ? kMakers * kMakerBytes : kScanBytes;
+  static constexpr int kStretchOffset = kBarrierOffset + 16 * kStages;
+  static constexpr int kSearchOffset = kStretchOffset + kMakers * static_cast<int>(sizeof(ScanStretch));
+  static constexpr int kSharedBytes = kSearchOffset + static_cast<int>(sizeof(StretchSearch));
   static_assert(kSharedBytes <= 227 * 1024);
-
-  static __device__ __forceinline__ uint32_t full(uint32_t shared, int stage) {
-    return shared + kBarrierOffset + 16 * stage;
-  }
-  static __device__ __forceinline__ uint32_t empty(uint32_t shared, int stage) { return full(shared, stage) + 8; }
-  static __device__ __forceinline__ uint32_t raw_full(uint32_t shared, int producer) {
-    return shared + kBarrierOffset + 16 * kStages + 8 * producer;
-  }
-
-  // Of a step, by its index in the stretch.
-  static __device__ __forceinline__ int stage_of(int index) { return index % kStages; }
-  static __device__ __forceinline__ uint32_t parity_of(int index) { return index / kStages & 1; }
-  static __device__ __forceinline__ uint32_t maker_of(int stage) { return stage % kCtas; }
 };
 
-// Of a thread of the fused forward.
-struct FusedRole {
-  const StepKernelParams& params;
-  const ScanStretch& stretch;
-  uint8_t* shared;
-  int stretch_index;
-  uint32_t rank;  // of the CTA in its cluster
-  int group;      // which of the producers'
-  int thread, warp, lane;
+// The images on their way: those of a scan's stretch go through kFusedRingSlots places in turn. A maker tells that one is there, the scan up to which
+// of them it has got. By `n`, the index of a step in its stretch.
+struct FusedRing {
+  uint8_t* images;  // of the scan   [kFusedRingSlots] StepImage
+  uint32_t* made;   // [kFusedRingSlots] 1 + index of the step whose image is there
+  uint32_t* taken;  // how many the scan has got
+
+  template <int kImageBytes>
+  static __device__ __forceinline__ FusedRing of_scan(const StepKernelParams& params, int64_t scan) {
+    uint32_t* const flags = params.ring_flags + scan * (kFusedRingSlots + 1);
+    return {params.images + scan * kFusedRingSlots * int64_t{kImageBytes}, flags, flags + kFusedRingSlots};
+  }
+
+  __device__ __forceinline__ void wait_until_free(int n) const {
+    while (static_cast<int>(ptx::load_acquire(taken)) + kFusedRingSlots <= n) __nanosleep(64);
+  }
+  __device__ __forceinline__ void wait_until_made(int n) const {
+    while (ptx::load_acquire(made + n % kFusedRingSlots) != static_cast<uint32_t>(n + 1)) __nanosleep(32);
+  }
+  __device__ __forceinline__ void tell_made(int n) const {
+    ptx::store_release(made + n % kFusedRingSlots, static_cast<uint32_t>(n + 1));
+  }
+  __device__ __forceinline__ void tell_taken(int count) const { ptx::store_release(taken, static_cast<uint32_t>(count)); }
 };
 
 }  // namespace kda

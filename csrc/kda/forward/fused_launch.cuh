@@ -11,14 +11,11 @@ cudaError_t launch_fused_scan(const StepKernelParams& params, cudaStream_t strea
   const ChunkFwdProblem& problem = params.call.problem;
   const auto launch_config = [&](auto config) {
     using Config = decltype(config);
-    if (params.handoff_flags != nullptr) {
-      const size_t bytes = params.clusters * Config::kCtas * sizeof(uint32_t);
-      const cudaError_t status = cudaMemsetAsync(params.handoff_flags, 0, bytes, stream);
-      if (status != cudaSuccess) return status;
-    }
-    return launch_grid(fused_scan_kernel<Config>,
-                       {params.clusters * Config::kCtas, Config::kThreads, Config::kSharedBytes, Config::kCtas}, stream,
-                       params);
+    const cudaError_t status = cudaMemsetAsync(params.ring_flags, 0, params.flag_bytes, stream);
+    if (status != cudaSuccess) return status;
+    Grid grid{params.ctas, Config::kThreads, Config::kSharedBytes};
+    grid.is_resident = true;
+    return launch_grid(fused_scan_kernel<Config>, grid, stream, params);
   };
   return for_element(problem, [&](auto element) {
     using Element = decltype(element);

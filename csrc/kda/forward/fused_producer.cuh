@@ -1,15 +1,25 @@
-// A producer group of the fused forward: of all steps of the stretch those that fall to it (step_producer.cuh), for all CTAs of the cluster.
+// A maker of the fused forward: four warps that make the images of every so manieth step of a scan's stretch (step_factors.cuh), into the
+// scan's ring in device memory.
 #pragma once
 
 #include "fused_config.cuh"
-#include "step_producer.cuh"
 
 namespace kda {
 
 template <typename Config>
-struct FusedProducer : FusedRole {
+struct FusedProducer {
+  using Factors = typename Config::Factors;
+  using Producer = StepProducer<Factors>;
+  using Image = StepImage<Config::K>;
   static constexpr int C = Config::C;
-  static constexpr int kStride = Config::kCtas * Config::kProducerGroups;  // steps from one of the group to the next
+
+  const StepKernelParams& params;
+  const ScanStretch& stretch;
+  const FusedRing ring;
+  uint8_t* const shared;  // of the group
+  const int first, stride;  // of its steps in the stretch
+  const int barrier;
+  const int thread, lane;
 
   // A step as the tensor maps and the producer need it.
   struct Step {
@@ -18,135 +28,60 @@ struct FusedProducer : FusedRole {
     bool exists;
   };
 
-  __device__ __forceinline__ Step describe(const StepWalk& walk, int key_head) const {
+  __device__ __forceinline__ Step describe(const StepWalk& walk) const {
     const ScanPiece& piece = walk.pieces.piece;
-    return {walk.index, walk.token, piece.batch, walk.tokens(), piece.value_head, key_head, !walk.done()};
+    const int heads_of_key = params.call.problem.value_heads / params.call.problem.heads;
+    return {walk.index,       walk.token,                       piece.batch, walk.tokens(),
+            piece.value_head, piece.value_head / heads_of_key, !walk.done()};
   }
 
-  // Threads of different warps that start copies, so that none keeps its warp for long.
-  static constexpr int kLoader = 0, kValuesLoader = 32, kSender = 64;
-
-  static constexpr int kBarrier = 1;  // + group
-  __device__ __forceinline__ uint8_t* scratch() const {
-    return shared + Config::kProducerOffset + group * Config::kProducerBytes;
-  }
-  __device__ __forceinline__ uint8_t* raw() const { return shared + Config::kRawOffset + group * Config::kRawBytes; }
+  __device__ __forceinline__ uint32_t loaded() const { return ptx::shared_address(shared) + Factors::kBarrier; }
 
   // q, k and g of a step, by one thread. Rows past the end are of any content.
   __device__ __forceinline__ void load_inputs(const Step& step) const {
-    if (!step.exists || thread != kLoader) return;
-    const uint32_t barrier = Config::raw_full(ptx::shared_address(shared), group);
-    const uint32_t rows = ptx::shared_address(raw());
-    const bool gate_is_fp32 = params.call.gate_type == DataType::kFloat32;
-    ptx::mbarrier_arrive_expect_tx(barrier, (gate_is_fp32 ? 4 : 3) * Config::kKeyTileBytes);
-    ptx::cp_async_bulk_tensor_load(rows + Config::kRawQ, &params.q, 0, step.token, 0, step.key_head, step.batch,
-                                   barrier);
-    ptx::cp_async_bulk_tensor_load(rows + Config::kRawK, &params.k, 0, step.token, 0, step.key_head, step.batch,
-                                   barrier);
-    ptx::cp_async_bulk_tensor_load(rows + Config::kRawG, &params.g, 0, step.token, 0, step.value_head, step.batch,
-                                   barrier);
-  }
-
-  // V of a step to all CTAs, and how many bytes come there for its stage: by one thread.
-  __device__ __forceinline__ void load_values(const Step& step, int stage_index) const {
-    if (thread != kValuesLoader) return;
-    const uint32_t shared_base = ptx::shared_address(shared);
-    const uint32_t full = Config::full(shared_base, stage_index);
-    const uint32_t to = shared_base + stage_index * Config::kStageBytes + Config::kValues;
-#pragma unroll
-    for (uint32_t cta = 0; cta < Config::kCtas; ++cta) {
-      const int block = static_cast<int>(cta);  // of 64 columns
-      if (cta == rank) {
-        ptx::mbarrier_arrive_expect_tx(full, Config::kValueTileBytes);
-        ptx::cp_async_bulk_tensor_load(to, &params.v, 0, step.token, block, step.value_head, step.batch, full);
-      } else {
-        ptx::mbarrier_arrive_expect_tx_at_cta(ptx::map_to_cta(full, cta),
-                                              Config::kValueTileBytes + Config::kImageBytes);
-        ptx::cp_async_bulk_tensor_load_multicast(to, &params.v, 0, step.token, block, step.value_head, step.batch, full,
-                                                 1u << cta);
-      }
+    if (step.exists && thread == 0) {
+      load_step_rows<Factors>(params, ptx::shared_address(shared), loaded(), step.token, step.batch, step.key_head,
+                              step.value_head);
     }
-  }
-
-  // Bytes begin .. end of the stage to the same place in the other CTAs, by one thread, after a barrier of the group that the fences of all
-  // writers precede.
-  __device__ __forceinline__ void send(int stage_index, int begin, int end) const {
-    if (thread != kSender) return;
-    const uint32_t shared_base = ptx::shared_address(shared);
-    const uint32_t from = shared_base + stage_index * Config::kStageBytes + begin;
-#pragma unroll
-    for (uint32_t cta = 0; cta < Config::kCtas; ++cta) {
-      if (cta == rank) continue;
-      ptx::cp_async_bulk_to_cta(ptx::map_to_cta(from, cta), from, end - begin,
-                                ptx::map_to_cta(Config::full(shared_base, stage_index), cta));
-    }
-  }
-
-  __device__ __forceinline__ void make_step(const Step& step, const Step& next, int turn,
-                                            const GateConstants& constants, uint32_t beta_bits) const {
-    const uint32_t shared_base = ptx::shared_address(shared);
-    const int stage_index = Config::stage_of(step.index);
-    uint8_t* const stage = shared + stage_index * Config::kStageBytes;
-    const StepProducer<Config> make{params.call, raw(), stage, scratch(), step.tokens, kBarrier + group, thread, lane};
-    // In turn, though the barrier at the end of a step would allow one place for both.
-    const RowValues rows(scratch() + Config::kRowValues + turn % 2 * Config::kRowValuesBytes);
-    const StepOperands<Config> operands = make.operands(constants);
-
-    ptx::mbarrier_wait_parity(Config::raw_full(shared_base, group), turn & 1);
-    const bool far_apart = make.prepare(operands, constants, rows, beta_bits);
-    ptx::mbarrier_wait_parity(Config::empty(shared_base, stage_index), Config::parity_of(step.index) ^ 1);
-    typename StepProducer<Config>::Products products;
-    make.multiply_pairs(products, operands, rows, far_apart);
-    make.store_akk(products, rows, far_apart);
-    make.store_aqk(products, rows, far_apart);
-    ptx::fence_proxy_async_shared();  // for the copies to the other CTAs and of the next rows, and for the products
-    make.sync();
-    load_inputs(next);
-    load_values(step, stage_index);
-    send(stage_index, 0, Config::kInverseTile);
-    invert_unit_lower_32x32(make.solve_matrix(), warp, lane, [&] { make.sync(); });
-    make.sync();
-    make.store_inverse(rows);
-    ptx::fence_proxy_async_shared();
-    make.sync();
-    send(stage_index, Config::kInverseTile, Config::kImageBytes);
-    ptx::mbarrier_arrive(Config::full(shared_base, stage_index));
   }
 
   __device__ __forceinline__ void run() const {
     const ChunkFwdParams& call = params.call;
-    const int heads_of_key = call.problem.value_heads / call.problem.heads;
     StepWalk walk(call, stretch);
-    walk.skip(static_cast<int>(rank) + Config::kCtas * group);
+    walk.skip(first);
     if (walk.done()) return;
-    // Of the step to come: what it takes of its chain.
     const auto betas_of = [&] {
       const ScanPiece& piece = walk.pieces.piece;
       return BetaReader(call, piece.batch, walk.token, piece.end, piece.value_head, thread);
     };
-    int key_head = walk.pieces.piece.value_head / heads_of_key;
     BetaReader betas = betas_of();
-    Step next = describe(walk, key_head);
+    Step next = describe(walk);
     load_inputs(next);
-    uint32_t beta_next = betas.next(call, kStride * C);
+    uint32_t beta_next = betas.next(call, stride * C);
     int value_head = next.value_head;
-    GateConstants constants(call, value_head, StepProducer<Config>::channel_of(thread));
+    GateConstants constants(call, value_head, Producer::channel_of(thread));
     for (int turn = 0; next.exists; ++turn) {
       const Step step = next;
       const uint32_t beta = beta_next;
-      if (walk.skip(kStride)) {
-        key_head = walk.pieces.piece.value_head / heads_of_key;
-        betas = betas_of();
-      }
-      next = describe(walk, key_head);
-      beta_next = betas.next(call, kStride * C);
+      if (walk.skip(stride)) betas = betas_of();
+      next = describe(walk);
+      beta_next = betas.next(call, stride * C);
       if (step.value_head != value_head) {
         value_head = step.value_head;
-        constants = GateConstants(call, value_head, StepProducer<Config>::channel_of(thread));
+        constants = GateConstants(call, value_head, Producer::channel_of(thread));
       }
+      ptx::mbarrier_wait_parity(loaded(), turn & 1);
       const int here = ptx::opaque(thread);
-      FusedProducer{{params, stretch, shared, stretch_index, rank, group, here, here >> 5, here & 31}}.make_step(
-          step, next, turn, constants, beta);
+      const Producer make{call, shared, shared, shared + Factors::kScratch, step.tokens, barrier, here, here & 31};
+      make_step_image(make, constants, beta, ring.images + step.index % kFusedRingSlots * int64_t{Image::kImageBytes},
+                      [&] { ring.wait_until_free(step.index); });
+      if (thread == 0) {
+        ptx::cp_async_bulk_wait_read_all();  // the shared memory is free
+        load_inputs(next);
+        ptx::cp_async_bulk_wait_all();  // the image is there
+        ptx::fence_proxy_async();
+        ring.tell_made(step.index);
+      }
     }
   }
 };

@@ -1,16 +1,13 @@
-// The fused forward: one kernel from q, k, v, g and beta to o and the final state. But for the state of a chain that two clusters share,
-// nothing else goes through device memory.
+// The fused forward: one kernel from q, k, v, g and beta to o and the final state.
 //
-// Grid: clusters of a CTA for each 64 rows of V, as many as run side by side. scan_schedule.cuh says which steps of which chains a cluster takes.
-// Roles of a CTA: two producer groups (fused_producer.cuh) make the factors of a step of 32 tokens each; the steps go in turn to all
-// producer groups of the cluster, and what is made goes to all of its CTAs through distributed shared memory. One consumer group
-// (fused_consumer.cuh) carries 64 rows of the state through all steps, in fp32 accumulators.
-// They meet in a ring of four stages with a full and an empty barrier each.
+// Grid: one CTA a multiprocessor, all of them resident at once (a cooperative launch). The first are scans: scan_schedule.cuh says which steps of which
+// chains each takes (fused_consumer.cuh). All others are makers, four groups a CTA, each for one scan: a group makes the images of every so
+// manieth of its steps (fused_producer.cuh). Images go through a ring for each scan in device memory, that is, through the second-level cache: a
+// multiprocessor has the code of one role only, which its instruction cache holds, and the roles share the multiprocessors by their needs.
 //
-// Shared memory (bytes, K = 128): 4 stages of 37888 (gated operands 24576, Tinv and Aqk 8192, vectors, V 4096, in whose place O goes out); for
-// each producer group 32768 (rows of q, k, g, then gates and pair operands in their place) and 7168 (the solve, totals, values of the rows).
-// Registers: producers 144, consumers 216 a thread (K = 128: the state takes 64 of them, its bf16 copy 32).
-// Bound by the chain of a step's products in the consumer, and by the latency of the producers: docs/performance.md.
+// Shared memory (bytes, K = V = 128): of makers four times 56320 (step_factors.cuh), of scans five stages of 41984.
+// Registers: makers 128 a thread; scans 216 for each of two groups, 24 for the rest.
+// Bound by the makers' instructions; by the chain of a step's products where chains are few: docs/performance.md.
 #pragma once
 
 #include "fused_consumer.cuh"
@@ -22,44 +19,58 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     fused_scan_kernel(const __grid_constant__ StepKernelParams params) {
   extern __shared__ __align__(1024) uint8_t shared[];
-  const uint32_t shared_base = ptx::shared_address(shared);
-  const int clusters = gridDim.x / Config::kCtas;
-  const int stretch_index = clusters - 1 - blockIdx.x / Config::kCtas;
-  const uint32_t rank = Config::kCtas == 1 ? 0 : ptx::cluster_cta_rank();
+  const int64_t scans = params.scans;
+  const bool is_scan = blockIdx.x < scans;
+  auto* const stretches = reinterpret_cast<ScanStretch*>(shared + Config::kStretchOffset);
+  auto& search = *reinterpret_cast<StretchSearch*>(shared + Config::kSearchOffset);
+  const int group = threadIdx.x / Config::kGroupThreads, thread = threadIdx.x % Config::kGroupThreads;
+  const int warp = thread >> 5, lane = thread & 31;
+  const FusedStages<Config> stages{shared};
 
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Config::kStages; ++stage) {
-      // Bytes are counted: of V, and of the image if another CTA makes it; else its makers arrive.
-      const bool is_made_here = Config::maker_of(stage) == rank;
-      ptx::mbarrier_init(Config::full(shared_base, stage), 1 + (is_made_here ? Config::kGroupThreads : 0));
-      // The threads here, and the warps of the other CTAs.
-      constexpr int kReaders = Config::kGroupThreads + (Config::kCtas - 1) * (Config::kGroupThreads / 32);
-      ptx::mbarrier_init(Config::empty(shared_base, stage), kReaders);
-    }
-    for (int producer = 0; producer < Config::kProducerGroups; ++producer) {
-      ptx::mbarrier_init(Config::raw_full(shared_base, producer), 1);
+    if (is_scan) {
+      for (int stage = 0; stage < Config::kStages; ++stage) {
+        ptx::mbarrier_init(stages.full(stage), 1);
+        ptx::mbarrier_init(stages.empty(stage), Config::kConsumers);
+      }
+    } else {
+      for (int maker = 0; maker < Config::kMakers; ++maker) {
+        ptx::mbarrier_init(ptx::shared_address(shared) + maker * Config::kMakerBytes + Config::Factors::kBarrier, 1);
+      }
     }
     ptx::fence_mbarrier_init();
   }
-  auto& search = *reinterpret_cast<StretchSearch*>(shared + Config::kSearchOffset);
-  auto& stretch = *reinterpret_cast<ScanStretch*>(shared + Config::kStretchOffset);
-  const ScanStretch& found = find_stretch(params.call, stretch_index, clusters, search);
-  if (threadIdx.x == 0) {
-    stretch = found;
-    ptx::fence_proxy_async_shared();  // the copy engine writes into the place of the search
-  }
-  ptx::cluster_sync();
 
-  const int group = threadIdx.x / Config::kGroupThreads, thread = threadIdx.x % Config::kGroupThreads;
-  const FusedRole role{params, stretch, shared, stretch_index, rank, group, thread, thread >> 5, thread & 31};
-  if (group < Config::kProducerGroups) {
-    ptx::setmaxnreg_dec<Config::kProducerRegisters>();
-    FusedProducer<Config>{role}.run();
+  if (!is_scan) {
+    const int64_t first_maker = (blockIdx.x - scans) * Config::kMakers;
+    find_stretches<Config::kMakers>(params.call, first_maker, scans, stretches, search);
+    const int64_t makers = (gridDim.x - scans) * Config::kMakers, maker = first_maker + group, scan = maker % scans;
+    const int first = static_cast<int>(maker / scans);
+    const int stride = static_cast<int>((makers - scan + scans - 1) / scans);
+    FusedProducer<Config>{params,
+                          stretches[group],
+                          FusedRing::of_scan<Config::kImageBytes>(params, scan),
+                          shared + group * Config::kMakerBytes,
+                          first,
+                          stride,
+                          1 + group,
+                          thread,
+                          lane}
+        .run();
+    return;
+  }
+
+  const int64_t scan = scans - 1 - blockIdx.x;
+  find_stretches<1>(params.call, scan, scans, stretches, search);
+  if (group >= Config::kScanGroups) {
+    ptx::setmaxnreg_dec<Config::kIdleRegisters>();
+    if (threadIdx.x == Config::kConsumers) {
+      load_fused_stages<Config>(params, stretches[0], FusedRing::of_scan<Config::kImageBytes>(params, scan), stages);
+    }
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    FusedConsumer<Config>{role}.run();
+    FusedConsumer<Config>{params, stretches[0], stages, scan, group, thread, warp, lane}.run();
   }
-  ptx::cluster_sync();  // until the other CTAs no longer write here
 }
 
 }  // namespace kda

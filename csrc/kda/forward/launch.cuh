@@ -17,6 +17,7 @@ struct Grid {
   int threads;  // of a CTA
   int shared_bytes;
   int cluster_ctas = 1;
+  bool is_resident = false;  // all CTAs at once, as they wait for each other
   bool overlaps = false;  // may start before the kernel before has ended; it calls ptx::wait_for_kernel_before()
 };
 
@@ -34,12 +35,17 @@ cudaError_t launch_grid(void (*kernel)(KernelArguments...), const Grid& grid, cu
   config.blockDim = dim3(grid.threads);
   config.dynamicSmemBytes = grid.shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attributes[3] = {};
   config.attrs = attributes;
   if (grid.cluster_ctas > 1) {
     cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster_ctas), 1, 1};
+  }
+  if (grid.is_resident) {
+    cudaLaunchAttribute& resident = attributes[config.numAttrs++];
+    resident.id = cudaLaunchAttributeCooperative;
+    resident.val.cooperative = 1;
   }
   if (grid.overlaps) {
     cudaLaunchAttribute& overlap = attributes[config.numAttrs++];

@@ -1,9 +1,9 @@
 // Who scans what in the fused forward. A chain is the recurrence of one sequence and value head, in steps of 32 tokens. The chains are laid end to
-// end, heads of a sequence next to each other, and the line is cut into one stretch for each cluster, as long as the longest chain or as
-// makes them equal (McNaughton's wrap-around rule): all clusters end at the same time, however many chains there are. A chain is as long as
+// end, heads of a sequence next to each other, and the line is cut into one stretch for each scan, as long as the longest chain or as
+// makes them equal (McNaughton's wrap-around rule): all scans end at the same time, however many chains there are. A chain is as long as
 // its steps and what it takes to begin one.
 //
-// A chain that crosses a cut goes to two clusters. The one after the cut begins with it: it takes the chain's first steps, and leaves the
+// A chain that crosses a cut goes to two scans. The one after the cut begins with it: it takes the chain's first steps, and leaves the
 // state for the one before the cut, which ends with its last steps. No stretch is shorter than a chain, so the state is there before it is needed
 // if both began together. The one that waits is the later of the two in the grid: it never keeps the other from starting.
 #pragma once
@@ -13,7 +13,7 @@
 
 namespace kda {
 
-// The steps of one chain that a cluster takes.
+// The steps of one chain that a scan takes.
 struct ScanPiece {
   int64_t sequence;
   int batch, begin, end;  // its tokens, as coordinates of the tensor maps
@@ -35,7 +35,7 @@ __device__ __forceinline__ int steps_of(const SequenceRange& range) {
 // What a chain takes beside its steps, as a number of steps: loads and stores of its state, an empty pipeline.
 inline constexpr int kStepsToBegin = 4;
 
-// A cluster's stretch of the line, and the first chain in it.
+// A scan's stretch of the line, and the first chain in it.
 struct ScanStretch {
   int64_t begin, end;   // on the line
   int64_t chain_begin;  // where that chain begins, at most `begin`
@@ -139,22 +139,25 @@ struct StepWalk {
   }
 };
 
-// What the threads of a CTA exchange to find their stretch.
+// What the threads of a CTA exchange to find stretches.
 struct StretchSearch {
-  static constexpr int kMostWarps = 32;
+  static constexpr int kMostWarps = 32, kMostStretches = 4;
   int64_t lengths[kMostWarps];
   int longest[kMostWarps];
-  int64_t steps_before[2];  // on the line, before the begin and before the end of the stretch
-  ScanStretch found;
+  int64_t steps_before[kMostStretches][2];  // on the line, before the begin and before the end of a stretch
 };
 
-// Stretch `index` of `count`. Called by all threads of the CTA; `search` is in shared memory.
-__device__ __forceinline__ const ScanStretch& find_stretch(const ChunkFwdParams& call, int64_t index, int64_t count,
-                                                           StretchSearch& search) {
+// The stretches first, first + 1, .. (modulo `count`) of `count`, kStretches of them, into `found`, in shared memory. Called by all threads of the
+// CTA; ends with a barrier. `search` is in shared memory.
+template <int kStretches>
+__device__ __forceinline__ void find_stretches(const ChunkFwdParams& call, int64_t first_index, int64_t count,
+                                               ScanStretch* found, StretchSearch& search) {
+  static_assert(kStretches <= StretchSearch::kMostStretches);
   const int64_t sequences = call.problem.sequences, heads = call.problem.value_heads;
   const int thread = threadIdx.x;
+  const auto index_of = [&](int which) { return (first_index + which) % count; };
   // By the length of the line and the steps of the longest chain.
-  const auto stretch_of = [&](int64_t length, int longest) {
+  const auto stretch_of = [&](int64_t index, int64_t length, int longest) {
     const int64_t share = max((length + count - 1) / count, int64_t{longest} + kStepsToBegin);
     return ScanStretch{index * share, (index + 1) * share, 0, sequences, 0, 0};
   };
@@ -167,10 +170,10 @@ __device__ __forceinline__ const ScanStretch& find_stretch(const ChunkFwdParams&
     return Place{chain, chain * steps + min(offset - chain * (steps + kStepsToBegin), int64_t{steps})};
   };
   if (call.cu_seqlens == nullptr) {
-    if (thread == 0) {
+    if (thread < kStretches) {
       const int steps = steps_of(sequence_range(call, 0));
       const int64_t chains = sequences * heads;
-      ScanStretch stretch = stretch_of(chains * (steps + kStepsToBegin), steps);
+      ScanStretch stretch = stretch_of(index_of(thread), chains * (steps + kStepsToBegin), steps);
       const Place first = place_of(stretch.begin, steps), end = place_of(stretch.end, steps);
       const int64_t all = chains * steps;
       stretch.steps = static_cast<int>(min(end.steps, all) - min(first.steps, all));
@@ -179,20 +182,20 @@ __device__ __forceinline__ const ScanStretch& find_stretch(const ChunkFwdParams&
         stretch.sequence = first.chain / heads;
         stretch.value_head = static_cast<int>(first.chain % heads);
       }
-      search.found = stretch;
+      found[thread] = stretch;
     }
     __syncthreads();
-    return search.found;
+    return;
   }
 
   if (sequences * heads <= count) {  // a chain for each: nothing is to be shared, whatever the lengths are
-    if (thread == 0) {
-      const int64_t sequence = index / heads;
+    if (thread < kStretches) {
+      const int64_t index = index_of(thread), sequence = index / heads;
       const int steps = sequence < sequences ? steps_of(sequence_range(call, sequence)) : 0;
-      search.found = {0, steps + kStepsToBegin, 0, sequence, steps, static_cast<int>(index % heads)};
+      found[thread] = {0, steps + kStepsToBegin, 0, sequence, steps, static_cast<int>(index % heads)};
     }
     __syncthreads();
-    return search.found;
+    return;
   }
 
   // Each thread counts the steps of its share of the sequences.
@@ -222,30 +225,31 @@ __device__ __forceinline__ const ScanStretch& find_stretch(const ChunkFwdParams&
     total += search.lengths[w];
     longest = max(longest, search.longest[w]);
   }
-  ScanStretch stretch = stretch_of(total, longest);
-  if (thread == 0) {
-    search.found = stretch;
+  if (thread < kStretches) {
+    found[thread] = stretch_of(index_of(thread), total, longest);
     // If the line ends first.
     const int64_t all = total - sequences * heads * kStepsToBegin;
-    search.steps_before[0] = search.steps_before[1] = all;
+    search.steps_before[thread][0] = search.steps_before[thread][1] = all;
   }
   __syncthreads();
   // The places of begin and end are found by those whose share they are in.
-  for (int which = 0; which < 2; ++which) {
-    const int64_t place = which == 0 ? stretch.begin : stretch.end;
+#pragma unroll 1
+  for (int n = 0; n < 2 * kStretches; ++n) {
+    const int which = n / 2, is_end = n % 2;
+    const ScanStretch stretch = stretch_of(index_of(which), total, longest);
+    const int64_t place = is_end ? stretch.end : stretch.begin;
     if (!(before <= place && place < before + length)) continue;
     int64_t at = before;
     for (int64_t i = first; i < end; ++i) {
       const int steps = steps_of(sequence_range(call, i));
       if (place < at + length_of(steps)) {
-        const Place found = place_of(place - at, steps);
+        const Place here = place_of(place - at, steps);
         // Before the sequence there are i times heads chains.
-        search.steps_before[which] = at - i * heads * kStepsToBegin + found.steps;
-        if (which == 0) {
-          stretch.chain_begin = at + found.chain * (steps + kStepsToBegin);
-          stretch.sequence = i;
-          stretch.value_head = static_cast<int>(found.chain);
-          search.found = stretch;
+        search.steps_before[which][is_end] = at - i * heads * kStepsToBegin + here.steps;
+        if (!is_end) {
+          found[which].chain_begin = at + here.chain * (steps + kStepsToBegin);
+          found[which].sequence = i;
+          found[which].value_head = static_cast<int>(here.chain);
         }
         break;
       }
@@ -253,9 +257,10 @@ __device__ __forceinline__ const ScanStretch& find_stretch(const ChunkFwdParams&
     }
   }
   __syncthreads();
-  if (thread == 0) search.found.steps = static_cast<int>(search.steps_before[1] - search.steps_before[0]);
+  if (thread < kStretches) {
+    found[thread].steps = static_cast<int>(search.steps_before[thread][1] - search.steps_before[thread][0]);
+  }
   __syncthreads();
-  return search.found;
 }
 
 }  // namespace kda

@@ -47,11 +47,61 @@ struct StepFactorsConfig : StepTiles<K_> {
   static_assert(kCtasPerSm * (kSharedBytes + 1024 + 128) <= 228 * 1024);
 };
 
+// q, k and g of a step into the first tiles of `shared`, by one thread.
+template <typename Config>
+__device__ __forceinline__ void load_step_rows(const StepKernelParams& params, uint32_t shared, uint32_t loaded,
+                                               int token, int batch, int key_head, int value_head) {
+  const bool gate_is_fp32 = params.call.gate_type == DataType::kFloat32;
+  ptx::mbarrier_arrive_expect_tx(loaded, (gate_is_fp32 ? 4 : 3) * Config::kKeyTileBytes);
+  ptx::cp_async_bulk_tensor_load(shared + Config::kRawQ, &params.q, 0, token, 0, key_head, batch, loaded);
+  ptx::cp_async_bulk_tensor_load(shared + Config::kRawK, &params.k, 0, token, 0, key_head, batch, loaded);
+  ptx::cp_async_bulk_tensor_load(shared + Config::kRawG, &params.g, 0, token, 0, value_head, batch, loaded);
+}
+
+// From rows in shared memory to the image in device memory, whose copies are committed and not waited for. before_store(): called by the thread that
+// copies, before it does.
+template <typename Config, typename BeforeStore>
+__device__ __forceinline__ void make_step_image(const StepProducer<Config>& make, const GateConstants& constants,
+                                                uint32_t beta, uint8_t* image, BeforeStore before_store) {
+  using Image = StepImage<Config::K>;
+  const uint32_t shared = ptx::shared_address(make.stage);
+  const RowValues rows(make.scratch + Config::kRowValues);
+  const StepOperands<Config> operands = make.operands(constants);
+  typename StepProducer<Config>::Products products;
+  const bool far_apart = make.prepare(operands, constants, rows, beta);
+  make.multiply_pairs(products, operands, rows, far_apart);
+  ptx::fence_proxy_async_shared();
+  make.sync();  // the pair operands have been read, the gated ones are there
+  if (make.thread == 0) {
+    before_store();
+    // In parts of at most 8 KiB: of larger ones initcheck believes that a part was not written.
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int offset = half * Config::kKeyTileBytes;
+      ptx::cp_async_bulk_store(image + Image::kGated + offset, shared + Config::kGated + offset, Config::kKeyTileBytes);
+    }
+    ptx::cp_async_bulk_store(image + Image::kKeysDecayed, shared + Config::kKeysDecayed, Config::kKeyTileBytes);
+    ptx::cp_async_bulk_commit_group();
+  }
+  make.store_akk(products, rows, far_apart);
+  make.store_aqk(products, rows, far_apart);
+  make.sync();
+  make.invert();
+  make.sync();
+  make.store_inverse(rows);
+  ptx::fence_proxy_async_shared();
+  make.sync();
+  if (make.thread == 0) {
+    ptx::cp_async_bulk_store(image + Image::kInverseTile, shared + Config::kInverseTile, 2 * Config::kPairTileBytes);
+    ptx::cp_async_bulk_store(image + Image::kVectors, shared + Config::kVectors, Config::kVectorBytes);
+    ptx::cp_async_bulk_commit_group();
+  }
+}
+
 template <typename Config>
 __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
     step_factors_kernel(const __grid_constant__ StepKernelParams params) {
-  constexpr int K = Config::K, C = Config::C, kBarrierId = 1;
-  using Image = StepImage<K>;
+  constexpr int C = Config::C, kBarrierId = 1;
   const ChunkFwdParams& call = params.call;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t shared_base = ptx::shared_address(shared);
@@ -68,12 +118,8 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
   if (thread == 0) {
     ptx::mbarrier_init(loaded, 1);
     ptx::fence_mbarrier_init();
-    const int token = static_cast<int>(location.first_token), batch = static_cast<int>(location.batch);
-    const bool gate_is_fp32 = call.gate_type == DataType::kFloat32;
-    ptx::mbarrier_arrive_expect_tx(loaded, (gate_is_fp32 ? 4 : 3) * Config::kKeyTileBytes);
-    ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawQ, &params.q, 0, token, 0, key_head, batch, loaded);
-    ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawK, &params.k, 0, token, 0, key_head, batch, loaded);
-    ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawG, &params.g, 0, token, 0, value_head, batch, loaded);
+    load_step_rows<Config>(params, shared_base, loaded, static_cast<int>(location.first_token),
+                           static_cast<int>(location.batch), key_head, value_head);
   }
   const StepProducer<Config> make{call,       shared, shared, shared + Config::kScratch, location.tokens,
                                   kBarrierId, thread, lane};
@@ -81,43 +127,11 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
   const uint32_t beta =
       BetaReader(call, location.batch, location.first_token, location.first_token + location.tokens, value_head, thread)
           .next(call, C);
-  const RowValues rows(shared + Config::kScratch + Config::kRowValues);
-  const StepOperands<Config> operands = make.operands(constants);
   __syncthreads();
   ptx::mbarrier_wait_parity(loaded, 0);
-
-  typename StepProducer<Config>::Products products;
-  const bool far_apart = make.prepare(operands, constants, rows, beta);
-  make.multiply_pairs(products, operands, rows, far_apart);
-  uint8_t* const image = params.images + (slot * value_heads + value_head) * Image::kImageBytes;
-  ptx::fence_proxy_async_shared();
-  __syncthreads();  // the pair operands have been read, the gated ones are there
-  if (thread == 0) {
-    // In parts of at most 8 KiB: of larger ones initcheck believes that a part was not written.
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int offset = half * Config::kKeyTileBytes;
-      ptx::cp_async_bulk_store(image + Image::kGated + offset, shared_base + Config::kGated + offset,
-                               Config::kKeyTileBytes);
-    }
-    ptx::cp_async_bulk_store(image + Image::kKeysDecayed, shared_base + Config::kKeysDecayed, Config::kKeyTileBytes);
-    ptx::cp_async_bulk_commit_group();
-  }
-  make.store_akk(products, rows, far_apart);
-  make.store_aqk(products, rows, far_apart);
-  __syncthreads();
-  make.invert();
-  __syncthreads();
-  make.store_inverse(rows);
-  ptx::fence_proxy_async_shared();
-  __syncthreads();
-  if (thread == 0) {
-    ptx::cp_async_bulk_store(image + Image::kInverseTile, shared_base + Config::kInverseTile,
-                             2 * Config::kPairTileBytes);
-    ptx::cp_async_bulk_store(image + Image::kVectors, shared_base + Config::kVectors, Config::kVectorBytes);
-    ptx::cp_async_bulk_commit_group();
-    ptx::cp_async_bulk_wait_read_all();  // the shared memory is given back
-  }
+  make_step_image(make, constants, beta,
+                  params.images + (slot * value_heads + value_head) * StepImage<Config::K>::kImageBytes, [] {});
+  if (thread == 0) ptx::cp_async_bulk_wait_read_all();  // the shared memory is given back
 }
 
 }  // namespace kda

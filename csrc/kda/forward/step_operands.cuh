@@ -89,7 +89,7 @@ struct StepOperands {
   using GatedTile = typename Config::GatedTile;
   static constexpr int K = Config::K, C = Config::C, kTokens = Config::kTokensPerThread, kGroups = Config::kTokenGroups;
   // Tokens whose loads are issued together, as far as registers go: a store may alias any load after it.
-  static constexpr int kBatch = Config::kGroupThreads == 256 ? 2 : 4;
+  static constexpr int kBatch = 2;
   static_assert(kTokens == 4 || kTokens == 8);
 
   uint8_t* const raw;      // rows of the step; pair operands take their place

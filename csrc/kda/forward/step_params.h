@@ -13,13 +13,14 @@ struct StepKernelParams {
   CUtensorMap q, k, g, v;
 
   // Of the fused path:
-  int64_t clusters;  // of the grid
-  float4*
-      handoff_states;  // [clusters, V / 16, K / 8, 32 lanes] fragments of S^T where a chain goes from one cluster to another
-  uint32_t* handoff_flags;  // [clusters, V / 64] whether these rows are there; null if no chain is shared
+  int64_t scans, ctas;     // of the grid, the scans first
+  uint32_t* ring_flags;    // [scans, kFusedRingSlots + 1]; see FusedRing. All flags are cleared before the kernel
+  float4* handoff_states;  // [scans, V / 16, K / 8, 32 lanes] fragments of S^T where a chain goes from one scan to another
+  uint32_t* handoff_flags;  // [scans, V / 64] whether these rows are there; null if no chain is shared
+  size_t flag_bytes;        // of both kinds, from ring_flags on
 
   // Of the stepwise path:
-  uint8_t* images;          // [step slots, HV] StepImage
+  uint8_t* images;          // [step slots, HV] StepImage; of the fused path [scans, kFusedRingSlots]
   float* segment_map;       // [segment slots, HV, K / 16, K / 8] tiles of M^T [16, 8], column by column
   float4* segment_state;    // [segment slots, HV, V / 16, K / 8, 32 lanes] fragments of S^T at the end of a segment
   uint32_t* segment_faded;  // [segment slots, HV] whether nothing of the state at the entry is left: M is 0

@@ -102,7 +102,7 @@ struct StepProducer {
     const uint32_t tile = ptx::shared_address(raw) + (matrix & 1 ? Config::kRawK : Config::kRawQ);
     // Over even and over odd kt: products with the same accumulators wait for each other.
     float q_sums[2][4] = {}, k_sums[2][4] = {};
-#pragma unroll
+#pragma unroll 1
     for (int first = 0; first < K / 16; first += kLoadsAhead) {
       uint32_t rows[kLoadsAhead][4];  // 0-7: q, 8-15: k
 #pragma unroll
@@ -208,7 +208,7 @@ struct StepProducer {
       }
     };
     constexpr int kAhead = kSharesRows ? 1 : 2;  // as kLoadsAhead
-#pragma unroll
+#pragma unroll 1
     for (int kt = 0; kt < K / 16; kt += kAhead) {
       Operands operands[kAhead];
 #pragma unroll

@@ -1,5 +1,5 @@
-"""The fused kernel deals the chains of (sequence, value head) out to clusters in equal shares, and a chain that crosses
-a cut is begun by one and finished by another: the same bits whatever the number of clusters is, hence wherever the cuts
+"""The fused kernel deals the chains of (sequence, value head) out to scans in equal shares, and a chain that crosses
+a cut is begun by one and finished by another: the same bits whatever the number of scans is, hence wherever the cuts
 lie."""
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ BY_TOKEN = ("q", "k", "v", "g", "beta")
 both_index_dtypes = pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
 
 
-def dealt(inputs: dict[str, Any], clusters: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """(o, final_state, chunk_states) by the fused kernel on at most so many clusters; None: as many as the plan has."""
+def dealt(inputs: dict[str, Any], scans: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(o, final_state, chunk_states) by the fused kernel on at most so many scans; None: as many as the plan has."""
     with kernels_only():
-        return torch.ops.kda.chunk_fwd_planned(**inputs, path="fused", clusters=clusters)
+        return torch.ops.kda.chunk_fwd_planned(**inputs, path="fused", scans=scans)
 
 
 def check(inputs: dict[str, Any], counts: tuple[int | None, ...] = (*CLUSTERS, None)) -> tuple[Tensor, Tensor, Tensor]:
-    """Checks one number of clusters against the composite implementation, and all of them against each other."""
+    """Checks one number of scans against the composite implementation, and all of them against each other."""
     outputs = dealt(inputs, counts[0])
     assert_contract(inputs, outputs, composite_fp32(inputs))
-    for clusters in counts[1:]:
-        assert_all_same_bits(dealt(inputs, clusters), outputs, f"{clusters} clusters")
+    for scans in counts[1:]:
+        assert_all_same_bits(dealt(inputs, scans), outputs, f"{scans} scans")
     return outputs
 
 
@@ -62,7 +62,7 @@ def check(inputs: dict[str, Any], counts: tuple[int | None, ...] = (*CLUSTERS, N
 @all_dtypes
 @pytest.mark.parametrize("state_v_first", [False, True])
 def test_every_instantiation(family: str, K: int, V: int, dtype: torch.dtype, state_v_first: bool) -> None:
-    """Seven value heads of one key head, seven steps each: no number of clusters but one has whole chains."""
+    """Seven value heads of one key head, seven steps each: no number of scans but one has whole chains."""
     options: dict[str, Any] = dict(with_state=True, state_v_first=state_v_first, device=DEVICE)
     check(make_inputs(family, T=200, H=1, HV=7, K=K, V=V, dtype=dtype, **options))
 
@@ -108,13 +108,13 @@ def test_every_place_of_a_cut(K: int, V: int) -> None:
         lengths = [STEP_TOKENS * steps + 7, 170, 0, 96, 1]
         inputs = make_inputs("long", lengths=lengths, H=1, K=K, V=V, with_state=True, device=DEVICE)
         expected = dealt(inputs, 1)
-        for clusters in (2, 3, 4, 5):
-            assert_all_same_bits(dealt(inputs, clusters), expected, f"{lengths}, {clusters} clusters")
+        for scans in (2, 3, 4, 5):
+            assert_all_same_bits(dealt(inputs, scans), expected, f"{lengths}, {scans} scans")
 
 
 @pytest.mark.parametrize("place", range(5))
 def test_no_share_is_shorter_than_the_longest_chain(place: int) -> None:
-    """One long sequence among short ones: its chain is as long as a share, and the last clusters may have nothing."""
+    """One long sequence among short ones: its chain is as long as a share, and the last scans may have nothing."""
     lengths = [3, 0, 40, 1]
     lengths.insert(place, 1500)
     check(make_inputs("long", lengths=lengths, H=1, HV=2, K=128, V=128, with_state=True, device=DEVICE))
@@ -192,21 +192,21 @@ def test_padded_cu_seqlens(lengths: list[int], index_dtype: torch.dtype) -> None
     padded["cu_seqlens"] = torch.cat((tight["cu_seqlens"], end.expand(more)))
     state = tight["initial_state"]
     padded["initial_state"] = torch.cat((state, torch.randn_like(state[:1]).expand(more, *state.shape[1:])))
-    for clusters in (*CLUSTERS, None):
-        o_padded, final_padded, chunk_states = dealt(padded, clusters)
+    for scans in (*CLUSTERS, None):
+        o_padded, final_padded, chunk_states = dealt(padded, scans)
         assert not o_padded[:, sum(lengths) :].any()
         assert chunk_states.isfinite().all()
-        assert_same_bits(o_padded[:, : sum(lengths)], o, f"{clusters} clusters")
-        assert_same_bits(final_padded[: len(lengths)], final_state, f"{clusters} clusters")
+        assert_same_bits(o_padded[:, : sum(lengths)], o, f"{scans} scans")
+        assert_same_bits(final_padded[: len(lengths)], final_state, f"{scans} scans")
         assert_same_bits(final_padded[len(lengths) :], padded["initial_state"][len(lengths) :], "empty sequences")
 
 
 # --- Other contents, other times, other calls -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("clusters", [1, 3, 5])
+@pytest.mark.parametrize("scans", [1, 3, 5])
 @both_index_dtypes
-def test_graph_replays_with_other_sequences(clusters: int, index_dtype: torch.dtype) -> None:
+def test_graph_replays_with_other_sequences(scans: int, index_dtype: torch.dtype) -> None:
     """One graph; the cuts lie elsewhere at each replay, and every sequence has the bits that it has alone. NaN lie
     behind the last one.
     """
@@ -222,11 +222,11 @@ def test_graph_replays_with_other_sequences(clusters: int, index_dtype: torch.dt
         index_dtype=index_dtype,
         device=DEVICE,
     )
-    dealt(inputs, clusters)
+    dealt(inputs, scans)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outputs = dealt(inputs, clusters)
+        outputs = dealt(inputs, scans)
     for lengths in ([900, 0, 0, 0], [0, 899, 1, 0], [64, 128, 129, 500], [0, 0, 0, 0], [300, 300, 100, 100], [1] * 4):
         offsets = torch.tensor([0, *lengths]).cumsum(0)
         inputs["cu_seqlens"].copy_(offsets)
@@ -247,18 +247,18 @@ def test_graph_replays_with_other_sequences(clusters: int, index_dtype: torch.dt
             assert_all_same_bits(views, (o_alone, final_alone, states_alone), f"{lengths}: sequence {n}")
 
 
-@pytest.mark.parametrize("clusters", [2, 5, None])
+@pytest.mark.parametrize("scans", [2, 5, None])
 @pytest.mark.parametrize(("K", "V"), HEAD_SIZES)
-def test_same_bits_every_time(clusters: int | None, K: int, V: int) -> None:
+def test_same_bits_every_time(scans: int | None, K: int, V: int) -> None:
     """With the workspace at other addresses, and full of NaN before."""
     lengths = [700, 1, 0, 64, 333, 1500]
     inputs = make_inputs("long", lengths=lengths, H=16, HV=32, K=K, V=V, with_state=True, device=DEVICE)
-    expected, held = dealt(inputs, clusters), []
+    expected, held = dealt(inputs, scans), []
     for n in range(20):
         held.append(torch.full((1 + n << 18,), torch.nan, device=DEVICE))
         if n % 3 == 2:
             held.clear()
-        assert_all_same_bits(dealt(inputs, clusters), expected)
+        assert_all_same_bits(dealt(inputs, scans), expected)
 
 
 def test_calls_side_by_side() -> None:
@@ -270,7 +270,7 @@ def test_calls_side_by_side() -> None:
         )
         for i in range(count)
     ]
-    clusters = [1 + 4 * i for i in range(count)]  # one less than there are chains
+    scans = [1 + 4 * i for i in range(count)]  # one less than there are chains
     expected = [dealt(inputs, 1) for inputs in calls]
     torch.cuda.synchronize()
 
@@ -278,7 +278,7 @@ def test_calls_side_by_side() -> None:
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             for _ in range(20):
-                outputs = torch.ops.kda.chunk_fwd_planned(**calls[i], path="fused", clusters=clusters[i])
+                outputs = torch.ops.kda.chunk_fwd_planned(**calls[i], path="fused", scans=scans[i])
                 assert_all_same_bits(outputs, expected[i], f"thread {i}")
         stream.synchronize()
 
@@ -290,7 +290,7 @@ def test_calls_side_by_side() -> None:
 @all_families
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
 def test_a_full_device_hands_over_unasked(family: str, packed: bool) -> None:
-    """More chains than clusters, and no multiple of them: the plan has room for what is handed over."""
+    """More chains than scans, and no multiple of them: the plan has room for what is handed over."""
     shape: dict[str, Any] = {"lengths": [500, 0, 300, 1, 1200]} if packed else {"T": 700}
     inputs = make_inputs(family, H=97, K=128, V=128, with_state=True, device=DEVICE, **shape)
     if not packed and inputs.get("lower_bound") is not None:
