@@ -679,9 +679,9 @@ class TestBackward:
         K, V, tiles = p.key_dim, p.value_dim, plan.chunk_slots * p.value_heads
         kept = dict.fromkeys(("W", "K_decayed", "Q_gated"), 2 * C * K) | dict.fromkeys(("Aqk", "inverse"), 2 * C * C)
         kept |= {"U": 4 * V * C, "state": 2 * V * K, "chunk_decay": 4 * K}
-        own, sums = {"dU": 4 * V * C, "dstate": 2 * V * K}, {}
+        own, sums = {"dU": 4 * V * C, "dstate": 2 * V * K}, {"by_levels": tiles * 4}
         if activated_gate:
-            sums = dict.fromkeys(("dA_log", "ddt_bias"), tiles * 4 * K)
+            sums |= dict.fromkeys(("dA_log", "ddt_bias"), tiles * 4 * K)
         if p.value_heads > p.heads:
             sums |= dict.fromkeys(("dq", "dk"), 4 * p.tokens * p.value_heads * K)
 
@@ -708,14 +708,14 @@ class TestBackward:
     @pytest.mark.parametrize(
         ("changes", "activated_gate", "expected", "expected_saved", "intermediates"),
         [
-            ({}, False, 3080, 1024, 2056),
-            ({}, True, 3080, 1040, 2056),
-            ({"heads": 4, "value_heads": 12}, True, 3224, 2064, 2056),
-            ({"key_dim": 64, "value_dim": 64}, True, 1412, 392, 1028),
+            ({}, False, 3080, 1024 + 4 / C, 2056),
+            ({}, True, 3080, 1040 + 4 / C, 2056),
+            ({"heads": 4, "value_heads": 12}, True, 3224 + 4 / C, 2064 + 4 / C, 2056),
+            ({"key_dim": 64, "value_dim": 64}, True, 1412, 392 + 4 / C, 1028),
         ],
     )
     def test_memory_of_a_token(
-        self, changes: dict[str, Any], activated_gate: bool, expected: int, expected_saved: int, intermediates: int
+        self, changes: dict[str, Any], activated_gate: bool, expected: float, expected_saved: float, intermediates: int
     ) -> None:
         """As documented, in bytes for each token and value head, K = V = 128 if nothing else is said."""
         p = problem(**changes)

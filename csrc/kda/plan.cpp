@@ -239,6 +239,7 @@ ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool 
   i.chunk_decay = reserve(i, tiles * K * kFp32);
 
   ChunkBwdWorkspace& w = plan.workspace;
+  w.by_levels = reserve(w, tiles * sizeof(uint32_t));
   if (activated_gate) {
     for (size_t* region : {&w.dA_log, &w.ddt_bias}) *region = reserve(w, tiles * K * kFp32);
   }

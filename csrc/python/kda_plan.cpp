@@ -110,6 +110,7 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("dU", &kda::ChunkBwdWorkspace::dU)
       .def_readonly("dA_log", &kda::ChunkBwdWorkspace::dA_log)
       .def_readonly("ddt_bias", &kda::ChunkBwdWorkspace::ddt_bias)
+      .def_readonly("by_levels", &kda::ChunkBwdWorkspace::by_levels)
       .def_readonly("dq", &kda::ChunkBwdWorkspace::dq)
       .def_readonly("dk", &kda::ChunkBwdWorkspace::dk)
       .def_readonly("total_bytes", &kda::ChunkBwdWorkspace::total_bytes);

@@ -35,6 +35,7 @@ ChunkBwdKernelParams kernel_params(const ChunkBwdParams& call, const ChunkBwdPla
   params.dA_log = call.dA_log, params.ddt_bias = call.ddt_bias, params.dinitial_state = call.dinitial_state;
   params.dstate = fragments(workspace.dstate);
   params.dU = fragments(workspace.dU);
+  params.by_levels = reinterpret_cast<uint32_t*>(base + workspace.by_levels);
   if (call.inputs.gate != GateKind::kLog) {
     params.dA_log_parts = floats(workspace.dA_log);
     params.ddt_bias_parts = floats(workspace.ddt_bias);
@@ -64,6 +65,9 @@ cudaError_t chunk_bwd(const ChunkBwdParams& call, const ChunkBwdPlan& plan, cuda
   }
   if (status == cudaSuccess) {
     status = run_stage("kda.intra_chunk_gradients", [&] { return launch_intra_chunk_gradients(params, stream); });
+  }
+  if (status == cudaSuccess) {
+    status = run_stage("kda.level_gradients", [&] { return launch_level_gradients(params, stream); });
   }
   if (status != cudaSuccess) return status;
   return run_stage("kda.reduce_gradients", [&] { return launch_reduce_gradients(params, stream); });

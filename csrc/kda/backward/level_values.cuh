@@ -1,16 +1,15 @@
-// The first half of the intra-chunk gradients, in which a warp owns rows of V or of pairs:
-//   load            q, k, dO and the inverse into shared memory; beta
+// The first half of the gradients by levels, in which a warp owns rows of V or of pairs:
 //   solve           Y = A^{-T} dU, dV = beta Y, and the part of dbeta in Y; norms of q and k
 //   multiply_pairs  the gradients of the pairs of tokens, from dO U^T and Y U^T
 #pragma once
 
-#include "gradients_context.cuh"
+#include "level_context.cuh"
 
 namespace kda {
 
 template <typename Config>
-struct GradientsOfValues : IntraChunkGradientsContext<Config> {
-  using Context = IntraChunkGradientsContext<Config>;
+struct LevelValues : LevelContext<Config> {
+  using Context = LevelContext<Config>;
   using Element = typename Config::Element;
   using Context::address, Context::call, Context::lane, Context::location, Context::member, Context::params,
       Context::row, Context::shared, Context::tile, Context::tokens, Context::value_head, Context::value_row,
@@ -18,111 +17,6 @@ struct GradientsOfValues : IntraChunkGradientsContext<Config> {
   static constexpr int K = Config::K, V = Config::V, C = Config::C;
 
   bool tiny_beta;  // a token of the chunk has beta below kSmallestBeta
-
-  // Rows of `Columns` elements into a swizzled tile; rows past the end are zero.
-  template <int Columns>
-  __device__ __forceinline__ void load_rows(int offset, const Element* first, int64_t row_stride,
-                                            bool vectorized) const {
-    constexpr int kUnits = Columns / 8, kRowsAtOnce = Config::kThreads / kUnits;
-    static_assert(kRowsAtOnce % 8 == 0 && C % kRowsAtOnce == 0, "the swizzle of a thread's rows is the same");
-    const int row = threadIdx.x / kUnits, unit = threadIdx.x % kUnits;
-    const Element* const source = first + row * row_stride + 8 * unit;
-    uint8_t* const destination = shared + offset + SwizzledTile<Columns>::unit_offset(row, unit);
-#pragma unroll
-    for (int i = 0; i < C / kRowsAtOnce; ++i) {
-      const bool in_range = row + i * kRowsAtOnce < location.tokens;
-      const Element* const elements = in_range ? source + i * kRowsAtOnce * row_stride : first;
-      uint8_t* const to = destination + i * kRowsAtOnce * Columns * 2;
-      if (vectorized) {
-        ptx::cp_async_16(ptx::shared_address(to), elements, in_range ? 16 : 0);
-      } else {
-        *reinterpret_cast<uint4*>(to) = in_range ? load_8x16bit<false>(elements) : uint4{0, 0, 0, 0};
-      }
-    }
-  }
-
-  // dO to bf16, each thread what it has loaded.
-  __device__ __forceinline__ void convert_output_gradient() const {
-    constexpr int kUnits = V / 8;
-    for (int i = threadIdx.x; i < C * kUnits; i += Config::kThreads) {
-      uint4* unit = reinterpret_cast<uint4*>(shared + Config::kOutputGradient +
-                                             Config::ValueTile::unit_offset(i / kUnits, i % kUnits));
-      float values[8];
-      unpack_8<Element>(values, *unit);
-      *unit = {pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]), pack_bf16(values[4], values[5]),
-               pack_bf16(values[6], values[7])};
-    }
-  }
-
-  __device__ __forceinline__ void load_beta() {
-    bool tiny = false;
-    if (threadIdx.x < C) {
-      const int token = threadIdx.x;
-      const ChunkFwdParams& c = call();
-      float beta = 0.0f;
-      if (token < location.tokens) {
-        beta = load_1(c.beta,
-                      location.batch * c.beta_stride.batch + (location.first_token + token) * c.beta_stride.token +
-                          value_head * c.beta_stride.head,
-                      c.beta_type);
-        if (c.beta_sigmoid) beta = c.beta_scale * sigmoid(beta);
-        tiny = fabsf(beta) < kSmallestBeta;
-      }
-      tokens(Config::kBeta)[token] = beta;
-      tokens(Config::kBetaBound)[token] = fabsf(beta) < kSmallestBeta ? kSmallestBeta : beta;
-    }
-    tiny_beta = __syncthreads_or(tiny);
-  }
-
-  __device__ __forceinline__ void load() {
-    const ChunkFwdParams& c = call();
-    const int key_head = this->key_head();
-    const auto rows_of = [&](const void* base, const TokenStrides& stride) {
-      return static_cast<const Element*>(base) + location.batch * stride.batch + location.first_token * stride.token +
-             key_head * stride.head;
-    };
-    const bool vectorized = params.forward.vectorized;
-    load_rows<V>(Config::kOutputGradient, static_cast<const Element*>(params.dO) + value_row(0) * V,
-                 int64_t{c.problem.value_heads} * V, true);
-    load_rows<K>(Config::kQuery, rows_of(c.q, c.q_stride), c.q_stride.token, vectorized);
-    load_rows<K>(Config::kKey, rows_of(c.k, c.k_stride), c.k_stride.token, vectorized);
-    const uint8_t* inverse = params.forward.inverse + tile * Config::kPairTileBytes;
-    for (int i = threadIdx.x; i < C * (C / 8);
-         i += Config::kThreads) {  // blocks of 16 above the diagonal are not there
-      const int row = i / (C / 8), unit = i % (C / 8);
-      const uint32_t offset = Config::PairTile::unit_offset(row, unit);
-      if (unit / 2 <= row / 16) ptx::cp_async_16(address(Config::kInverse + offset), inverse + offset, 16);
-    }
-  }
-
-  __device__ __forceinline__ void wait_for_loads() {
-    ptx::cp_async_wait_all();
-    if constexpr (!std::is_same_v<Element, BFloat16>) convert_output_gradient();
-    load_beta();  // ends with a barrier
-  }
-
-  // 1 / |x| of the rows of q and k: four lanes a row, eight rows of one of them a warp.
-  __device__ __forceinline__ void store_norms() const {
-    constexpr int kUnits = K / 8 / 4;  // of a lane
-    for (int job = warp; job < 2 * C / 8; job += Config::kWarps) {
-      const bool is_key = job & 1;
-      const int token = 8 * (job >> 1) + row;
-      float squares = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kUnits; ++i) {
-        float x[8];
-        unpack_8<Element>(x, *reinterpret_cast<const uint4*>(shared + (is_key ? Config::kKey : Config::kQuery) +
-                                                             Config::KeyTile::unit_offset(token, 4 * i + member)));
-#pragma unroll
-        for (int c = 0; c < 8; ++c) squares += x[c] * x[c];
-      }
-      squares = sum_tokens(squares);
-      if (member == 0) {
-        tokens(is_key ? Config::kKeyNorm : Config::kQueryNorm)[token] =
-            call().qk_l2norm ? rsqrtf(squares + kL2NormEpsilon) : 1.0f;
-      }
-    }
-  }
 
   // v of a token and row of V, where beta is too small to divide by it.
   __device__ __forceinline__ float value_element(int token, int row) const {
@@ -231,24 +125,7 @@ struct GradientsOfValues : IntraChunkGradientsContext<Config> {
       load_operands(operands, job + Config::kWarps);
       store_solution(y, high, low, row_tile_of(job), tt);
     }
-    store_norms();
-  }
-
-  // Rows of a [C, Columns] tile to a contiguous tensor, in which the first token has row `first_row` and the next are
-  // `row_stride` rows further each.
-  template <int Columns>
-  __device__ __forceinline__ void store_rows(void* destination, int offset, int64_t first_row, int row_stride) const {
-    constexpr int kUnits = Columns / 8, kRowsAtOnce = Config::kThreads / kUnits;
-    const int row = threadIdx.x / kUnits, unit = threadIdx.x % kUnits;
-    Element* const to =
-        static_cast<Element*>(destination) + (first_row + int64_t{row} * row_stride) * Columns + 8 * unit;
-    const uint8_t* const from = shared + offset + SwizzledTile<Columns>::unit_offset(row, unit);
-#pragma unroll
-    for (int i = 0; i < C / kRowsAtOnce; ++i) {
-      if (row + i * kRowsAtOnce >= location.tokens) break;
-      *reinterpret_cast<uint4*>(to + int64_t{i * kRowsAtOnce} * row_stride * Columns) =
-          *reinterpret_cast<const uint4*>(from + i * kRowsAtOnce * Columns * 2);
-    }
+    this->store_norms();
   }
 
   // The gradients of the pairs, with the factors by which q and k are normalised, so that all that follows takes q and
