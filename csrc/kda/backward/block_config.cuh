@@ -38,6 +38,7 @@ struct IntraChunkGradientsConfig {
     kAskScale,      // what scales dO S^T, Y S^T and U dS'^T of a token
     kPredictScale,  //
     kWriteScale,    //
+    kDiagonal,      // the diagonal of Dqk
     kQueryRadial,   // what of q and k the normalisation takes off dq and dk
     kKeyRadial,
     kTokenArrays,
@@ -46,8 +47,8 @@ struct IntraChunkGradientsConfig {
   static constexpr int kDotParts = kBetaParts + V / 16 * C * 4;        // [kWarps][2][kBlockTokens]: of q . dq and k . dk
   static constexpr int kDotBytes = 2 * kBlockTokens * 4;               // of a warp
   static constexpr int kTotals = kDotParts + kWarps * kDotBytes;       // [kTiles][K]: log2 of the decay over each tile
-  static constexpr int kLargest = kTotals + kTiles * K * 4;            // [kWarps]: the largest pair in magnitude
-  static constexpr int kKept = kLargest + kWarps * 4;                  // see kept_sums()
+  static constexpr int kLargest = kTotals + kTiles * K * 4;            // [kWarps]: the largest pair in magnitude; and one word
+  static constexpr int kKept = kLargest + (kWarps + 4) * 4;            // see kept_sums()
   // Sums of the second block, private to a lane, one tile each: over rows of dO and Y of that block, if they are as large.
   static constexpr int kKeptBytes = kThreads * 32;
   static constexpr bool kKeepsInRows = kValueTileBytes / 2 >= kKeptBytes;

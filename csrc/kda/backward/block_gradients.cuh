@@ -100,7 +100,7 @@ struct BlockGradients : ValueGradients<Config> {
                                                  const Block& exponent, const LaterOperands& second_block,
                                                  int first) const {
     const bool is_second = first > 0;
-    Block written = {zeros(), zeros()};
+    Block written = {zeros(), zeros()};  // U dS'^T
     {
       const uint4* const exit_fragments = state_fragments(params.dstate);
       const uint4* const entry_fragments = state_fragments(params.forward.state);
@@ -129,12 +129,17 @@ struct BlockGradients : ValueGradients<Config> {
     for (int i = 0; i < kBlockTiles; ++i) {
       float scale[4];
       load_tokens(scale, Config::kWriteScale, first + i);
-      k_R[i] = ChannelOperand::scaled(load_values(Config::kKey, first + i), inverse_power(exponent[i]));
+      const ChannelTile R = inverse_power(exponent[i]);
+      k_R[i] = ChannelOperand::scaled(load_values(Config::kKey, first + i), R);
       const ChannelTile rounded = k_R[i].template unpack<BFloat16>();
-      written[i].for_each([&](float& x, int block, int hi, int p) {
-        x *= to_exit[hi] * scale[token_index(block, p)];
-        crossing[hi] += rounded.at(block, hi, p) * x;
+      sums.dk[i].for_each([&](float& dk, int block, int hi, int p) {
+        const float x = written[i].at(block, hi, p) * (to_exit[hi] * scale[token_index(block, p)]);
+        dk = R.at(block, hi, p) * x;
+        const float term = __fmul_rn(rounded.at(block, hi, p), x);  // cancels in what the token itself does not cross
+        crossing[hi] += term;
+        sums.cumulative[i].value[block][2 * hi + p] = -term;
       });
+      written[i] = zeros();  // from here on the sums over pairs
     }
 #pragma unroll
     for (int other = 0; other < kBlockTiles; ++other) {
@@ -152,8 +157,8 @@ struct BlockGradients : ValueGradients<Config> {
       const ChannelTile R = inverse_power(exponent[i]), rounded = k_R[i].template unpack<BFloat16>();
       sums.dk[i].for_each([&](float& dk, int block, int hi, int p) {
         const float x = written[i].at(block, hi, p);
-        dk = R.at(block, hi, p) * x;
-        sums.cumulative[i].value[block][2 * hi + p] = -rounded.at(block, hi, p) * x;
+        dk += R.at(block, hi, p) * x;
+        sums.cumulative[i].value[block][2 * hi + p] -= rounded.at(block, hi, p) * x;
       });
     }
     if (is_second) return;
@@ -201,48 +206,57 @@ struct BlockGradients : ValueGradients<Config> {
     for (int hi = 0; hi < 2; ++hi) from_entry[hi] = ptx::ex2(from_entry[hi]);
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
-      float asks[4], predicts[4];
+      float asks[4], predicts[4], diagonal[4];
       load_tokens(asks, Config::kAskScale, first + i);
       load_tokens(predicts, Config::kPredictScale, first + i);
-      queries[i].for_each([&](float& x, int block, int hi, int p) {
-        const int t = token_index(block, p);
-        x *= from_entry[hi] * asks[t];
-        keys[i].value[block][2 * hi + p] *= from_entry[hi] * predicts[t];
+      load_tokens(diagonal, Config::kDiagonal, first + i);
+      const ChannelTile P = power(exponent[i]);
+      const ChannelTile q = load_values(Config::kQuery, first + i), k = load_values(Config::kKey, first + i);
+      operands.q[i] = ChannelOperand::scaled(q, P);
+      operands.k[i] = ChannelOperand::scaled(k, P);
+      sums.dq[i].for_each([&](float& dq, int block, int hi, int p) {
+        const int e = 2 * hi + p, t = token_index(block, p);
+        const float decay = P.value[block][e] * from_entry[hi];
+        const float query = decay * asks[t] * queries[i].value[block][e];
+        const float key = decay * predicts[t] * keys[i].value[block][e];
+        dq = query + diagonal[t] * k.value[block][e];
+        sums.dk[i].value[block][e] += key + diagonal[t] * q.value[block][e];
+        sums.cumulative[i].value[block][e] += q.value[block][e] * query + k.value[block][e] * key;
       });
     }
-    const auto add = [&](const ChannelOperand& earlier, int i, int other) {
-      multiply_earlier(queries[i], earlier, Config::kDqk, first + i, other);
-      multiply_earlier(keys[i], earlier, Config::kDkk, first + i, other);
-    };
+
+    // The pairs' sums apart from those of the states, next to which they might be lost, or not cancel.
+    float middle[2];
+    decay_over(middle, 1, 1 + kBlockTiles);
+    ChannelOperand k_X[kBlockTiles];
     if (first > 0) {
-      float middle[2];
-      decay_over(middle, 1, 1 + kBlockTiles);
 #pragma unroll
-      for (int other = 0; other < kBlockTiles; ++other) {
-        const ChannelOperand k_X = ChannelOperand::scaled(load_values(Config::kKey, other),
-                                                          power_to(middle, other_exponent[other]));
-#pragma unroll
-        for (int i = 0; i < kBlockTiles; ++i) add(k_X, i, other);
+      for (int i = 0; i < kBlockTiles; ++i) {
+        k_X[i] = ChannelOperand::scaled(load_values(Config::kKey, i), power_to(middle, other_exponent[i]));
       }
     }
 #pragma unroll
-    for (int other = 0; other < kBlockTiles; ++other) {
-#pragma unroll
-      for (int i = other; i < kBlockTiles; ++i) add(k_R[other], i, first + other);
-    }
-#pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
+      ChannelTile query = zeros(), key = zeros();
+      const auto add = [&](const ChannelOperand& earlier, int other) {
+        multiply_earlier(query, earlier, Config::kDqk, first + i, other);
+        multiply_earlier(key, earlier, Config::kDkk, first + i, other);
+      };
+      if (first > 0) {
+#pragma unroll
+        for (int other = 0; other < kBlockTiles; ++other) add(k_X[other], other);
+      }
+#pragma unroll
+      for (int other = 0; other <= i; ++other) add(k_R[other], first + other);
       const ChannelTile P = power(exponent[i]);
-      operands.q[i] = ChannelOperand::scaled(load_values(Config::kQuery, first + i), P);
-      operands.k[i] = ChannelOperand::scaled(load_values(Config::kKey, first + i), P);
       const ChannelTile q_P = operands.q[i].template unpack<BFloat16>();
       const ChannelTile k_P = operands.k[i].template unpack<BFloat16>();
       sums.dq[i].for_each([&](float& dq, int block, int hi, int p) {
         const int e = 2 * hi + p;
-        const float query = queries[i].value[block][e], key = keys[i].value[block][e];
-        dq = P.value[block][e] * query;
-        sums.dk[i].value[block][e] += P.value[block][e] * key;
-        sums.cumulative[i].value[block][e] += q_P.value[block][e] * query + k_P.value[block][e] * key;
+        dq += P.value[block][e] * query.value[block][e];
+        sums.dk[i].value[block][e] += P.value[block][e] * key.value[block][e];
+        sums.cumulative[i].value[block][e] +=
+            q_P.value[block][e] * query.value[block][e] + k_P.value[block][e] * key.value[block][e];
       });
     }
   }

@@ -122,8 +122,8 @@ struct ValueGradients : GradientsRows<Config> {
 
   // The gradients of the pairs, with the factors by which q and k are normalised, so that all that follows takes q and
   // k as they are:
-  //   Dqk[i,j] = scale (dO U^T)[i,j] / (|q_i| |k_j|)  (i >= j)        Dkk[i,j] = -beta_i (Y U^T)[i,j] / (|k_i| |k_j|)  (i > j)
-  // A warp has rows of 16 of one of the two.
+  //   Dqk[i,j] = scale (dO U^T)[i,j] / (|q_i| |k_j|)          Dkk[i,j] = -beta_i (Y U^T)[i,j] / (|k_i| |k_j|)
+  // for i > j; the diagonal of Dqk, over which nothing decays, goes by itself, in fp32. A warp has rows of 16 of one of the two.
   static constexpr int kPairJobs = 2 * kTiles / Config::kWarps;  // of a warp
   struct Pairs {
     float acc[kTiles][2][4];
@@ -167,9 +167,10 @@ struct ValueGradients : GradientsRows<Config> {
           const float2 norms = *reinterpret_cast<const float2*>(tokens(Config::kKeyNorm) + j);
           float& even = pairs.acc[n][half][2 * hi];
           float& odd = pairs.acc[n][half][2 * hi + 1];
-          const int last = is_query ? i : i - 1;
-          even = j <= last ? even * (factor * norms.x) : 0.0f;
-          odd = j + 1 <= last ? odd * (factor * norms.y) : 0.0f;
+          even *= factor * norms.x, odd *= factor * norms.y;
+          if (is_query && (j == i || j + 1 == i)) tokens(Config::kDiagonal)[i] = j == i ? even : odd;
+          even = j < i ? even : 0.0f;
+          odd = j + 1 < i ? odd : 0.0f;
           largest = fmaxf(largest, fmaxf(fabsf(even), fabsf(odd)));
         }
       }
@@ -178,8 +179,16 @@ struct ValueGradients : GradientsRows<Config> {
   }
 
   // 2^e and 2^-e: sums are in units of 2^e, where no pair is larger than 2^e in magnitude, so that P and R at the end of their range
-  // neither overflow nor lose bits, whatever the size of the gradients is.
-  __device__ __forceinline__ uint32_t unit_exponent() const {
+  // neither overflow nor lose bits, whatever the size of the gradients is. Biased e is kept behind the largest pairs of the warps.
+  __device__ __forceinline__ uint32_t& unit_exponent() const {
+    return reinterpret_cast<uint32_t*>(largest_pairs())[Config::kWarps];
+  }
+  static __device__ __forceinline__ float inverse_unit(uint32_t exponent) { return __uint_as_float(exponent << 23); }
+  static __device__ __forceinline__ float unit(uint32_t exponent) { return __uint_as_float((254 - exponent) << 23); }
+  __device__ __forceinline__ float inverse_unit() const { return inverse_unit(unit_exponent()); }
+  __device__ __forceinline__ float unit() const { return unit(unit_exponent()); }
+
+  __device__ __forceinline__ uint32_t choose_unit() const {
     float largest = 0.0f;
 #pragma unroll
     for (int w = 0; w < Config::kWarps; ++w) largest = fmaxf(largest, largest_pairs()[w]);
@@ -187,12 +196,9 @@ struct ValueGradients : GradientsRows<Config> {
     const int exponent = static_cast<int>(__float_as_uint(largest) >> 23) + 1;
     return exponent < kLeast ? kLeast : exponent > kMost ? kMost : exponent;
   }
-  __device__ __forceinline__ float inverse_unit() const { return __uint_as_float(unit_exponent() << 23); }
-  __device__ __forceinline__ float unit() const { return __uint_as_float((254 - unit_exponent()) << 23); }
 
-  __device__ __forceinline__ void store_pair_rows(const Pairs& pairs, int r) const {
+  __device__ __forceinline__ void store_pair_rows(const Pairs& pairs, int r, float size) const {
     uint8_t* const destination = shared + (has_queries() ? Config::kDqk : Config::kDkk);
-    const float size = unit();
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       if (n > r) continue;
@@ -217,14 +223,18 @@ struct ValueGradients : GradientsRows<Config> {
     if (lane == 0) largest_pairs()[warp] = largest;
     store_value_gradient();
     __syncthreads();
+    const uint32_t exponent = choose_unit();
+    const float size = unit(exponent);
 #pragma unroll
-    for (int job = 0; job < kPairJobs; ++job) store_pair_rows(pairs[job], pair_rows(job));
+    for (int job = 0; job < kPairJobs; ++job) store_pair_rows(pairs[job], pair_rows(job), size);
     const int t = threadIdx.x;
+    if (t == 0) unit_exponent() = exponent;
     if (t < C) {
-      const float key = unit() * tokens(Config::kKeyNorm)[t];
-      tokens(Config::kAskScale)[t] = unit() * (call().scale * tokens(Config::kQueryNorm)[t]);
+      const float key = size * tokens(Config::kKeyNorm)[t];
+      tokens(Config::kAskScale)[t] = size * (call().scale * tokens(Config::kQueryNorm)[t]);
       tokens(Config::kPredictScale)[t] = -tokens(Config::kBeta)[t] * key;
       tokens(Config::kWriteScale)[t] = key;
+      tokens(Config::kDiagonal)[t] *= size;
     }
     __syncthreads();
   }
