@@ -101,7 +101,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
     const float size = this->inverse_unit();
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
-      ChannelTile g;
+      ChannelTile g = Blocks::zeros();  // a log-gate in range of one reference has a gradient, whatever it is
       if (activation.kind != GateKind::kLog) g = this->load_gate(first_tile + i);
       cumulative[i].for_each([&](float& x, int, int hi, int) { x = size * (x + crossing[hi]); });
       this->store_gate_gradient(cumulative[i], g, activation, dA_log, ddt_bias, first_tile + i);
