@@ -126,8 +126,8 @@ struct ChunkIntermediates {
 // forward has saved them.
 struct ChunkBwdWorkspace {
   size_t intermediates = 0;  // those of ChunkIntermediates; none if the forward has saved them
-  size_t dstate = 0;  // dS', gradient of the state at the exit of a chunk  [slots, HV, V, K]  bf16, fragment order
-  size_t dU = 0;      // gradient of U as two bf16 operands      [slots, HV, V, C]
+  size_t dstate = 0;     // dS', gradient of the state at the exit of a chunk  [slots, HV, V, K]  bf16, fragment order
+  size_t dU = 0;         // gradient of U as two bf16 operands      [slots, HV, V, C]
   size_t by_levels = 0;  // whether a chunk's gradients are left to the levels of pairs  [slots, HV]  uint32
   size_t dA_log = 0;  // sums over each chunk, by channel        [slots, HV, K]        fp32; only with an activated gate
   size_t ddt_bias = 0;    // likewise

@@ -43,12 +43,12 @@ struct IntraChunkGradientsConfig {
     kKeyRadial,
     kTokenArrays,
   };
-  static constexpr int kBetaParts = kTokens + kTokenArrays * C * 4;    // [V / 16][C]
-  static constexpr int kDotParts = kBetaParts + V / 16 * C * 4;        // [kWarps][2][kBlockTokens]: of q . dq and k . dk
-  static constexpr int kDotBytes = 2 * kBlockTokens * 4;               // of a warp
-  static constexpr int kTotals = kDotParts + kWarps * kDotBytes;       // [kTiles][K]: log2 of the decay over each tile
-  static constexpr int kLargest = kTotals + kTiles * K * 4;            // [kWarps]: the largest pair in magnitude; and one word
-  static constexpr int kKept = kLargest + (kWarps + 4) * 4;            // see kept_sums()
+  static constexpr int kBetaParts = kTokens + kTokenArrays * C * 4;  // [V / 16][C]
+  static constexpr int kDotParts = kBetaParts + V / 16 * C * 4;      // [kWarps][2][kBlockTokens]: of q . dq and k . dk
+  static constexpr int kDotBytes = 2 * kBlockTokens * 4;             // of a warp
+  static constexpr int kTotals = kDotParts + kWarps * kDotBytes;     // [kTiles][K]: log2 of the decay over each tile
+  static constexpr int kLargest = kTotals + kTiles * K * 4;  // [kWarps]: the largest pair in magnitude; and one word
+  static constexpr int kKept = kLargest + (kWarps + 4) * 4;  // see kept_sums()
   // Sums of the second block, private to a lane, one tile each: over rows of dO and Y of that block, if they are as large.
   static constexpr int kKeptBytes = kThreads * 32;
   static constexpr bool kKeepsInRows = kValueTileBytes / 2 >= kKeptBytes;
@@ -56,7 +56,8 @@ struct IntraChunkGradientsConfig {
     return kKeepsInRows ? (i == 0 ? kOutputGradient : kY) + kValueTileBytes / 2 : kKept + i * kKeptBytes;
   }
   static constexpr int kSharedBytes = kKept + (kKeepsInRows ? 0 : 2 * kKeptBytes);
-  static constexpr int kMostCtas = 512 / kThreads, kCtasThatFit = 228 * 1024 / (kSharedBytes + 1024);  // 128 registers a thread
+  static constexpr int kMostCtas = 512 / kThreads,
+                       kCtasThatFit = 228 * 1024 / (kSharedBytes + 1024);  // 128 registers a thread
   static constexpr int kCtasPerSm = kMostCtas < kCtasThatFit ? kMostCtas : kCtasThatFit;
   static_assert(kCtasPerSm >= 2);
 };

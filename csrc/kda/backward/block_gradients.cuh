@@ -174,8 +174,7 @@ struct BlockGradients : ValueGradients<Config> {
         multiply_later(across, second_block.k[other], Config::kDkk, i, kBlockTiles + other);
       }
       const ChannelTile X = power_to(middle, exponent[i]);
-      const ChannelTile rounded =
-          ChannelOperand::scaled(load_values(Config::kKey, i), X).template unpack<BFloat16>();
+      const ChannelTile rounded = ChannelOperand::scaled(load_values(Config::kKey, i), X).template unpack<BFloat16>();
       sums.dk[i].for_each([&](float& dk, int block, int hi, int p) {
         const float x = across.at(block, hi, p);
         dk += X.at(block, hi, p) * x;

@@ -200,7 +200,6 @@ struct GradientsRows : GradientsContext<Config> {
       store(Float16());
     }
   }
-
 };
 
 // A slot without a chunk: its parts of the parameters' gradients are zero; and the gradients of rows that belong to no

@@ -19,8 +19,9 @@
 // cancel between their two tokens outside of what they cross; both sides take the same rounded operands, so that they cancel to fp32.
 //
 // Shared memory (bytes, K = V = 128): dO, Y, U 16384 each; q, k 16384 each, then dq, dk; two matrices of pairs 8192
-// each, first the inverse; 8.5 KiB over tokens and channels: two CTAs share a multiprocessor.
-// Registers: 128. Bound by memory, 260 KiB a chunk and head with gates in fp32, and by its instructions.
+// each, first the inverse; 9 KiB over tokens and channels: two CTAs share a multiprocessor.
+// Registers: 128 (K = 128). The two blocks go through the same code, as the instruction cache is small. Bound by latency: loads of
+// fragments, with 16 warps a multiprocessor, and 58 000 instructions a chunk and head.
 #pragma once
 
 #include "../device/decay_tree.cuh"
@@ -195,8 +196,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     clear_unused_slot<Config>(params, slot, value_head);
     return;
   }
-  GradientsContext<Config> context{params,   shared,   warp,       lane, lane >> 2,
-                                   lane & 3, location, value_head, tile};
+  GradientsContext<Config> context{params, shared, warp, lane, lane >> 2, lane & 3, location, value_head, tile};
   IntraChunkGradients<Config>{{{{context}}}}.run();
 }
 

@@ -18,7 +18,7 @@ struct ChunkBwdKernelParams {
   // Workspace regions; see ChunkBwdWorkspace.
   uint4* dstate;  // [slots, HV, V / 16, K / 16, 32 lanes] operand fragments
   uint4* dU;      // [slots, HV, V / 16, C / 8, 32 lanes] operand fragments, a high and a low one for each 16 tokens
-  uint32_t* by_levels;  // [slots, HV]: whether a chunk's gradients are left to the levels of pairs
+  uint32_t* by_levels;                   // [slots, HV]: whether a chunk's gradients are left to the levels of pairs
   float *dA_log_parts, *ddt_bias_parts;  // [slots, HV, K], or null
   float *dq_parts, *dk_parts;            // [B, T, HV, K], or null: a key head has one value head
 };

@@ -76,7 +76,6 @@ struct LevelContext : GradientsRows<Config> {
   __device__ __forceinline__ int part() const { return warp / Config::kGroups; }
   __device__ __forceinline__ int first_tile() const { return part() * Config::kPartTiles; }
 
-
   __device__ __forceinline__ float* crossing(int part) const {
     return reinterpret_cast<float*>(shared + Config::kCrossing) + part * K;
   }

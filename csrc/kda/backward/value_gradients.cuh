@@ -68,8 +68,7 @@ struct ValueGradients : GradientsRows<Config> {
 #pragma unroll
         for (int t = 0; t < 4; ++t) {
           const int block = t >> 1, p = t & 1;
-          dots[4 * i + t] =
-              y.at(block, 0, p) * values.at(block, 0, p) + y.at(block, 1, p) * values.at(block, 1, p);
+          dots[4 * i + t] = y.at(block, 0, p) * values.at(block, 0, p) + y.at(block, 1, p) * values.at(block, 1, p);
         }
         Config::ValueTile::store_a_trans(pairs, address(Config::kY), 16 * tt, 16 * row_tile, lane);
         Config::ValueTile::store_a_trans(u.pair, address(Config::kU), 16 * tt, 16 * row_tile, lane);
@@ -110,8 +109,8 @@ struct ValueGradients : GradientsRows<Config> {
       if (t >= location.tokens) break;
       const float beta = tokens(Config::kBeta)[t];
       float y[8];
-      unpack_8<BFloat16>(y,
-                         *reinterpret_cast<const uint4*>(shared + Config::kY + Config::ValueTile::unit_offset(t, unit)));
+      unpack_8<BFloat16>(
+          y, *reinterpret_cast<const uint4*>(shared + Config::kY + Config::ValueTile::unit_offset(t, unit)));
       uint32_t packed[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) packed[j] = Packed2<Element>::from_floats(beta * y[2 * j], beta * y[2 * j + 1]);
