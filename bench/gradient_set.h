@@ -41,7 +41,9 @@ class GradientSet {
   // With a plan that says so, runs the forward that leaves the intermediates.
   void save_intermediates(const kda::ChunkFwdProblem& problem, const kda::ChunkBwdPlan& plan, cudaStream_t stream) {
     if (!plan.saved) return;
-    BENCH_CUDA(kda::chunk_fwd_saving(inputs_.params(problem, intermediates_.get()), plan, stream));
+    const DeviceBuffer workspace(kda::saving_workspace_bytes(problem));
+    BENCH_CUDA(
+        kda::chunk_fwd_saving(inputs_.params(problem, workspace.get()), intermediates_.get(), plan, stream));
     BENCH_CUDA(cudaStreamSynchronize(stream));
   }
 

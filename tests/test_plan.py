@@ -678,10 +678,10 @@ class TestBackward:
         plan = planner.plan_chunk_bwd(p, activated_gate, saved)
         K, V, tiles = p.key_dim, p.value_dim, plan.chunk_slots * p.value_heads
         kept = dict.fromkeys(("W", "K_decayed", "Q_gated"), 2 * C * K) | dict.fromkeys(("Aqk", "inverse"), 2 * C * C)
-        kept |= {"U": 4 * V * C, "state": 2 * V * K, "chunk_decay": 4 * K}
-        own, sums = {"dU": 4 * V * C, "dstate": 2 * V * K}, {}
+        kept |= {"U": 2 * V * C, "state": 2 * V * K, "chunk_decay": 4 * K}
+        own, sums = {"dU": 2 * V * C, "dstate": 2 * V * K}, {"by_levels": tiles * 4}
         if activated_gate:
-            sums = dict.fromkeys(("dA_log", "ddt_bias"), tiles * 4 * K)
+            sums |= dict.fromkeys(("dA_log", "ddt_bias"), tiles * 4 * K)
         if p.value_heads > p.heads:
             sums |= dict.fromkeys(("dq", "dk"), 4 * p.tokens * p.value_heads * K)
 
@@ -693,7 +693,15 @@ class TestBackward:
             early += [(plan.workspace.intermediates + begin, name, size) for begin, name, size in intermediates]
         late = [(getattr(plan.workspace, name), name, size) for name, size in sums.items()]
         late += [region for region in early if region[1] not in self.REUSED]
-        for regions in (early, late):
+        first = [("U0", 4 * V * C), *kept.items()] if not saved else []
+        assert planner.saving_workspace_bytes(p) == tiles * 4 * V * C
+        first = [
+            (plan.workspace.U0, name, tiles * size)
+            if name == "U0"
+            else (plan.workspace.intermediates + getattr(plan.intermediates, name), name, tiles * size)
+            for name, size in first
+        ]
+        for regions in (first, early, late):
             self.check_apart(regions, plan.workspace.total_bytes)
         used = sum(size for _, _, size in early), sum(size for _, _, size in late)
         assert max(used) <= plan.workspace.total_bytes < max(used) + ALIGNMENT * (len(early) + len(late))
@@ -708,14 +716,14 @@ class TestBackward:
     @pytest.mark.parametrize(
         ("changes", "activated_gate", "expected", "expected_saved", "intermediates"),
         [
-            ({}, False, 3080, 1024, 2056),
-            ({}, True, 3080, 1040, 2056),
-            ({"heads": 4, "value_heads": 12}, True, 3224, 2064, 2056),
-            ({"key_dim": 64, "value_dim": 64}, True, 1412, 392, 1028),
+            ({}, False, 2568, 768 + 4 / C, 1800),
+            ({}, True, 2568, 784 + 4 / C, 1800),
+            ({"heads": 4, "value_heads": 12}, True, 2712 + 4 / C, 1808 + 4 / C, 1800),
+            ({"key_dim": 64, "value_dim": 64}, True, 1156, 264 + 4 / C, 900),
         ],
     )
     def test_memory_of_a_token(
-        self, changes: dict[str, Any], activated_gate: bool, expected: int, expected_saved: int, intermediates: int
+        self, changes: dict[str, Any], activated_gate: bool, expected: float, expected_saved: float, intermediates: int
     ) -> None:
         """As documented, in bytes for each token and value head, K = V = 128 if nothing else is said."""
         p = problem(**changes)

@@ -64,9 +64,10 @@ struct ChunkFwdParams {
 // graph; the contents of cu_seqlens may change between replays. Returns cudaErrorNotSupported if the plan is not a kernel path.
 [[nodiscard]] cudaError_t chunk_fwd(const ChunkFwdParams& params, const ChunkFwdPlan& plan, cudaStream_t stream);
 
-// The forward that also leaves what the gradients need, in params.workspace: plan.intermediates.total_bytes, 256-byte
-// aligned, instead of the workspace of chunk_fwd. In stages, sequences uncut; o and the states are those of that path.
-[[nodiscard]] cudaError_t chunk_fwd_saving(const ChunkFwdParams& params, const ChunkBwdPlan& plan, cudaStream_t stream);
+// The forward that also leaves what the gradients need: plan.intermediates.total_bytes at `intermediates`, 256-byte aligned. Its
+// workspace has saving_workspace_bytes(). In stages, sequences uncut; o and the states are those of that path.
+[[nodiscard]] cudaError_t chunk_fwd_saving(const ChunkFwdParams& params, void* intermediates, const ChunkBwdPlan& plan,
+                                           cudaStream_t stream);
 
 // All pointers are device pointers. Gradients are contiguous, each in the shape and type of its input.
 struct ChunkBwdParams {

@@ -210,8 +210,13 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p, const ChunkFwdPlanOptions&
 size_t intermediate_bytes(const ChunkFwdProblem& p) {
   constexpr size_t kBf16 = 2, kFp32 = 4, C = kChunkTokens;
   const size_t K = p.key_dim, V = p.value_dim;
-  const size_t tile = C * (3 * K + 2 * C + 2 * V) * kBf16 + V * K * kBf16 + K * kFp32;
+  const size_t tile = C * (3 * K + 2 * C + V) * kBf16 + V * K * kBf16 + K * kFp32;
   return static_cast<size_t>(chunk_slots(p)) * p.value_heads * tile;
+}
+
+size_t saving_workspace_bytes(const ChunkFwdProblem& p) {
+  constexpr size_t kFp32 = 4, C = kChunkTokens;
+  return static_cast<size_t>(chunk_slots(p)) * p.value_heads * p.value_dim * C * kFp32;
 }
 
 ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool saved) {
@@ -233,12 +238,13 @@ ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool 
   for (size_t* region : {&i.W, &i.K_decayed, &i.Q_gated}) *region = reserve(i, tiles * C * K * kBf16);
   i.Aqk = reserve(i, tiles * C * C * kBf16);
   const size_t reused_bytes = i.total_bytes;  // from here on the gradients are made of it
-  i.U = reserve(i, tiles * V * C * 2 * kBf16);
+  i.U = reserve(i, tiles * V * C * kBf16);
   i.state = reserve(i, tiles * V * K * kBf16);
   i.inverse = reserve(i, tiles * C * C * kBf16);
   i.chunk_decay = reserve(i, tiles * K * kFp32);
 
   ChunkBwdWorkspace& w = plan.workspace;
+  w.by_levels = reserve(w, tiles * sizeof(uint32_t));
   if (activated_gate) {
     for (size_t* region : {&w.dA_log, &w.ddt_bias}) *region = reserve(w, tiles * K * kFp32);
   }
@@ -251,7 +257,8 @@ ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool 
     w.total_bytes = w.intermediates + i.total_bytes;
   }
   w.dstate = reserve(w, tiles * V * K * kBf16);
-  w.dU = reserve(w, tiles * V * C * 2 * kBf16);
+  w.dU = reserve(w, tiles * V * C * kBf16);
+  w.U0 = w.dstate;  // [slots, HV, V, C] in fp32: less than both, as K >= C
   return plan;
 }
 

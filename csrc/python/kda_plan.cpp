@@ -108,8 +108,10 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("intermediates", &kda::ChunkBwdWorkspace::intermediates)
       .def_readonly("dstate", &kda::ChunkBwdWorkspace::dstate)
       .def_readonly("dU", &kda::ChunkBwdWorkspace::dU)
+      .def_readonly("U0", &kda::ChunkBwdWorkspace::U0)
       .def_readonly("dA_log", &kda::ChunkBwdWorkspace::dA_log)
       .def_readonly("ddt_bias", &kda::ChunkBwdWorkspace::ddt_bias)
+      .def_readonly("by_levels", &kda::ChunkBwdWorkspace::by_levels)
       .def_readonly("dq", &kda::ChunkBwdWorkspace::dq)
       .def_readonly("dk", &kda::ChunkBwdWorkspace::dk)
       .def_readonly("total_bytes", &kda::ChunkBwdWorkspace::total_bytes);
@@ -123,6 +125,7 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("intermediates", &kda::ChunkBwdPlan::intermediates)
       .def_readonly("workspace", &kda::ChunkBwdPlan::workspace);
 
+  m.def("saving_workspace_bytes", &kda::saving_workspace_bytes, py::arg("problem"));
   m.def("chunk_slots", &kda::chunk_slots, py::arg("problem"));
   m.def("step_slots", &kda::step_slots, py::arg("problem"));
   m.def("step_image_bytes", &kda::step_image_bytes, py::arg("key_dim"));

@@ -180,8 +180,9 @@ std::pair<Outputs, Tensor> chunk_fwd_saving_cuda(ChunkFwdArguments args) {
   if (problem.batch == 0) return {std::move(outputs), std::move(intermediates)};
   const cudaStream_t stream = current_stream(device);
   ChunkFwdParams params = forward_params(args, problem, outputs, stream);
-  params.workspace = intermediates.data_ptr();
-  check_cuda(chunk_fwd_saving(params, plan, stream), "kda::chunk_fwd_saving: launching the kernels");
+  const ScratchMemory workspace(saving_workspace_bytes(problem));
+  params.workspace = workspace.data();
+  check_cuda(chunk_fwd_saving(params, intermediates.data_ptr(), plan, stream), "kda::chunk_fwd_saving: launching the kernels");
   return {std::move(outputs), std::move(intermediates)};
 }
 

@@ -216,10 +216,10 @@ def test_peak_memory_is_what_the_planner_states(features: dict[str, Any], disabl
     assert saved <= kept <= saved + ROUNDING * TENSORS
     expected = saved + plan["workspace_bytes"]
     assert abs(peak - expected) <= ROUNDING * TENSORS, f"{peak} bytes, planned {expected}"
-    # As documented: 3080 bytes for each token and value head of K = V = 128, and the sums of grouped heads that do not
+    # As documented: 2568 bytes for each token and value head of K = V = 128, and the sums of grouped heads that do not
     # fit into what is of no more use.
     if inputs["v"].shape[3] == inputs["q"].shape[3] == 128 and not disable_recompute:
-        assert plan["workspace_bytes"] <= 3224 * inputs["v"].shape[1] * inputs["v"].shape[2]
+        assert plan["workspace_bytes"] <= 2713 * inputs["v"].shape[1] * inputs["v"].shape[2]
 
 
 @needs_cuda

@@ -216,6 +216,30 @@ __device__ __forceinline__ float multiply_tokens(float value) {
   return value * __shfl_xor_sync(0xffffffffu, value, 2);
 }
 
+// Sums from the tile's first token to each of its tokens; for each channel. total: the sum over all.
+__device__ __forceinline__ void prefix_sums(ChannelTile& tile, float (&total)[2], int lane) {
+  const int member = lane & 3;
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    total[row] = 0.0f;
+#pragma unroll
+    for (int block = 0; block < 2; ++block) {
+      float& even = tile.value[block][2 * row];
+      float& odd = tile.value[block][2 * row + 1];
+      float sums = even + odd;  // from the start of the block to this lane's tokens
+#pragma unroll
+      for (int distance = 1; distance < 4; distance *= 2) {
+        const float earlier = __shfl_up_sync(0xffffffffu, sums, distance, 4);
+        if (member >= distance) sums += earlier;
+      }
+      const float previous = __shfl_up_sync(0xffffffffu, sums, 1, 4);
+      even += (member > 0 ? previous : 0.0f) + total[row];
+      odd += even;
+      total[row] += __shfl_sync(0xffffffffu, sums, 3, 4);
+    }
+  }
+}
+
 // Sums from each token of the tile to its end, onto `after`, the sum of what comes later; for each channel. Leaves the
 // sum over all in `after`.
 __device__ __forceinline__ void suffix_sums(ChannelTile& tile, float (&after)[2], int lane) {

@@ -8,10 +8,12 @@
 namespace kda {
 namespace {
 
-// What the first two stages take and leave, with the intermediates at `base`.
-ChunkFwdKernelParams first_stage_params(const ChunkFwdParams& call, const ChunkBwdPlan& plan, uint8_t* base) {
+// What the first two stages take and leave, with the intermediates at `base` and room for U0.
+ChunkFwdKernelParams first_stage_params(const ChunkFwdParams& call, const ChunkBwdPlan& plan, uint8_t* base, void* U0) {
   ChunkFwdKernelParams params = stage_params(call, plan.intermediates, base, plan.chunk_slots);
   params.inverse = base + plan.intermediates.inverse;
+  params.U = static_cast<uint4*>(U0);
+  params.U_rounded = reinterpret_cast<uint4*>(base + plan.intermediates.U);
   return params;
 }
 
@@ -25,7 +27,9 @@ ChunkBwdKernelParams kernel_params(const ChunkBwdParams& call, const ChunkBwdPla
   ChunkBwdKernelParams params = {};
   // Saved intermediates are only read; the type of the kernels' parameters is that of the stages that write them.
   uint8_t* const saved = static_cast<uint8_t*>(const_cast<void*>(call.intermediates));
-  params.forward = first_stage_params(call.inputs, plan, plan.saved ? saved : base + workspace.intermediates);
+  params.forward = first_stage_params(call.inputs, plan, plan.saved ? saved : base + workspace.intermediates,
+                                      base + workspace.U0);
+  params.forward.wants_output = false;
   params.forward.call.o = nullptr;
   params.forward.call.final_state = params.forward.call.chunk_states = nullptr;
 
@@ -35,6 +39,7 @@ ChunkBwdKernelParams kernel_params(const ChunkBwdParams& call, const ChunkBwdPla
   params.dA_log = call.dA_log, params.ddt_bias = call.ddt_bias, params.dinitial_state = call.dinitial_state;
   params.dstate = fragments(workspace.dstate);
   params.dU = fragments(workspace.dU);
+  params.by_levels = reinterpret_cast<uint32_t*>(base + workspace.by_levels);
   if (call.inputs.gate != GateKind::kLog) {
     params.dA_log_parts = floats(workspace.dA_log);
     params.ddt_bias_parts = floats(workspace.ddt_bias);
@@ -48,9 +53,11 @@ ChunkBwdKernelParams kernel_params(const ChunkBwdParams& call, const ChunkBwdPla
 
 }  // namespace
 
-cudaError_t chunk_fwd_saving(const ChunkFwdParams& call, const ChunkBwdPlan& plan, cudaStream_t stream) {
+cudaError_t chunk_fwd_saving(const ChunkFwdParams& call, void* intermediates, const ChunkBwdPlan& plan,
+                             cudaStream_t stream) {
   if (plan.path != ChunkFwdPath::kStaged) return cudaErrorNotSupported;
-  return run_stages(first_stage_params(call, plan, static_cast<uint8_t*>(call.workspace)), plan.value_tile, stream);
+  return run_stages(first_stage_params(call, plan, static_cast<uint8_t*>(intermediates), call.workspace),
+                    plan.value_tile, stream);
 }
 
 cudaError_t chunk_bwd(const ChunkBwdParams& call, const ChunkBwdPlan& plan, cudaStream_t stream) {
@@ -64,6 +71,9 @@ cudaError_t chunk_bwd(const ChunkBwdParams& call, const ChunkBwdPlan& plan, cuda
   }
   if (status == cudaSuccess) {
     status = run_stage("kda.intra_chunk_gradients", [&] { return launch_intra_chunk_gradients(params, stream); });
+  }
+  if (status == cudaSuccess) {
+    status = run_stage("kda.level_gradients", [&] { return launch_level_gradients(params, stream); });
   }
   if (status != cudaSuccess) return status;
   return run_stage("kda.reduce_gradients", [&] { return launch_reduce_gradients(params, stream); });

@@ -12,20 +12,25 @@ struct GateOfTile {
   float lower_bound;
   float bias[2];  // dt_bias of the lane's channels, or 0
 
-  // alpha from g. The kind is looked at once for all elements.
-  __device__ __forceinline__ ChannelTile alpha(const ChannelTile& g) const {
+  // log2 of alpha from g. The kind is looked at once for all elements.
+  __device__ __forceinline__ ChannelTile log2_alpha(const ChannelTile& g) const {
     if (kind == GateKind::kSigmoid) {
       return ChannelTile::make([&](int block, int row, int parity) {
-        return ptx::ex2(lower_bound * kLog2E * sigmoid(decay_rate * (g.at(block, row, parity) + bias[row])));
+        return lower_bound * kLog2E * sigmoid(decay_rate * (g.at(block, row, parity) + bias[row]));
       });
     }
     if (kind == GateKind::kSoftplus) {
       return ChannelTile::make([&](int block, int row, int parity) {
-        return ptx::ex2(-decay_rate * kLog2E * softplus(g.at(block, row, parity) + bias[row]));
+        return -decay_rate * kLog2E * softplus(g.at(block, row, parity) + bias[row]);
       });
     }
-    return ChannelTile::make(
-        [&](int block, int row, int parity) { return ptx::ex2(g.at(block, row, parity) * kLog2E); });
+    return ChannelTile::make([&](int block, int row, int parity) { return g.at(block, row, parity) * kLog2E; });
+  }
+
+  __device__ __forceinline__ ChannelTile alpha(const ChannelTile& g) const {
+    ChannelTile alpha = log2_alpha(g);
+    alpha.for_each([](float& x, int, int, int) { x = ptx::ex2(x); });
+    return alpha;
   }
 
   // From the gradients of the log-gates to those of g, in place; adds to the sums over tokens for A_log and dt_bias.

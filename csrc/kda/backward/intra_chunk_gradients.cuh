@@ -1,436 +1,180 @@
 // Stage 4 of the backward: the gradients inside each chunk. With S at its entry, dS' at its exit, U and dU from the
-// recurrences, A = I + Akk, and F the decay factors of the levels of pairs (docs/design.md):
+// recurrences, A = I + Akk, G the cumulative log-gate, and sums over pairs i >= j of tokens of the chunk:
 //   Y = A^{-T} dU,   dV = beta Y,   dbeta_i = Y_i . U_i / beta_i
 //   Dqk = scale tril(dO U^T),   Dkk = -beta strict_tril(Y U^T), the gradients of the pairs
-//   dq = scale e^G (dO S^T) + sum over levels F (Dqk (F k)),   and for the diagonal of Aqk Dqk_ii k_i
-//   dk = -beta e^G (Y S^T) + e^{G_C - G} (U dS'^T) + sum over levels F (Dkk (F k)) as the later token, and
-//        F (Dkk^T (F k) + Dqk^T (F q)) as the earlier one,   and for the diagonal of Aqk Dqk_ii q_i
+//   dq_i = scale e^{G_i} (dO S^T)_i + sum_j Dqk_ij k_j e^{G_i - G_j}
+//   dk_i = -beta_i e^{G_i} (Y S^T)_i + e^{G_C - G_i} (U dS'^T)_i + sum_j Dkk_ij k_j e^{G_i - G_j} as the later token, and
+//          sum over later tokens t of (Dkk_ti k_t + Dqk_ti q_t) e^{G_t - G_i} as the earlier one
 //   dg_t = the sum of what crosses token t: q dq + k dk of the later tokens less k dk of the earlier ones, the terms of
 //        the states included
 // and then the derivatives of the transforms.
 //
-// Grid: one CTA for each (chunk slot, value head), and with cu_seqlens one more slot; K / 8 warps. First a warp owns
-// rows of V or of pairs (gradients_values.cuh), then 16 channels and half of the tokens, transposed (channel_tile.cuh),
-// 16 tokens at a time: decay factors, operands and results have one layout, and a tile needs few registers.
-// gradients_pairs.cuh has the levels of pairs.
+// Grid: one CTA for each (chunk slot, value head), and with cu_seqlens one more slot; K / 16 warps. First a warp owns
+// rows of V or of pairs (value_gradients.cuh), then 16 channels of a block of 32 tokens, the later block first, transposed
+// (channel_tile.cuh): decay factors, operands and results have one layout (block_gradients.cuh).
 //
-// Numerics: gate factors are products of alpha <= 1. Operands are single bf16 (the emulation in docs/lab-notebook.md).
-// The terms of dg that belong to pairs cancel between their two tokens outside of what they cross; each side takes the
-// same rounded operands, so that they cancel to fp32. Entries of other levels are dropped by selection. alpha = 0
-// has no gradient.
+// Numerics: in each block one reference in its middle serves all pairs, as in step_operands.cuh. A chunk whose gates
+// decay by more than 2^kMaxLog2Range on either side of it, whose q or k are too large for that range, or which has a beta that
+// nothing can be divided by, is left to level_gradients.cuh by a flag. Operands are single bf16. The terms of dg that belong to pairs
+// cancel between their two tokens outside of what they cross; both sides take the same rounded operands, so that they cancel to fp32.
 //
 // Shared memory (bytes, K = V = 128): dO, Y, U 16384 each; q, k 16384 each, then dq, dk; two matrices of pairs 8192
-// each; operands of pairs of different tiles 49152, first the inverse and dV; per lane alpha and parts of dk, then dq
-// and dk in fp32, 65536; 10 KiB over tokens.
-// Registers: 128 allowed (16 warps, one CTA a multiprocessor). Bound by latency.
+// each, first the inverse; 9 KiB over tokens and channels: two CTAs share a multiprocessor.
+// Registers: 128 (K = 128). The two blocks go through the same code, as the instruction cache is small. Bound by latency: loads of
+// fragments, with 16 warps a multiprocessor, and 58 000 instructions a chunk and head.
 #pragma once
 
 #include "../device/decay_tree.cuh"
-#include "gradients_pairs.cuh"
+#include "block_gradients.cuh"
 
 namespace kda {
 
 template <typename Config>
-struct IntraChunkGradients : GradientsOfPairs<Config> {
-  using Values = GradientsOfValues<Config>;
-  using Pairs = GradientsOfPairs<Config>;
-  using Sums = typename Pairs::Sums;
-  using Pairs::load_values, Pairs::zeros;
+struct IntraChunkGradients : BlockGradients<Config> {
+  using Blocks = BlockGradients<Config>;
+  using Values = ValueGradients<Config>;
   using Element = typename Config::Element;
-  using Values::address, Values::call, Values::channel, Values::first_tile, Values::group, Values::keep, Values::kept,
-      Values::kept_operand, Values::key_operand, Values::lane, Values::lane_units, Values::load_tokens,
-      Values::location, Values::member, Values::params, Values::part, Values::query_operand, Values::row,
-      Values::shared, Values::tile, Values::token, Values::tokens, Values::totals, Values::value_head,
-      Values::value_row;
-  static constexpr int K = Config::K, V = Config::V, C = Config::C, kTiles = Config::kTiles;
+  using Sums = typename Blocks::Sums;
+  using Block = typename Blocks::Block;
+  using Blocks::call, Blocks::channel, Blocks::keep, Blocks::kept, Blocks::lane, Blocks::location, Blocks::member,
+      Blocks::params, Blocks::shared, Blocks::tile, Blocks::token, Blocks::totals, Blocks::value_row;
+  static constexpr int K = Config::K, V = Config::V, C = Config::C, kTiles = Config::kTiles,
+                       kBlockTiles = Blocks::kBlockTiles;
 
-  __device__ __forceinline__ GateOfTile gate() const {
-    const ChunkFwdParams& c = call();
-    const float rate = c.A_log != nullptr ? expf(c.A_log[value_head]) : 1.0f;
-    const float* const bias = c.dt_bias != nullptr ? c.dt_bias + int64_t{value_head} * K + channel(0) : nullptr;
-    return {c.gate, rate, c.lower_bound, {bias ? bias[0] : 0.0f, bias ? bias[8] : 0.0f}};
-  }
-
-  // alpha of a tile, and its product over the tokens.
-  __device__ __forceinline__ void activate(const ChannelTile& g, const GateOfTile& activation, int tt) const {
-    ChannelTile alpha = activation.alpha(g);
-    alpha.for_each([&](float& x, int block, int, int parity) {
-      if (token(tt, block, parity) >= location.tokens) x = 1.0f;
-    });
-    keep(lane_units(tt, 0), alpha);
+  // From elements of g to log2 of P, in their place; the totals of the tiles into shared memory. Returns whether the tokens of a
+  // block are too far apart for one reference.
+  __device__ __forceinline__ bool activate(Block& block, int first_tile, const GateOfTile& activation) const {
+    bool far_apart = false;
 #pragma unroll
-    for (int hi = 0; hi < 2; ++hi) {
-      const float total =
-          multiply_tokens((alpha.at(0, hi, 0) * alpha.at(0, hi, 1)) * (alpha.at(1, hi, 0) * alpha.at(1, hi, 1)));
-      if (member == 0) totals(tt)[channel(hi)] = total;
-    }
-  }
-
-  // All that comes from device memory first is asked for at once: g and operands by registers, the rest by asynchronous
-  // copies.
-  __device__ __forceinline__ void load_and_activate(typename Values::SolveOperands& operands) {
-    static_assert(Config::kPartTiles == 2);
-    const ChannelTile g[2] = {this->load_gate(first_tile()), this->load_gate(first_tile() + 1)};
-    const GateOfTile activation = gate();
-    this->load();
-    this->load_operands(operands, this->warp);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) activate(g[i], activation, first_tile() + i);
-  }
-
-  // Product of the decays over the tiles from `first` to before `last`, times `factor`.
-  __device__ __forceinline__ void decay_over(float (&decay)[2], float factor, int first, int last) const {
-#pragma unroll
-    for (int hi = 0; hi < 2; ++hi) decay[hi] = factor;
-#pragma unroll
-    for (int tt = 0; tt < kTiles; ++tt) {
-      if (tt >= first && tt < last) {
-#pragma unroll
-        for (int hi = 0; hi < 2; ++hi) decay[hi] *= totals(tt)[channel(hi)];
-      }
-    }
-  }
-
-  // Fragments [16 channels, 16 of V] of S or dS', as A operands: the first of V / 16.
-  __device__ __forceinline__ const uint4* state_fragments(const uint4* fragments) const {
-    return fragments + (tile * (V / 16) * (K / 16) + group()) * 32 + lane;
-  }
-  static constexpr int kFragmentStride = K / 16 * 32;
-
-  // acc (16 channels, 16 tokens) += operand (16 channels, V) * rows^T of a [C, V] tile, for 16 of V.
-  __device__ __forceinline__ void multiply_state(ChannelTile& acc, const ChannelOperand& operand, int offset, int tt,
-                                                 int kt) const {
-    uint32_t b[4];
-    Config::ValueTile::load_b(b, address(offset), 16 * tt, 16 * kt, lane);
-    operand.multiply(acc.value[0], b[0], b[1]);
-    operand.multiply(acc.value[1], b[2], b[3]);
-  }
-
-  // What phase 1 takes of dS', and of S its half of V. Asked for a phase earlier.
-  struct StateFragmentsOfChannels {
-    ChannelOperand exit[V / 16], entry[V / 32];
-  };
-  __device__ __forceinline__ void load_states(StateFragmentsOfChannels& fragments) const {
-    const uint4* const dstate = state_fragments(params.dstate);
-    const uint4* const state = state_fragments(params.forward.state) + part() * (V / 32) * kFragmentStride;
-#pragma unroll
-    for (int kt = 0; kt < V / 16; ++kt) fragments.exit[kt] = to_operand(dstate[kt * kFragmentStride]);
-#pragma unroll
-    for (int kt = 0; kt < V / 32; ++kt) fragments.entry[kt] = to_operand(state[kt * kFragmentStride]);
-  }
-
-  // Phase 1: e^{G_C - G} (U dS'^T), kept for phase 2, and operands for pairs of different tiles. Every token of the
-  // chunk has in its gradient of g what crosses the whole chunk, e^{G_C} (S . dS') over V, and all that the tokens
-  // write, whose own part phase 2 takes off. Each half adds its tokens and its half of V.
-  __device__ __forceinline__ void scale_operands(const StateFragmentsOfChannels& fragments) const {
-    float dot[2] = {};
-    {
-      ChannelTile written_0 = zeros(), written_1 = zeros();
-#pragma unroll
-      for (int kt = 0; kt < V / 16; ++kt) {
-        multiply_state(written_0, fragments.exit[kt], Config::kU, first_tile(), kt);
-        multiply_state(written_1, fragments.exit[kt], Config::kU, first_tile() + 1, kt);
-        if (kt / (V / 32) == part()) {
-          const ChannelTile entry = fragments.entry[kt % (V / 32)].template unpack<BFloat16>();
-          ChannelTile values = fragments.exit[kt].template unpack<BFloat16>();
-          values.for_each([&](float& x, int block, int hi, int parity) { dot[hi] += x * entry.at(block, hi, parity); });
-        }
-      }
-      keep(lane_units(first_tile(), 1), written_0);
-      keep(lane_units(first_tile() + 1, 1), written_1);
-    }
-
-    float written[2] = {};
-#pragma unroll 1
-    for (int i = 0; i < Config::kPartTiles; ++i) {
-      const int tt = first_tile() + i;
-      ChannelDecayTree tree(kept(lane_units(tt, 0)));
-      tree.complete(lane);
-      const ChannelTile k = load_values(Config::kKey, tt);
-      const bool is_odd = tt & 1, is_later = tt >= kTiles / 2;
-      const ChannelTile of_16 = tree.select(is_odd), of_32 = this->block_32_factor(tree, tt);
-      keep(key_operand(0, tt), ChannelOperand::scaled(k, of_16));
-      keep(key_operand(1, tt), ChannelOperand::scaled(k, of_32));
-      if (is_odd || is_later) {
-        const ChannelTile q = load_values(Config::kQuery, tt);
-        if (is_odd) keep(query_operand(0, tt), ChannelOperand::scaled(q, of_16));
-        if (is_later) keep(query_operand(1, tt), ChannelOperand::scaled(q, of_32));
-      }
-
-      float after[2], norms[4];
-      decay_over(after, 1.0f, tt + 1, kTiles);
-      load_tokens(norms, Config::kKeyNorm, tt);
-      ChannelTile dk = kept(lane_units(tt, 1));
-      dk.for_each([&](float& x, int block, int hi, int parity) {
-        x *= tree.suffix.at(block, hi, parity) * after[hi] * norms[token_index(block, parity)];
-        written[hi] += k.at(block, hi, parity) * x;
-      });
-      keep(lane_units(tt, 1), dk);
-    }
-
-#pragma unroll
-    for (int hi = 0; hi < 2; ++hi) {
-      const float decay = params.forward.chunk_decay[tile * K + channel(hi)];
-      const float sum = sum_tokens(decay * dot[hi] + written[hi]);
-      if (member == 0) this->crossing(part())[channel(hi)] = sum;
-    }
-  }
-
-  // Terms of the states, and the diagonal of Aqk.
-  __device__ __forceinline__ void add_states(Sums& sums, const ChannelDecayTree& tree, const ChannelTile& q,
-                                             const ChannelTile& k, int tt) const {
-    ChannelTile of_outputs = zeros(), of_values = zeros();
-    const uint4* const fragments = state_fragments(params.forward.state);
-#pragma unroll
-    for (int kt = 0; kt < V / 16; ++kt) {
-      const ChannelOperand state = to_operand(fragments[kt * kFragmentStride]);
-      multiply_state(of_outputs, state, Config::kOutputGradient, tt, kt);
-      multiply_state(of_values, state, Config::kY, tt, kt);
-    }
-    const ChannelTile of_state = kept(lane_units(tt, 1));
-    float before[2], beta[4], diagonal[4], q_norms[4], k_norms[4], predicted[4] = {};
-    decay_over(before, 1.0f, 0, tt);
-    load_tokens(beta, Config::kBeta, tt);
-    load_tokens(diagonal, Config::kDiagonal, tt);
-    load_tokens(q_norms, Config::kQueryNorm, tt);
-    load_tokens(k_norms, Config::kKeyNorm, tt);
-    sums.dq.for_each([&](float& dq, int block, int hi, int parity) {
-      const int i = 2 * hi + parity, t = token_index(block, parity);
-      const float query = q.value[block][i], key = k.value[block][i];
-      const float decay = tree.prefix.value[block][i] * before[hi];
-      const float asks = call().scale * q_norms[t] * decay * of_outputs.value[block][i];
-      const float predicts = k_norms[t] * decay * of_values.value[block][i];
-      const float moves = -beta[t] * predicts, writes = of_state.value[block][i];
-      dq += asks + diagonal[t] * key;
-      sums.dk.value[block][i] += moves + writes + diagonal[t] * query;
-      sums.cumulative.value[block][i] += query * asks + key * (moves - writes);
-      predicted[t] += key * predicts;
-    });
-    if (!this->tiny_beta) return;
-    // beta_gradient() needs k . (what the state and the pairs predict) without beta.
-    float bound[4];
-    load_tokens(bound, Config::kBetaBound, tt);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sums.prediction[i] = predicted[i] - sums.prediction[i] / bound[i];
-  }
-
-  __device__ __forceinline__ void store_dots(const Sums& sums, const ChannelTile& q, const ChannelTile& k,
-                                             int tt) const {
-    float* const parts = reinterpret_cast<float*>(shared + Config::kTokenParts) + group() * Config::kDotParts * C;
-    float dots[8];  // of queries, then of keys
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int block = i >> 1, parity = i & 1;
-      dots[i] =
-          q.at(block, 0, parity) * sums.dq.at(block, 0, parity) + q.at(block, 1, parity) * sums.dq.at(block, 1, parity);
-      dots[4 + i] =
-          k.at(block, 0, parity) * sums.dk.at(block, 0, parity) + k.at(block, 1, parity) * sums.dk.at(block, 1, parity);
-    }
-    const float dot = combine_rows<Add>(dots, lane);  // the one of index `row`
-    parts[(row >> 2) * C + token(tt, row >> 1 & 1, row & 1)] = dot;
-    if (!this->tiny_beta) return;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float prediction = sum_channels(sums.prediction[i]);
-      if (row == 0) parts[2 * C + token(tt, i >> 1, i & 1)] = prediction;
-    }
-  }
-
-  static __device__ __forceinline__ void store_1(void* base, int64_t offset, DataType type, float value) {
-    if (type == DataType::kFloat32) {
-      static_cast<float*>(base)[offset] = value;
-    } else if (type == DataType::kBFloat16) {
-      static_cast<BFloat16*>(base)[offset] = __float2bfloat16_rn(value);
-    } else {
-      static_cast<Float16*>(base)[offset] = __float2half_rn(value);
-    }
-  }
-
-  // dg of a tile from the gradients of its log-gates; adds to the sums for the gate's parameters.
-  __device__ __forceinline__ void store_gate_gradient(ChannelTile& gradients, const ChannelTile& g,
-                                                      const GateOfTile& gate, float (&dA_log)[2], float (&ddt_bias)[2],
-                                                      int tt) const {
-    gradients.for_each([&](float& x, int block, int, int parity) {
-      if (token(tt, block, parity) >= location.tokens) x = 0.0f;
-    });
-    gate.differentiate(gradients, g, dA_log, ddt_bias);
-    const auto store = [&](auto element) {
-      using Gate = decltype(element);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int block = i >> 1, parity = i & 1, t = token(tt, block, parity);
-        Gate* const destination = static_cast<Gate*>(params.dg) + value_row(t) * K + channel(0);
-        if (t < location.tokens) {
-          destination[0] = Gate(gradients.at(block, 0, parity));
-          destination[8] = Gate(gradients.at(block, 1, parity));
-        }
-      }
-    };
-    if (call().gate_type == DataType::kFloat32) {
-      store(0.0f);
-    } else if (call().gate_type == DataType::kBFloat16) {
-      store(BFloat16());
-    } else {
-      store(Float16());
-    }
-  }
-
-  // Phase 2: the half's tiles, the later one first. What they leave of the gradient of G: of the later one in the place
-  // of U, of the earlier one in `last`; both without what comes after the half, except for what crosses the whole
-  // chunk, which is counted in the second half.
-  __device__ __forceinline__ void collect(ChannelTile& last) const {
-    float after[2] = {};
-    if (part() == 1) {
-#pragma unroll
-      for (int hi = 0; hi < 2; ++hi) after[hi] = this->crossing(0)[channel(hi)] + this->crossing(1)[channel(hi)];
-    }
-#pragma unroll 1
-    for (int i = Config::kPartTiles - 1; i >= 0; --i) {
-      const int tt = first_tile() + i;
-      const ChannelTile q = load_values(Config::kQuery, tt);
-      const ChannelTile k = load_values(Config::kKey, tt);
-      Sums sums{zeros(), zeros(), zeros(), {}};
-      ChannelDecayTree tree(kept(lane_units(tt, 0)));
-      this->add_own_pairs(sums, tree, q, k, tt);
-      this->add_pairs_of_tiles(sums, tree, tt);
-      add_states(sums, tree, q, k, tt);
-      store_dots(sums, q, k, tt);
-      keep(lane_units(tt, 0), sums.dq);
-      keep(lane_units(tt, 1), sums.dk);
-      suffix_sums(sums.cumulative, after, lane);
-      if (i > 0) keep(this->cumulative_units(), sums.cumulative);
-      last = sums.cumulative;
-    }
-    if (part() == 1 && member == 0) {
-#pragma unroll
-      for (int hi = 0; hi < 2; ++hi) this->carry()[channel(hi)] = after[hi];
-    }
-  }
-
-  // Phase 3, after a barrier: dg of the half's tiles, and the sums for the gate's parameters.
-  __device__ __forceinline__ void store_gate_gradients(const ChannelTile& last, const ChannelTile (&g)[2]) const {
-    const GateOfTile activation = gate();
-    float later[2] = {}, dA_log[2] = {}, ddt_bias[2] = {};
-    if (part() == 0) {
-#pragma unroll
-      for (int hi = 0; hi < 2; ++hi) later[hi] = this->carry()[channel(hi)];
-    }
-#pragma unroll
-    for (int i = 0; i < Config::kPartTiles; ++i) {
-      ChannelTile cumulative = i > 0 ? kept(this->cumulative_units()) : last;
-      cumulative.for_each([&](float& x, int, int hi, int) { x += later[hi]; });
-      store_gate_gradient(cumulative, g[i], activation, dA_log, ddt_bias, first_tile() + i);
-    }
-    if (params.dA_log_parts == nullptr) return;
-#pragma unroll
-    for (int hi = 0; hi < 2; ++hi) {
-      const float of_rate = sum_tokens(dA_log[hi]), of_bias = sum_tokens(ddt_bias[hi]);
-      if (member == 0)
-        parameter_sums(part(), 0)[channel(hi)] = of_rate, parameter_sums(part(), 1)[channel(hi)] = of_bias;
-    }
-  }
-
-  // Of A_log (which = 0) and dt_bias, for each half: where the decays over the tiles were.
-  __device__ __forceinline__ float* parameter_sums(int half, int which) const { return totals(2 * half + which); }
-
-  __device__ __forceinline__ void store_parameter_sums() const {
-    if (params.dA_log_parts == nullptr || threadIdx.x >= K) return;
-    const int c = threadIdx.x;
-    params.dA_log_parts[tile * K + c] = parameter_sums(0, 0)[c] + parameter_sums(1, 0)[c];
-    params.ddt_bias_parts[tile * K + c] = parameter_sums(0, 1)[c] + parameter_sums(1, 1)[c];
-  }
-
-  // Sums the parts of the groups, in their order.
-  __device__ __forceinline__ void sum_dots() const {
-    const float* const parts = reinterpret_cast<const float*>(shared + Config::kTokenParts);
-    const int count = (this->tiny_beta ? Config::kDotParts : Config::kDotParts - 1) * C;
-    for (int i = threadIdx.x; i < count; i += Config::kThreads) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int g = 0; g < Config::kGroups; ++g) sum += parts[g * Config::kDotParts * C + i];
-      tokens(Config::kQueryDot)[i] = sum;  // the arrays are adjacent
-    }
-  }
-
-  // dbeta_i = Y_i . U_i / beta_i; where beta is too small Y_i . V_i - k_i . (e^G S Y_i + sum_j (Y_i . U_j) k_j e^{G_i -
-  // G_j}).
-  __device__ __forceinline__ void beta_gradient() const {
-    const int t = threadIdx.x;
-    if (t >= location.tokens) return;
-    const float* const parts = reinterpret_cast<const float*>(shared + Config::kBetaParts);
-    float gradient = 0.0f;
-#pragma unroll
-    for (int i = 0; i < V / 16; ++i) gradient += parts[i * C + t];
-    const float beta = tokens(Config::kBeta)[t];
-    if (fabsf(beta) < kSmallestBeta) gradient -= tokens(Config::kPrediction)[t];
-    if (call().beta_sigmoid) gradient *= beta * (1.0f - beta / call().beta_scale);
-    store_1(params.dbeta, value_row(t), call().beta_type, gradient);
-  }
-
-  // dq or dk without what lies along q or k, which the normalisation takes away: as parts of the value head, or to the
-  // group's channels of the tile at `offset`, from which q or k has been read.
-  __device__ __forceinline__ void finish(int offset, typename Config::TokenArray norm, typename Config::TokenArray dot,
-                                         int which, float* parts) const {
-#pragma unroll 1
-    for (int tt = first_tile(); tt < first_tile() + Config::kPartTiles; ++tt) {
-      ChannelTile gradient = kept(lane_units(tt, which));
-      if (call().qk_l2norm) {
-        const ChannelTile x = load_values(offset, tt);
-        float norms[4], radial[4];
-        load_tokens(norms, norm, tt);
-        load_tokens(radial, dot, tt);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) radial[i] *= norms[i] * norms[i];
-        gradient.for_each([&](float& value, int block, int hi, int parity) {
-          value -= x.at(block, hi, parity) * radial[token_index(block, parity)];
+    for (int i = 0; i < kBlockTiles; ++i) {
+      ChannelTile& x = block[i];
+      x = activation.log2_alpha(x);
+      if (location.tokens < C) {
+        x.for_each([&](float& gate, int b, int, int p) {
+          if (token(first_tile + i, b, p) >= location.tokens) gate = 0.0f;
         });
       }
-      if (parts != nullptr) {
+      float total[2];
+      prefix_sums(x, total, lane);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int block = i >> 1, parity = i & 1, t = token(tt, block, parity);
-          float* const destination = parts + value_row(t) * K + channel(0);
-          if (t < location.tokens) {
-            destination[0] = gradient.at(block, 0, parity);
-            destination[8] = gradient.at(block, 1, parity);
-          }
-        }
-        continue;
+      for (int hi = 0; hi < 2; ++hi) {
+        far_apart |= !(total[hi] >= -kMaxLog2Range);
+        if (member == 0) totals(first_tile + i)[channel(hi)] = total[hi];
       }
-      uint32_t pairs[4];
+      if (i == 0) x.for_each([&](float& sum, int, int hi, int) { sum -= total[hi]; });
+    }
+    return far_apart;
+  }
+
+  __device__ __forceinline__ float4* kept_sums(int i) const {
+    return reinterpret_cast<float4*>(shared + Config::kept_offset(i)) + this->warp * 2 * 32 + lane;
+  }
+
+  // From gradients of G inside the block to sums up to the end of the chunk, without what crosses it.
+  __device__ __forceinline__ void add_later(Block& cumulative, float (&after)[2]) const {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        pairs[i] = Packed2<Element>::from_floats(gradient.at(i >> 1, i & 1, 0), gradient.at(i >> 1, i & 1, 1));
-      }
-      __syncwarp();
-      Config::KeyTile::store_a_trans(pairs, address(offset), 16 * tt, 16 * group(), lane);
+    for (int i = kBlockTiles - 1; i >= 0; --i) suffix_sums(cumulative[i], after, lane);
+  }
+
+  // What both blocks do once their products are there.
+  __device__ __forceinline__ void finish_block(Sums& sums, int first) const {
+    if (call().qk_l2norm) {
+      this->store_dots(sums.dq, 0, first);
+      this->store_dots(sums.dk, 1, first);
+    }
+    __syncthreads();  // all have read dO, Y and U of the block, too
+    if (call().qk_l2norm) {
+      this->sum_dots(first);
+      __syncthreads();
+    }
+#pragma unroll 1
+    for (int which = 0; which < 2; ++which) {
+      this->finish(sums.dq, which, first);
+#pragma unroll
+      for (int i = 0; i < kBlockTiles; ++i) sums.dq[i] = sums.dk[i];
     }
   }
 
-  __device__ __forceinline__ void run() {
+  // dg of a block, and the sums for the gate's parameters.
+  __device__ __forceinline__ void store_gates(Block& cumulative, int first_tile, const float (&crossing)[2],
+                                              const GateOfTile& activation, float (&dA_log)[2],
+                                              float (&ddt_bias)[2]) const {
+    const float size = this->inverse_unit();
+#pragma unroll
+    for (int i = 0; i < kBlockTiles; ++i) {
+      ChannelTile g = Blocks::zeros();  // a log-gate in range of one reference has a gradient, whatever it is
+      if (activation.kind != GateKind::kLog) g = this->load_gate(first_tile + i);
+      cumulative[i].for_each([&](float& x, int, int hi, int) { x = size * (x + crossing[hi]); });
+      this->store_gate_gradient(cumulative[i], g, activation, dA_log, ddt_bias, first_tile + i);
+    }
+  }
+
+  __device__ __forceinline__ void leave_to_levels(bool wanted) const {
+    if (threadIdx.x == 0) params.by_levels[tile] = wanted;
+  }
+
+  static __device__ __forceinline__ void copy(Block& to, const Block& from) {
+#pragma unroll
+    for (int i = 0; i < kBlockTiles; ++i) to[i] = from[i];
+  }
+
+  __device__ __forceinline__ void run() const {
+    this->load();
     typename Values::SolveOperands operands;
-    load_and_activate(operands);
-    this->wait_for_loads();
+    this->load_operands(operands, this->warp);
+    const GateOfTile activation = this->gate();
+    Block exponent, other_exponent;  // log2 of P, of the block that is next and of the one after it
+    bool far_apart = false;
+#pragma unroll 1
+    for (int first = 0; first < kTiles; first += kBlockTiles) {
+      copy(other_exponent, exponent);
+#pragma unroll
+      for (int i = 0; i < kBlockTiles; ++i) exponent[i] = this->load_gate(first + i);
+      far_apart |= activate(exponent, first, activation);
+    }
+    if (this->wait_for_loads(far_apart)) return leave_to_levels(true);
+    const float largest_square = this->store_norms();
     this->solve(operands);
-    __syncthreads();
-    this->template store_rows<V>(params.dv, Config::kValueGradient, value_row(0), call().problem.value_heads);
-    StateFragmentsOfChannels fragments;
-    load_states(fragments);
-    this->multiply_pairs();
-    __syncthreads();  // the operands of pairs take the place of dV
-    scale_operands(fragments);
-    __syncthreads();  // the gradient of G takes the place of U
-    ChannelTile last;
-    collect(last);
-    const ChannelTile g[2] = {this->load_gate(first_tile()), this->load_gate(first_tile() + 1)};
-    __syncthreads();
-    sum_dots();
-    store_gate_gradients(last, g);
-    __syncthreads();
-    store_parameter_sums();
-    beta_gradient();
-    finish(Config::kQuery, Config::kQueryNorm, Config::kQueryDot, 0, params.dq_parts);
-    finish(Config::kKey, Config::kKeyNorm, Config::kKeyDot, 1, params.dk_parts);
+    if (__syncthreads_or(!(largest_square <= kMaxSquaredNorm))) return leave_to_levels(true);
+    leave_to_levels(false);
+    this->store_pairs();
+    this->beta_gradient();
+
+    float crossing[2] = {}, after[2] = {};
+    typename Blocks::LaterOperands later;
+    Sums sums;
+#pragma unroll 1
+    for (int first = kBlockTiles; first >= 0; first -= kBlockTiles) {
+      ChannelOperand k_R[kBlockTiles];
+      this->add_as_earlier(sums, crossing, k_R, exponent, later, first);
+      this->add_as_later(sums, later, k_R, exponent, other_exponent, first);
+      copy(exponent, other_exponent);
+      finish_block(sums, first);
+      add_later(sums.cumulative, after);
+      if (first == 0) break;
+#pragma unroll
+      for (int i = 0; i < kBlockTiles; ++i) keep(kept_sums(i), sums.cumulative[i]);
+    }
+
+#pragma unroll
+    for (int hi = 0; hi < 2; ++hi) crossing[hi] = sum_tokens(crossing[hi]);
+    float dA_log[2] = {}, ddt_bias[2] = {};
+#pragma unroll 1
+    for (int first = 0; first < kTiles; first += kBlockTiles) {
+      store_gates(sums.cumulative, first, crossing, activation, dA_log, ddt_bias);
+#pragma unroll
+      for (int i = 0; i < kBlockTiles; ++i) sums.cumulative[i] = kept(kept_sums(i));
+    }
+    if (params.dA_log_parts != nullptr) {
+#pragma unroll
+      for (int hi = 0; hi < 2; ++hi) {
+        const float of_rate = sum_tokens(dA_log[hi]), of_bias = sum_tokens(ddt_bias[hi]);
+        if (member == 0) {
+          params.dA_log_parts[tile * K + channel(hi)] = of_rate;
+          params.ddt_bias_parts[tile * K + channel(hi)] = of_bias;
+        }
+      }
+    }
     if (params.dq_parts != nullptr) return;
     __syncthreads();
     this->template store_rows<K>(params.dq, Config::kQuery, this->key_row(0), call().problem.heads);
@@ -438,46 +182,8 @@ struct IntraChunkGradients : GradientsOfPairs<Config> {
   }
 };
 
-// A slot without a chunk: its parts of the parameters' gradients are zero; and the gradients of rows that belong to no
-// sequence, 64 rows past the last entry of cu_seqlens for each slot past the last used one.
 template <typename Config>
-__device__ __forceinline__ void clear_unused_slot(const ChunkBwdKernelParams& params, int64_t slot, int value_head) {
-  constexpr int K = Config::K, V = Config::V;
-  const ChunkFwdParams& call = params.forward.call;
-  const ChunkFwdProblem& problem = call.problem;
-  if (slot < params.forward.chunk_slots && params.dA_log_parts != nullptr) {
-    for (int c = threadIdx.x; c < K; c += Config::kThreads) {
-      const int64_t part = (slot * problem.value_heads + value_head) * K + c;
-      params.dA_log_parts[part] = params.ddt_bias_parts[part] = 0.0f;
-    }
-  }
-  if (call.cu_seqlens == nullptr) return;
-  const int64_t end = cu_seqlens_at(call, problem.sequences);
-  const int64_t first_unused_slot = end / kChunkTokens + problem.sequences;
-  if (slot < first_unused_slot) return;
-  const int64_t first = end + (slot - first_unused_slot) * kChunkTokens;
-  const int64_t rows = min(problem.tokens - first, int64_t{kChunkTokens});
-  const auto clear = [&](void* base, int heads, int head, int row_bytes) {
-    const int words = row_bytes / 2;  // every type has a whole number of them
-    for (int64_t i = threadIdx.x; i < rows * words; i += Config::kThreads) {
-      static_cast<uint16_t*>(base)[((first + i / words) * heads + head) * words + i % words] = 0;
-    }
-  };
-  const auto bytes_of = [](DataType type) { return type == DataType::kFloat32 ? 4 : 2; };
-  if (params.dq_parts != nullptr) {
-    clear(params.dq_parts, problem.value_heads, value_head, K * 4);
-    clear(params.dk_parts, problem.value_heads, value_head, K * 4);
-  } else {
-    clear(params.dq, problem.heads, value_head, K * 2);
-    clear(params.dk, problem.heads, value_head, K * 2);
-  }
-  clear(params.dv, problem.value_heads, value_head, V * 2);
-  clear(params.dg, problem.value_heads, value_head, K * bytes_of(call.gate_type));
-  clear(params.dbeta, problem.value_heads, value_head, bytes_of(call.beta_type));
-}
-
-template <typename Config>
-__global__ void __launch_bounds__(Config::kThreads, 1)
+__global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     intra_chunk_gradients_kernel(const __grid_constant__ ChunkBwdKernelParams params) {
   extern __shared__ __align__(1024) uint8_t shared[];
   const int value_heads = params.forward.call.problem.value_heads;
@@ -486,12 +192,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const ChunkLocation location = locate_chunk(params.forward.call, slot, lane);
   if (location.tokens == 0 || slot >= params.forward.chunk_slots) {
+    if (slot < params.forward.chunk_slots && threadIdx.x == 0) params.by_levels[tile] = 0;
     clear_unused_slot<Config>(params, slot, value_head);
     return;
   }
-  IntraChunkGradientsContext<Config> context{params,   shared,   warp,       lane, lane >> 2,
-                                             lane & 3, location, value_head, tile};
-  IntraChunkGradients<Config>{{{{context}, false}}}.run();
+  GradientsContext<Config> context{params, shared, warp, lane, lane >> 2, lane & 3, location, value_head, tile};
+  IntraChunkGradients<Config>{{{{context}}}}.run();
 }
 
 }  // namespace kda

@@ -17,7 +17,8 @@ struct ChunkBwdKernelParams {
 
   // Workspace regions; see ChunkBwdWorkspace.
   uint4* dstate;  // [slots, HV, V / 16, K / 16, 32 lanes] operand fragments
-  uint4* dU;      // [slots, HV, V / 16, C / 8, 32 lanes] operand fragments, a high and a low one for each 16 tokens
+  uint4* dU;      // [slots, HV, V / 16, C / 16, 32 lanes] operand fragments
+  uint32_t* by_levels;                   // [slots, HV]: whether a chunk's gradients are left to the levels of pairs
   float *dA_log_parts, *ddt_bias_parts;  // [slots, HV, K], or null
   float *dq_parts, *dk_parts;            // [B, T, HV, K], or null: a key head has one value head
 };
@@ -25,6 +26,7 @@ struct ChunkBwdKernelParams {
 // Launches of the stages, for the K, V and types of the call. Each returns the error of its launch.
 cudaError_t launch_reverse_recurrence(const ChunkBwdKernelParams& params, int value_tile, cudaStream_t stream);
 cudaError_t launch_intra_chunk_gradients(const ChunkBwdKernelParams& params, cudaStream_t stream);
+cudaError_t launch_level_gradients(const ChunkBwdKernelParams& params, cudaStream_t stream);
 cudaError_t launch_reduce_gradients(const ChunkBwdKernelParams& params, cudaStream_t stream);
 
 }  // namespace kda

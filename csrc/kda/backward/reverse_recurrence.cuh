@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
   for (int64_t step = 0; step < chunks; ++step) {
     const int64_t operand_tile = ((first_slot + chunks - 1 - step) * value_heads + value_head) * (V / 16) + row_tile;
     uint4* const dstate_operands = params.dstate + operand_tile * (K / 16) * 32 + lane;
-    uint4* const dU_operands = params.dU + operand_tile * (C / 8) * 32 + lane;
+    uint4* const dU_operands = params.dU + operand_tile * (C / 16) * 32 + lane;
 
     ptx::mbarrier_wait_parity(full(ring.stage), ring.parity);
     const uint32_t stage = shared_base + ring.stage * stage_bytes;
@@ -248,8 +248,7 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
         high[kt][2 * half] = upper.high, high[kt][2 * half + 1] = lower.high;
         low[kt][2 * half] = upper.low, low[kt][2 * half + 1] = lower.low;
       }
-      if (part == 0) dU_operands[2 * kt * 32] = {high[kt][0], high[kt][1], high[kt][2], high[kt][3]};
-      if (part == kParts - 1) dU_operands[(2 * kt + 1) * 32] = {low[kt][0], low[kt][1], low[kt][2], low[kt][3]};
+      if (part == 0) dU_operands[kt * 32] = {high[kt][0], high[kt][1], high[kt][2], high[kt][3]};
       constexpr uint32_t kSigns = 0x80008000u;
 #pragma unroll
       for (int i = 0; i < 4; ++i) high[kt][i] ^= kSigns, low[kt][i] ^= kSigns;

@@ -67,7 +67,9 @@ cudaError_t chunk_fwd(const ChunkFwdParams& call, const ChunkFwdPlan& plan, cuda
       return cudaErrorNotSupported;
     case ChunkFwdPath::kStaged: {
       uint8_t* const base = static_cast<uint8_t*>(call.workspace);
-      return run_stages(stage_params(call, plan.workspace, base, plan.chunk_slots), plan.value_tile, stream);
+      ChunkFwdKernelParams params = stage_params(call, plan.workspace, base, plan.chunk_slots);
+      params.U = reinterpret_cast<uint4*>(base + plan.workspace.U);
+      return run_stages(params, plan.value_tile, stream);
     }
     case ChunkFwdPath::kFused:
     case ChunkFwdPath::kStepwise:

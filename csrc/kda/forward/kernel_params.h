@@ -16,7 +16,8 @@ struct ChunkFwdKernelParams {
   uint8_t* Q_gated;    // [slots, HV] tiles [C, K], bf16, swizzled
   uint8_t* Aqk;        // [slots, HV] tiles [C, C], bf16, swizzled
   uint4* U;      // [slots, HV, V / 16, C / 8, 32 lanes]: U0 = Tinv V as accumulator fragments (fp32), n-tile by n-tile,
-                 // replaced by U as operand fragments (bf16), a high and a low one for each 16 tokens
+                 // replaced by U as operand fragments (bf16), a high and a low one for each 16 tokens, if wants_output
+  uint4* U_rounded;  // [slots, HV, V / 16, C / 16, 32 lanes]: the high ones alone, for the backward; null as `inverse` is
   uint4* state;  // [slots, HV, V / 16, K / 16, 32 lanes] operand fragments of S^T; of S if `inverse` is wanted
   float* chunk_decay;  // [slots, HV, K]
   uint8_t* inverse;    // [slots, HV] tiles [C, C], bf16, swizzled: (I + Akk)^-1 on and below the diagonal; null in the
@@ -24,6 +25,7 @@ struct ChunkFwdKernelParams {
 
   int64_t chunk_slots;
 
+  bool wants_output;  // stage 3 follows
   bool vectorized;  // every 8-element group of q, k, v, g and dt_bias starts at a multiple of 16 bytes
 };
 
@@ -36,10 +38,10 @@ ChunkFwdKernelParams stage_params(const ChunkFwdParams& call, const Regions& at,
   params.K_decayed = base + at.K_decayed;
   params.Q_gated = base + at.Q_gated;
   params.Aqk = base + at.Aqk;
-  params.U = reinterpret_cast<uint4*>(base + at.U);
   params.state = reinterpret_cast<uint4*>(base + at.state);
   params.chunk_decay = reinterpret_cast<float*>(base + at.chunk_decay);
   params.chunk_slots = chunk_slots;
+  params.wants_output = true;
   params.vectorized = inputs_are_aligned(call);
   return params;
 }

@@ -135,6 +135,7 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
   const int64_t first_operand_tile = first_tile * (V / 16) + row_tile, operand_tiles_per_chunk = value_heads * (V / 16);
   uint4* state_operands = params.state + first_operand_tile * (K / 16) * 32 + lane;
   uint4* u_operands = params.U + first_operand_tile * (C / 8) * 32 + lane;
+  uint4* u_rounded = params.U_rounded + first_operand_tile * (C / 16) * 32 + lane;
 
   RingPosition ring, previous;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -191,8 +192,12 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
         ut_high[kt][2 * half] = upper.high, ut_high[kt][2 * half + 1] = lower.high;
         ut_low[kt][2 * half] = upper.low, ut_low[kt][2 * half + 1] = lower.low;
       }
-      u_operands[2 * kt * 32] = {ut_high[kt][0], ut_high[kt][1], ut_high[kt][2], ut_high[kt][3]};
-      u_operands[(2 * kt + 1) * 32] = {ut_low[kt][0], ut_low[kt][1], ut_low[kt][2], ut_low[kt][3]};
+      const uint4 high = {ut_high[kt][0], ut_high[kt][1], ut_high[kt][2], ut_high[kt][3]};
+      if (params.wants_output) {
+        u_operands[2 * kt * 32] = high;
+        u_operands[(2 * kt + 1) * 32] = {ut_low[kt][0], ut_low[kt][1], ut_low[kt][2], ut_low[kt][3]};
+      }
+      if (params.inverse != nullptr) u_rounded[kt * 32] = high;
     }
 
     const float* const decay =
@@ -234,6 +239,7 @@ __global__ void __launch_bounds__(Config::kMaxThreads, 1)
     ptx::mbarrier_arrive(empty(ring.stage));
     state_operands += operand_tiles_per_chunk * (K / 16) * 32;
     u_operands += operand_tiles_per_chunk * (C / 8) * 32;
+    u_rounded += operand_tiles_per_chunk * (C / 16) * 32;
     previous = ring;
     ring.advance(stages);
   }

@@ -1,14 +1,14 @@
-// The second part of the intra-chunk gradients: what the pairs of tokens bring to dq, dk and the gradient of the
+// The second part of the gradients by levels: what the pairs of tokens bring to dq, dk and the gradient of the
 // cumulative log-gate, level by level of the tree of decays. A warp owns 16 channels, and takes 16 tokens at a time.
 #pragma once
 
-#include "gradients_values.cuh"
+#include "level_values.cuh"
 
 namespace kda {
 
 template <typename Config>
-struct GradientsOfPairs : GradientsOfValues<Config> {
-  using Values = GradientsOfValues<Config>;
+struct LevelPairGradients : LevelValues<Config> {
+  using Values = LevelValues<Config>;
   using Element = typename Config::Element;
   using Values::address, Values::channel, Values::kept_operand, Values::key_operand, Values::lane, Values::member,
       Values::query_operand, Values::totals;

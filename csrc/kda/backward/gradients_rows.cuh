@@ -1,0 +1,243 @@
+// What the kernels of the gradients inside a chunk have in common: rows of q, k and dO into shared memory, rows of
+// gradients out of it, beta, norms, and the derivatives of the gate.
+#pragma once
+
+#include "gradients_context.cuh"
+
+namespace kda {
+
+template <typename Config>
+struct GradientsRows : GradientsContext<Config> {
+  using Context = GradientsContext<Config>;
+  using Element = typename Config::Element;
+  using Context::address, Context::call, Context::channel, Context::lane, Context::location, Context::member,
+      Context::params, Context::row, Context::shared, Context::tile, Context::token, Context::tokens,
+      Context::value_head, Context::value_row, Context::warp;
+  static constexpr int K = Config::K, V = Config::V, C = Config::C;
+
+  __device__ __forceinline__ GateOfTile gate() const {
+    const ChunkFwdParams& c = call();
+    const float rate = c.A_log != nullptr ? expf(c.A_log[value_head]) : 1.0f;
+    const float* const bias = c.dt_bias != nullptr ? c.dt_bias + int64_t{value_head} * K + channel(0) : nullptr;
+    return {c.gate, rate, c.lower_bound, {bias ? bias[0] : 0.0f, bias ? bias[8] : 0.0f}};
+  }
+
+  // Rows of `Columns` elements into a swizzled tile; rows past the end are zero.
+  template <int Columns>
+  __device__ __forceinline__ void load_rows(int offset, const Element* first, int64_t row_stride,
+                                            bool vectorized) const {
+    constexpr int kUnits = Columns / 8, kRowsAtOnce = Config::kThreads / kUnits;
+    static_assert(kRowsAtOnce % 8 == 0 && C % kRowsAtOnce == 0, "the swizzle of a thread's rows is the same");
+    const int row = threadIdx.x / kUnits, unit = threadIdx.x % kUnits;
+    const Element* const source = first + row * row_stride + 8 * unit;
+    uint8_t* const destination = shared + offset + SwizzledTile<Columns>::unit_offset(row, unit);
+#pragma unroll
+    for (int i = 0; i < C / kRowsAtOnce; ++i) {
+      const bool in_range = row + i * kRowsAtOnce < location.tokens;
+      const Element* const elements = in_range ? source + i * kRowsAtOnce * row_stride : first;
+      uint8_t* const to = destination + i * kRowsAtOnce * Columns * 2;
+      if (vectorized) {
+        ptx::cp_async_16(ptx::shared_address(to), elements, in_range ? 16 : 0);
+      } else {
+        *reinterpret_cast<uint4*>(to) = in_range ? load_8x16bit<false>(elements) : uint4{0, 0, 0, 0};
+      }
+    }
+  }
+
+  // dO to bf16, each thread what it has loaded.
+  __device__ __forceinline__ void convert_output_gradient() const {
+    constexpr int kUnits = V / 8;
+    for (int i = threadIdx.x; i < C * kUnits; i += Config::kThreads) {
+      uint4* unit = reinterpret_cast<uint4*>(shared + Config::kOutputGradient +
+                                             Config::ValueTile::unit_offset(i / kUnits, i % kUnits));
+      float values[8];
+      unpack_8<Element>(values, *unit);
+      *unit = {pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]), pack_bf16(values[4], values[5]),
+               pack_bf16(values[6], values[7])};
+    }
+  }
+
+  // Returns whether a token of the chunk has beta below kSmallestBeta, or `mine` holds in any thread. A barrier.
+  __device__ __forceinline__ bool load_beta(bool mine) const {
+    if (threadIdx.x < C) {
+      const int token = threadIdx.x;
+      const ChunkFwdParams& c = call();
+      float beta = 0.0f;
+      if (token < location.tokens) {
+        beta = load_1(c.beta,
+                      location.batch * c.beta_stride.batch + (location.first_token + token) * c.beta_stride.token +
+                          value_head * c.beta_stride.head,
+                      c.beta_type);
+        if (c.beta_sigmoid) beta = c.beta_scale * sigmoid(beta);
+        mine |= fabsf(beta) < kSmallestBeta;
+      }
+      tokens(Config::kBeta)[token] = beta;
+      tokens(Config::kBetaBound)[token] = fabsf(beta) < kSmallestBeta ? kSmallestBeta : beta;
+    }
+    return __syncthreads_or(mine);
+  }
+
+  __device__ __forceinline__ void load() const {
+    const ChunkFwdParams& c = call();
+    const int key_head = this->key_head();
+    const auto rows_of = [&](const void* base, const TokenStrides& stride) {
+      return static_cast<const Element*>(base) + location.batch * stride.batch + location.first_token * stride.token +
+             key_head * stride.head;
+    };
+    const bool vectorized = params.forward.vectorized;
+    load_rows<V>(Config::kOutputGradient, static_cast<const Element*>(params.dO) + value_row(0) * V,
+                 int64_t{c.problem.value_heads} * V, true);
+    load_rows<K>(Config::kQuery, rows_of(c.q, c.q_stride), c.q_stride.token, vectorized);
+    load_rows<K>(Config::kKey, rows_of(c.k, c.k_stride), c.k_stride.token, vectorized);
+    const uint8_t* inverse = params.forward.inverse + tile * Config::kPairTileBytes;
+    for (int i = threadIdx.x; i < C * (C / 8);
+         i += Config::kThreads) {  // blocks of 16 above the diagonal are not there
+      const int row = i / (C / 8), unit = i % (C / 8);
+      const uint32_t offset = Config::PairTile::unit_offset(row, unit);
+      if (unit / 2 <= row / 16) ptx::cp_async_16(address(Config::kInverse + offset), inverse + offset, 16);
+    }
+  }
+
+  // See load_beta().
+  __device__ __forceinline__ bool wait_for_loads(bool mine) const {
+    ptx::cp_async_wait_all();
+    if constexpr (!std::is_same_v<Element, BFloat16>) convert_output_gradient();
+    return load_beta(mine);
+  }
+
+  // 1 / |x| of the rows of q and k: four lanes a row, eight rows of one of them a warp. Returns the largest |x|^2 that the
+  // lane has seen, or NaN.
+  __device__ __forceinline__ float store_norms() const {
+    float largest = 0.0f;
+    constexpr int kUnits = K / 8 / 4;  // of a lane
+    for (int job = warp; job < 2 * C / 8; job += Config::kWarps) {
+      const bool is_key = job & 1;
+      const int token = 8 * (job >> 1) + row;
+      float squares = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kUnits; ++i) {
+        float x[8];
+        unpack_8<Element>(x, *reinterpret_cast<const uint4*>(shared + (is_key ? Config::kKey : Config::kQuery) +
+                                                             Config::KeyTile::unit_offset(token, 4 * i + member)));
+#pragma unroll
+        for (int c = 0; c < 8; ++c) squares += x[c] * x[c];
+      }
+      squares = sum_tokens(squares);
+      largest = squares <= largest ? largest : squares;
+      if (member == 0) {
+        tokens(is_key ? Config::kKeyNorm : Config::kQueryNorm)[token] =
+            call().qk_l2norm ? rsqrtf(squares + kL2NormEpsilon) : 1.0f;
+      }
+    }
+    return largest;
+  }
+
+  // Rows of a [C, Columns] tile to a contiguous tensor, in which the first token has row `first_row` and the next are
+  // `row_stride` rows further each.
+  template <int Columns>
+  __device__ __forceinline__ void store_rows(void* destination, int offset, int64_t first_row, int row_stride) const {
+    constexpr int kUnits = Columns / 8, kRowsAtOnce = Config::kThreads / kUnits;
+    const int row = threadIdx.x / kUnits, unit = threadIdx.x % kUnits;
+    Element* const to =
+        static_cast<Element*>(destination) + (first_row + int64_t{row} * row_stride) * Columns + 8 * unit;
+    const uint8_t* const from = shared + offset + SwizzledTile<Columns>::unit_offset(row, unit);
+#pragma unroll
+    for (int i = 0; i < C / kRowsAtOnce; ++i) {
+      if (row + i * kRowsAtOnce >= location.tokens) break;
+      *reinterpret_cast<uint4*>(to + int64_t{i * kRowsAtOnce} * row_stride * Columns) =
+          *reinterpret_cast<const uint4*>(from + i * kRowsAtOnce * Columns * 2);
+    }
+  }
+
+  // dq or dk of a tile of tokens, as parts of the value head.
+  __device__ __forceinline__ void store_parts(const ChannelTile& gradient, float* parts, int tt) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int block = i >> 1, parity = i & 1, t = token(tt, block, parity);
+      float* const destination = parts + value_row(t) * K + channel(0);
+      if (t < location.tokens) {
+        destination[0] = gradient.at(block, 0, parity);
+        destination[8] = gradient.at(block, 1, parity);
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void store_1(void* base, int64_t offset, DataType type, float value) {
+    if (type == DataType::kFloat32) {
+      static_cast<float*>(base)[offset] = value;
+    } else if (type == DataType::kBFloat16) {
+      static_cast<BFloat16*>(base)[offset] = __float2bfloat16_rn(value);
+    } else {
+      static_cast<Float16*>(base)[offset] = __float2half_rn(value);
+    }
+  }
+
+  // dg of a tile from the gradients of its log-gates; adds to the sums for the gate's parameters.
+  __device__ __forceinline__ void store_gate_gradient(ChannelTile& gradients, const ChannelTile& g,
+                                                      const GateOfTile& gate, float (&dA_log)[2], float (&ddt_bias)[2],
+                                                      int tt) const {
+    gradients.for_each([&](float& x, int block, int, int parity) {
+      if (token(tt, block, parity) >= location.tokens) x = 0.0f;
+    });
+    gate.differentiate(gradients, g, dA_log, ddt_bias);
+    const auto store = [&](auto element) {
+      using Gate = decltype(element);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int block = i >> 1, parity = i & 1, t = token(tt, block, parity);
+        Gate* const destination = static_cast<Gate*>(params.dg) + value_row(t) * K + channel(0);
+        if (t < location.tokens) {
+          destination[0] = Gate(gradients.at(block, 0, parity));
+          destination[8] = Gate(gradients.at(block, 1, parity));
+        }
+      }
+    };
+    if (call().gate_type == DataType::kFloat32) {
+      store(0.0f);
+    } else if (call().gate_type == DataType::kBFloat16) {
+      store(BFloat16());
+    } else {
+      store(Float16());
+    }
+  }
+};
+
+// A slot without a chunk: its parts of the parameters' gradients are zero; and the gradients of rows that belong to no
+// sequence, 64 rows past the last entry of cu_seqlens for each slot past the last used one.
+template <typename Config>
+__device__ __forceinline__ void clear_unused_slot(const ChunkBwdKernelParams& params, int64_t slot, int value_head) {
+  constexpr int K = Config::K, V = Config::V;
+  const ChunkFwdParams& call = params.forward.call;
+  const ChunkFwdProblem& problem = call.problem;
+  if (slot < params.forward.chunk_slots && params.dA_log_parts != nullptr) {
+    for (int c = threadIdx.x; c < K; c += Config::kThreads) {
+      const int64_t part = (slot * problem.value_heads + value_head) * K + c;
+      params.dA_log_parts[part] = params.ddt_bias_parts[part] = 0.0f;
+    }
+  }
+  if (call.cu_seqlens == nullptr) return;
+  const int64_t end = cu_seqlens_at(call, problem.sequences);
+  const int64_t first_unused_slot = end / kChunkTokens + problem.sequences;
+  if (slot < first_unused_slot) return;
+  const int64_t first = end + (slot - first_unused_slot) * kChunkTokens;
+  const int64_t rows = min(problem.tokens - first, int64_t{kChunkTokens});
+  const auto clear = [&](void* base, int heads, int head, int row_bytes) {
+    const int words = row_bytes / 2;  // every type has a whole number of them
+    for (int64_t i = threadIdx.x; i < rows * words; i += Config::kThreads) {
+      static_cast<uint16_t*>(base)[((first + i / words) * heads + head) * words + i % words] = 0;
+    }
+  };
+  const auto bytes_of = [](DataType type) { return type == DataType::kFloat32 ? 4 : 2; };
+  if (params.dq_parts != nullptr) {
+    clear(params.dq_parts, problem.value_heads, value_head, K * 4);
+    clear(params.dk_parts, problem.value_heads, value_head, K * 4);
+  } else {
+    clear(params.dq, problem.heads, value_head, K * 2);
+    clear(params.dk, problem.heads, value_head, K * 2);
+  }
+  clear(params.dv, problem.value_heads, value_head, V * 2);
+  clear(params.dg, problem.value_heads, value_head, K * bytes_of(call.gate_type));
+  clear(params.dbeta, problem.value_heads, value_head, bytes_of(call.beta_type));
+}
+
+}  // namespace kda
