@@ -42,8 +42,7 @@ class GradientSet {
   void save_intermediates(const kda::ChunkFwdProblem& problem, const kda::ChunkBwdPlan& plan, cudaStream_t stream) {
     if (!plan.saved) return;
     const DeviceBuffer workspace(kda::saving_workspace_bytes(problem));
-    BENCH_CUDA(
-        kda::chunk_fwd_saving(inputs_.params(problem, workspace.get()), intermediates_.get(), plan, stream));
+    BENCH_CUDA(kda::chunk_fwd_saving(inputs_.params(problem, workspace.get()), intermediates_.get(), plan, stream));
     BENCH_CUDA(cudaStreamSynchronize(stream));
   }
 

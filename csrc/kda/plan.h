@@ -112,8 +112,8 @@ struct ChunkFwdPlan {
 // among it: the backward only reads it.
 struct ChunkIntermediates {
   size_t W = 0, K_decayed = 0, Q_gated = 0, Aqk = 0;  // as in ChunkFwdWorkspace; read by the reverse recurrence alone
-  size_t U = 0;            // U as bf16 operands                      [slots, HV, V, C]
-  size_t chunk_decay = 0;  // as in ChunkFwdWorkspace
+  size_t U = 0;                                       // U as bf16 operands                      [slots, HV, V, C]
+  size_t chunk_decay = 0;                             // as in ChunkFwdWorkspace
   size_t state = 0;    // state at entry of a chunk               [slots, HV, V, K]     bf16, fragments of S, not of S^T
   size_t inverse = 0;  // (I + Akk)^-1                           [slots, HV, C, C]     bf16, swizzled tile
   size_t total_bytes = 0;
@@ -130,9 +130,9 @@ struct ChunkIntermediates {
 // forward has saved them.
 struct ChunkBwdWorkspace {
   size_t intermediates = 0;  // those of ChunkIntermediates; none if the forward has saved them
-  size_t dstate = 0;     // dS', gradient of the state at the exit of a chunk  [slots, HV, V, K]  bf16, fragment order
-  size_t dU = 0;         // gradient of U as bf16 operands          [slots, HV, V, C]
-  size_t U0 = 0;         // Tinv V, fp32 accumulators, in the place of those two until they are written  [slots, HV, V, C]
+  size_t dstate = 0;  // dS', gradient of the state at the exit of a chunk  [slots, HV, V, K]  bf16, fragment order
+  size_t dU = 0;      // gradient of U as bf16 operands          [slots, HV, V, C]
+  size_t U0 = 0;      // Tinv V, fp32 accumulators, in the place of those two until they are written  [slots, HV, V, C]
   size_t by_levels = 0;  // whether a chunk's gradients are left to the levels of pairs  [slots, HV]  uint32
   size_t dA_log = 0;  // sums over each chunk, by channel        [slots, HV, K]        fp32; only with an activated gate
   size_t ddt_bias = 0;    // likewise

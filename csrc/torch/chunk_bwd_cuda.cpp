@@ -182,7 +182,8 @@ std::pair<Outputs, Tensor> chunk_fwd_saving_cuda(ChunkFwdArguments args) {
   ChunkFwdParams params = forward_params(args, problem, outputs, stream);
   const ScratchMemory workspace(saving_workspace_bytes(problem));
   params.workspace = workspace.data();
-  check_cuda(chunk_fwd_saving(params, intermediates.data_ptr(), plan, stream), "kda::chunk_fwd_saving: launching the kernels");
+  check_cuda(chunk_fwd_saving(params, intermediates.data_ptr(), plan, stream),
+             "kda::chunk_fwd_saving: launching the kernels");
   return {std::move(outputs), std::move(intermediates)};
 }
 

@@ -27,8 +27,8 @@ ChunkBwdKernelParams kernel_params(const ChunkBwdParams& call, const ChunkBwdPla
   ChunkBwdKernelParams params = {};
   // Saved intermediates are only read; the type of the kernels' parameters is that of the stages that write them.
   uint8_t* const saved = static_cast<uint8_t*>(const_cast<void*>(call.intermediates));
-  params.forward = first_stage_params(call.inputs, plan, plan.saved ? saved : base + workspace.intermediates,
-                                      base + workspace.U0);
+  params.forward =
+      first_stage_params(call.inputs, plan, plan.saved ? saved : base + workspace.intermediates, base + workspace.U0);
   params.forward.wants_output = false;
   params.forward.call.o = nullptr;
   params.forward.call.final_state = params.forward.call.chunk_states = nullptr;

@@ -15,10 +15,11 @@ struct ChunkFwdKernelParams {
   uint8_t* K_decayed;  // [slots, HV] tiles [C, K], bf16, swizzled
   uint8_t* Q_gated;    // [slots, HV] tiles [C, K], bf16, swizzled
   uint8_t* Aqk;        // [slots, HV] tiles [C, C], bf16, swizzled
-  uint4* U;      // [slots, HV, V / 16, C / 8, 32 lanes]: U0 = Tinv V as accumulator fragments (fp32), n-tile by n-tile,
-                 // replaced by U as operand fragments (bf16), a high and a low one for each 16 tokens, if wants_output
-  uint4* U_rounded;  // [slots, HV, V / 16, C / 16, 32 lanes]: the high ones alone, for the backward; null as `inverse` is
-  uint4* state;  // [slots, HV, V / 16, K / 16, 32 lanes] operand fragments of S^T; of S if `inverse` is wanted
+  uint4* U;  // [slots, HV, V / 16, C / 8, 32 lanes]: U0 = Tinv V as accumulator fragments (fp32), n-tile by n-tile,
+             // replaced by U as operand fragments (bf16), a high and a low one for each 16 tokens, if wants_output
+  uint4*
+      U_rounded;  // [slots, HV, V / 16, C / 16, 32 lanes]: the high ones alone, for the backward; null as `inverse` is
+  uint4* state;   // [slots, HV, V / 16, K / 16, 32 lanes] operand fragments of S^T; of S if `inverse` is wanted
   float* chunk_decay;  // [slots, HV, K]
   uint8_t* inverse;    // [slots, HV] tiles [C, C], bf16, swizzled: (I + Akk)^-1 on and below the diagonal; null in the
                        // forward, unless it saves for the backward, and written for the backward
@@ -26,7 +27,7 @@ struct ChunkFwdKernelParams {
   int64_t chunk_slots;
 
   bool wants_output;  // stage 3 follows
-  bool vectorized;  // every 8-element group of q, k, v, g and dt_bias starts at a multiple of 16 bytes
+  bool vectorized;    // every 8-element group of q, k, v, g and dt_bias starts at a multiple of 16 bytes
 };
 
 // The parameters with the regions of a plan (ChunkFwdWorkspace, ChunkIntermediates) at `base`.
