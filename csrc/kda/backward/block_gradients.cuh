@@ -50,6 +50,18 @@ struct BlockGradients : ValueGradients<Config> {
     return this->load_channels(offset, tt).template unpack<Element>();
   }
 
+  // q or k of a tile times a factor, as an operand. In bf16 the factor is rounded, and the product again.
+  static __device__ __forceinline__ ChannelOperand scaled(const ChannelOperand& values, const ChannelTile& factor) {
+    if constexpr (std::is_same_v<Element, BFloat16>) {
+      return ChannelOperand::product(values, ChannelOperand::rounded(factor));
+    } else {
+      return ChannelOperand::scaled(values.template unpack<Element>(), factor);
+    }
+  }
+  __device__ __forceinline__ ChannelOperand scaled_values(int offset, int tt, const ChannelTile& factor) const {
+    return scaled(this->load_channels(offset, tt), factor);
+  }
+
   // acc (16 channels, 16 tokens) += operand (16 channels, V) * rows^T of a [C, V] tile, for 16 of V.
   __device__ __forceinline__ void multiply_state(ChannelTile& acc, const ChannelOperand& operand, int offset, int tt,
                                                  int kt) const {
@@ -81,6 +93,7 @@ struct BlockGradients : ValueGradients<Config> {
     return fragments + (tile * (V / 16) * (K / 16) + group()) * 32 + lane;
   }
   static constexpr int kFragmentStride = K / 16 * 32;
+  static constexpr int kRound = 4;  // of them that are loaded at once
 
   // What a block collects, in units of 2^-exponent of the chunk (see store_pairs()). cumulative: the gradient of G.
   struct Sums {
@@ -104,22 +117,40 @@ struct BlockGradients : ValueGradients<Config> {
     {
       const uint4* const exit_fragments = state_fragments(params.dstate);
       const uint4* const entry_fragments = state_fragments(params.forward.state);
-      float dot[2] = {};
-#pragma unroll 4
-      for (int kt = 0; kt < V / 16; ++kt) {
-        const ChannelOperand exit = to_operand(exit_fragments[kt * kFragmentStride]);
+      float dots[2][4] = {};  // rows of S against those of dS': of the lower 8 channels, and of the upper
+#pragma unroll 1
+      for (int round = 0; round < V / 16; round += kRound) {
+        uint4 exits[kRound], entries[kRound] = {};
 #pragma unroll
-        for (int i = 0; i < kBlockTiles; ++i) multiply_state(written[i], exit, Config::kU, first + i, kt);
+        for (int i = 0; i < kRound; ++i) exits[i] = exit_fragments[(round + i) * kFragmentStride];
         if (is_second) {
-          const ChannelTile entry = to_operand(entry_fragments[kt * kFragmentStride]).template unpack<BFloat16>();
-          ChannelTile values = exit.template unpack<BFloat16>();
-          values.for_each([&](float& x, int block, int hi, int p) { dot[hi] += x * entry.at(block, hi, p); });
+#pragma unroll
+          for (int i = 0; i < kRound; ++i) entries[i] = entry_fragments[(round + i) * kFragmentStride];
+        }
+#pragma unroll
+        for (int r = 0; r < kRound; ++r) {
+          const ChannelOperand exit = to_operand(exits[r]);
+#pragma unroll
+          for (int i = 0; i < kBlockTiles; ++i) multiply_state(written[i], exit, Config::kU, first + i, round + r);
+        }
+        if (is_second) {
+#pragma unroll
+          for (int r = 0; r < kRound; ++r) {
+            const ChannelOperand entry = to_operand(entries[r]);
+            entry.multiply(dots[0], exits[r].x, exits[r].z);
+            entry.multiply(dots[1], exits[r].y, exits[r].w);
+          }
         }
       }
-      float chunk[2];
-      decay_over(chunk, 0, kTiles);
+      if (is_second) {
+        float chunk[2];
+        decay_over(chunk, 0, kTiles);
 #pragma unroll
-      for (int hi = 0; hi < 2; ++hi) crossing[hi] += ptx::ex2(chunk[hi]) * (this->unit() * dot[hi]);
+        for (int hi = 0; hi < 2; ++hi) {  // the diagonal
+          const float dot = this->row & 1 ? dots[hi][2 * hi + 1] : dots[hi][2 * hi];
+          if (member == this->row >> 1) crossing[hi] += ptx::ex2(chunk[hi]) * (this->unit() * dot);
+        }
+      }
     }
     float to_exit[2];
     decay_over(to_exit, first + 1, kTiles);
@@ -130,7 +161,7 @@ struct BlockGradients : ValueGradients<Config> {
       float scale[4];
       load_tokens(scale, Config::kWriteScale, first + i);
       const ChannelTile R = inverse_power(exponent[i]);
-      k_R[i] = ChannelOperand::scaled(load_values(Config::kKey, first + i), R);
+      k_R[i] = scaled_values(Config::kKey, first + i, R);
       const ChannelTile rounded = k_R[i].template unpack<BFloat16>();
       sums.dk[i].for_each([&](float& dk, int block, int hi, int p) {
         const float x = written[i].at(block, hi, p) * (to_exit[hi] * scale[token_index(block, p)]);
@@ -144,8 +175,8 @@ struct BlockGradients : ValueGradients<Config> {
 #pragma unroll
     for (int other = 0; other < kBlockTiles; ++other) {
       const ChannelTile P = power(exponent[other]);
-      const ChannelOperand q_P = ChannelOperand::scaled(load_values(Config::kQuery, first + other), P);
-      const ChannelOperand k_P = ChannelOperand::scaled(load_values(Config::kKey, first + other), P);
+      const ChannelOperand q_P = scaled_values(Config::kQuery, first + other, P);
+      const ChannelOperand k_P = scaled_values(Config::kKey, first + other, P);
 #pragma unroll
       for (int i = 0; i <= other; ++i) {
         multiply_later(written[i], q_P, Config::kDqk, first + i, first + other);
@@ -174,7 +205,7 @@ struct BlockGradients : ValueGradients<Config> {
         multiply_later(across, second_block.k[other], Config::kDkk, i, kBlockTiles + other);
       }
       const ChannelTile X = power_to(middle, exponent[i]);
-      const ChannelTile rounded = ChannelOperand::scaled(load_values(Config::kKey, i), X).template unpack<BFloat16>();
+      const ChannelTile rounded = scaled_values(Config::kKey, i, X).template unpack<BFloat16>();
       sums.dk[i].for_each([&](float& dk, int block, int hi, int p) {
         const float x = across.at(block, hi, p);
         dk += X.at(block, hi, p) * x;
@@ -190,13 +221,19 @@ struct BlockGradients : ValueGradients<Config> {
                                                const Block& other_exponent, int first) const {
     Block queries = {zeros(), zeros()}, keys = {zeros(), zeros()};
     const uint4* const entry_fragments = state_fragments(params.forward.state);
-#pragma unroll 4
-    for (int kt = 0; kt < V / 16; ++kt) {
-      const ChannelOperand entry = to_operand(entry_fragments[kt * kFragmentStride]);
+#pragma unroll 1
+    for (int round = 0; round < V / 16; round += kRound) {
+      uint4 entries[kRound];
 #pragma unroll
-      for (int i = 0; i < kBlockTiles; ++i) {
-        multiply_state(queries[i], entry, Config::kOutputGradient, first + i, kt);
-        multiply_state(keys[i], entry, Config::kY, first + i, kt);
+      for (int r = 0; r < kRound; ++r) entries[r] = entry_fragments[(round + r) * kFragmentStride];
+#pragma unroll
+      for (int r = 0; r < kRound; ++r) {
+        const ChannelOperand entry = to_operand(entries[r]);
+#pragma unroll
+        for (int i = 0; i < kBlockTiles; ++i) {
+          multiply_state(queries[i], entry, Config::kOutputGradient, first + i, round + r);
+          multiply_state(keys[i], entry, Config::kY, first + i, round + r);
+        }
       }
     }
     float from_entry[2];
@@ -210,9 +247,10 @@ struct BlockGradients : ValueGradients<Config> {
       load_tokens(predicts, Config::kPredictScale, first + i);
       load_tokens(diagonal, Config::kDiagonal, first + i);
       const ChannelTile P = power(exponent[i]);
-      const ChannelTile q = load_values(Config::kQuery, first + i), k = load_values(Config::kKey, first + i);
-      operands.q[i] = ChannelOperand::scaled(q, P);
-      operands.k[i] = ChannelOperand::scaled(k, P);
+      const ChannelOperand queries_here = this->load_channels(Config::kQuery, first + i);
+      const ChannelOperand keys_here = this->load_channels(Config::kKey, first + i);
+      operands.q[i] = scaled(queries_here, P), operands.k[i] = scaled(keys_here, P);
+      const ChannelTile q = queries_here.template unpack<Element>(), k = keys_here.template unpack<Element>();
       sums.dq[i].for_each([&](float& dq, int block, int hi, int p) {
         const int e = 2 * hi + p, t = token_index(block, p);
         const float decay = P.value[block][e] * from_entry[hi];
@@ -231,7 +269,7 @@ struct BlockGradients : ValueGradients<Config> {
     if (first > 0) {
 #pragma unroll
       for (int i = 0; i < kBlockTiles; ++i) {
-        k_X[i] = ChannelOperand::scaled(load_values(Config::kKey, i), power_to(middle, other_exponent[i]));
+        k_X[i] = scaled_values(Config::kKey, i, power_to(middle, other_exponent[i]));
       }
     }
 #pragma unroll

@@ -38,7 +38,8 @@ struct GradientsContext {
 
   __device__ __forceinline__ const ChunkFwdParams& call() const { return params.forward.call; }
   __device__ __forceinline__ int key_head() const {
-    return value_head / (call().problem.value_heads / call().problem.heads);
+    const int heads = call().problem.heads, value_heads = call().problem.value_heads;
+    return heads == value_heads ? value_head : value_head / (value_heads / heads);
   }
 
   // The warp's 16 channels.
@@ -53,6 +54,16 @@ struct GradientsContext {
   __device__ __forceinline__ int64_t value_row(int token) const {
     return (location.batch * call().problem.tokens + location.first_token + token) * call().problem.value_heads +
            value_head;
+  }
+  // The row of the chunk's first token in such a tensor of K columns, and in bytes from it to a token.
+  template <typename T>
+  __device__ __forceinline__ uint8_t* first_channel(void* tensor) const {
+    return reinterpret_cast<uint8_t*>(static_cast<T*>(tensor) + value_row(0) * K + channel(0));
+  }
+  template <typename T>
+  __device__ __forceinline__ uint64_t bytes_to_token(int token) const {
+    const uint32_t row_bytes = static_cast<uint32_t>(call().problem.value_heads) * static_cast<uint32_t>(K * sizeof(T));
+    return uint64_t{static_cast<uint32_t>(token)} * row_bytes;
   }
   __device__ __forceinline__ int64_t key_row(int token) const {
     return (location.batch * call().problem.tokens + location.first_token + token) * call().problem.heads + key_head();
@@ -100,25 +111,39 @@ struct GradientsContext {
     return values;
   }
 
-  // g of the lane's elements of a tile. Rows past the end are those of the last token.
+  // g of the lane's elements of a tile, or of N from it on, all in flight at once. Rows past the end are those of the last token.
   __device__ __forceinline__ ChannelTile load_gate(int tt) const {
+    ChannelTile g[1];
+    load_gates(g, tt);
+    return g[0];
+  }
+  template <int N>
+  __device__ __forceinline__ void load_gates(ChannelTile (&g)[N], int first_tile) const {
     const ChunkFwdParams& c = call();
-    const int64_t first = location.batch * c.g_stride.batch + location.first_token * c.g_stride.token +
-                          value_head * c.g_stride.head + channel(0);
-    int64_t offsets[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      offsets[i] = first + min(token(tt, i >> 1, i & 1), location.tokens - 1) * c.g_stride.token;
-    }
     const auto load = [&](auto element) {
       using Gate = decltype(element);
-      const Gate* const g = static_cast<const Gate*>(c.g);
-      return ChannelTile::make(
-          [&](int block, int row, int parity) { return to_float(g[offsets[token_index(block, parity)] + 8 * row]); });
+      const Gate* const first =
+          static_cast<const Gate*>(c.g) + (location.batch * c.g_stride.batch + location.first_token * c.g_stride.token +
+                                           value_head * c.g_stride.head + channel(0));
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        const Gate* rows[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int t = min(token(first_tile + n, i >> 1, i & 1), location.tokens - 1);
+          rows[i] = first + static_cast<uint32_t>(t) * static_cast<uint64_t>(c.g_stride.token);
+        }
+        g[n].for_each(
+            [&](float& x, int block, int row, int parity) { x = to_float(rows[token_index(block, parity)][8 * row]); });
+      }
     };
-    if (c.gate_type == DataType::kFloat32) return load(0.0f);
-    if (c.gate_type == DataType::kBFloat16) return load(BFloat16());
-    return load(Float16());
+    if (c.gate_type == DataType::kFloat32) {
+      load(0.0f);
+    } else if (c.gate_type == DataType::kBFloat16) {
+      load(BFloat16());
+    } else {
+      load(Float16());
+    }
   }
 };
 

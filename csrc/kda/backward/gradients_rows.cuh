@@ -151,10 +151,11 @@ struct GradientsRows : GradientsContext<Config> {
 
   // dq or dk of a tile of tokens, as parts of the value head.
   __device__ __forceinline__ void store_parts(const ChannelTile& gradient, float* parts, int tt) const {
+    uint8_t* const first = this->template first_channel<float>(parts);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int block = i >> 1, parity = i & 1, t = token(tt, block, parity);
-      float* const destination = parts + value_row(t) * K + channel(0);
+      float* const destination = reinterpret_cast<float*>(first + this->template bytes_to_token<float>(t));
       if (t < location.tokens) {
         destination[0] = gradient.at(block, 0, parity);
         destination[8] = gradient.at(block, 1, parity);
@@ -172,20 +173,22 @@ struct GradientsRows : GradientsContext<Config> {
     }
   }
 
-  // dg of a tile from the gradients of its log-gates; adds to the sums for the gate's parameters.
-  __device__ __forceinline__ void store_gate_gradient(ChannelTile& gradients, const ChannelTile& g,
-                                                      const GateOfTile& gate, float (&dA_log)[2], float (&ddt_bias)[2],
-                                                      int tt) const {
-    gradients.for_each([&](float& x, int block, int, int parity) {
+  __device__ __forceinline__ void clear_rows_past_end(ChannelTile& values, int tt) const {
+    if (location.tokens == C) return;
+    values.for_each([&](float& x, int block, int, int parity) {
       if (token(tt, block, parity) >= location.tokens) x = 0.0f;
     });
-    gate.differentiate(gradients, g, dA_log, ddt_bias);
+  }
+
+  // dg of a tile.
+  __device__ __forceinline__ void store_gate_gradient(const ChannelTile& gradients, int tt) const {
     const auto store = [&](auto element) {
       using Gate = decltype(element);
+      uint8_t* const first = this->template first_channel<Gate>(params.dg);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int block = i >> 1, parity = i & 1, t = token(tt, block, parity);
-        Gate* const destination = static_cast<Gate*>(params.dg) + value_row(t) * K + channel(0);
+        Gate* const destination = reinterpret_cast<Gate*>(first + this->template bytes_to_token<Gate>(t));
         if (t < location.tokens) {
           destination[0] = Gate(gradients.at(block, 0, parity));
           destination[8] = Gate(gradients.at(block, 1, parity));

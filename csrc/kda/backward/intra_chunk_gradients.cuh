@@ -102,10 +102,13 @@ struct IntraChunkGradients : BlockGradients<Config> {
     const float size = this->inverse_unit();
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
-      ChannelTile g = Blocks::zeros();  // a log-gate in range of one reference has a gradient, whatever it is
-      if (activation.kind != GateKind::kLog) g = this->load_gate(first_tile + i);
+      const int tt = first_tile + i;
       cumulative[i].for_each([&](float& x, int, int hi, int) { x = size * (x + crossing[hi]); });
-      this->store_gate_gradient(cumulative[i], g, activation, dA_log, ddt_bias, first_tile + i);
+      this->clear_rows_past_end(cumulative[i], tt);
+      if (activation.kind != GateKind::kLog) {  // a log-gate in range of one reference has a gradient, whatever it is
+        activation.differentiate(cumulative[i], this->load_gate(tt), dA_log, ddt_bias);
+      }
+      this->store_gate_gradient(cumulative[i], tt);
     }
   }
 
@@ -119,20 +122,29 @@ struct IntraChunkGradients : BlockGradients<Config> {
   }
 
   __device__ __forceinline__ void run() const {
+    ChannelTile gates[kTiles];
+    this->load_gates(gates, 0);
+    const GateOfTile activation = this->gate();
     this->load();
     typename Values::SolveOperands operands;
     this->load_operands(operands, this->warp);
-    const GateOfTile activation = this->gate();
-    Block exponent, other_exponent;  // log2 of P, of the block that is next and of the one after it
+    Block exponent = {gates[0], gates[1]},
+          other_exponent;  // log2 of P, of the block that is next and of the one after it
     bool far_apart = false;
 #pragma unroll 1
     for (int first = 0; first < kTiles; first += kBlockTiles) {
+      far_apart |= activate(exponent, first, activation);
+      if (first > 0) break;
       copy(other_exponent, exponent);
 #pragma unroll
-      for (int i = 0; i < kBlockTiles; ++i) exponent[i] = this->load_gate(first + i);
-      far_apart |= activate(exponent, first, activation);
+      for (int i = 0; i < kBlockTiles; ++i) exponent[i] = gates[kBlockTiles + i];
     }
     if (this->wait_for_loads(far_apart)) return leave_to_levels(true);
+    if (threadIdx.x == 0) {  // now that what comes first is there
+      constexpr int kStateUnits = V * K / 8;
+      ptx::prefetch_to_l2(params.dstate + tile * kStateUnits, kStateUnits * 16);
+      ptx::prefetch_to_l2(params.forward.state + tile * kStateUnits, kStateUnits * 16);
+    }
     const float largest_square = this->store_norms();
     this->solve(operands);
     if (__syncthreads_or(!(largest_square <= kMaxSquaredNorm))) return leave_to_levels(true);
@@ -189,7 +201,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   const int value_heads = params.forward.call.problem.value_heads;
   const int64_t tile = blockIdx.x, slot = blockIdx.x / static_cast<unsigned>(value_heads);
   const int value_head = static_cast<int>(blockIdx.x % static_cast<unsigned>(value_heads));
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int warp = ptx::opaque(threadIdx.x >> 5), lane = ptx::opaque(threadIdx.x & 31);
   const ChunkLocation location = locate_chunk(params.forward.call, slot, lane);
   if (location.tokens == 0 || slot >= params.forward.chunk_slots) {
     if (slot < params.forward.chunk_slots && threadIdx.x == 0) params.by_levels[tile] = 0;

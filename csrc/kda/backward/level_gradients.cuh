@@ -274,7 +274,9 @@ struct LevelGradients : LevelPairGradients<Config> {
     for (int i = 0; i < Config::kPartTiles; ++i) {
       ChannelTile cumulative = i > 0 ? kept(this->cumulative_units()) : last;
       cumulative.for_each([&](float& x, int, int hi, int) { x += later[hi]; });
-      store_gate_gradient(cumulative, g[i], activation, dA_log, ddt_bias, first_tile() + i);
+      this->clear_rows_past_end(cumulative, first_tile() + i);
+      activation.differentiate(cumulative, g[i], dA_log, ddt_bias);
+      store_gate_gradient(cumulative, first_tile() + i);
     }
     if (params.dA_log_parts == nullptr) return;
 #pragma unroll

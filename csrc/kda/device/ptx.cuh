@@ -124,6 +124,11 @@ __device__ __forceinline__ void cp_async_bulk_load(uint32_t destination, const v
       : "memory");
 }
 
+// Brings bytes, a multiple of 16 from an address that is one, into the L2 cache.
+__device__ __forceinline__ void prefetch_to_l2(const void* source, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
+}
+
 // A box of a tensor of rank 5 whose first element has the coordinates c0 (innermost) .. c4.
 __device__ __forceinline__ void cp_async_bulk_tensor_load(uint32_t destination, const void* tensor_map, int c0, int c1,
                                                           int c2, int c3, int c4, uint32_t mbarrier) {

@@ -10,8 +10,8 @@
 namespace kda {
 
 // Loads of MMA operands from a tile in shared memory. Layout::unit_offset(row, unit) is the byte offset of the 16-byte unit that holds
-// elements 8 * unit .. 8 * unit + 7 of a row; Layout::unit_address(tile, row, half, column) is the address of unit
-// column / 8 + half, where column is a multiple of 16 and half 0 or 1.
+// elements 8 * unit .. 8 * unit + 7 of a row; Layout::unit_address(tile, row, lane_row, half, column) is the address of unit
+// column / 8 + half of row row + lane_row, where row is a multiple of 8, column of 16, and half 0 or 1.
 template <typename Layout>
 struct TileOperands {
   // Byte offset of the pair of elements (column, column + 1); column is even.
@@ -21,21 +21,21 @@ struct TileOperands {
 
   // A operand (16 x 16): rows row..row+15, columns column..column+15.
   static __device__ __forceinline__ void load_a(uint32_t (&a)[4], uint32_t tile, int row, int column, int lane) {
-    ptx::ldmatrix_x4(a, Layout::unit_address(tile, row + (lane & 15), lane >> 4, column));
+    ptx::ldmatrix_x4(a, Layout::unit_address(tile, row, lane & 15, lane >> 4, column));
   }
 
   // A operand (16 x 16) of the transposed tile: columns column..column+15 become rows of A, tile rows row..row+15 the
   // contraction.
   static __device__ __forceinline__ void load_a_trans(uint32_t (&a)[4], uint32_t tile, int row, int column, int lane) {
     const int matrix = lane >> 3;
-    ptx::ldmatrix_x4_trans(a, Layout::unit_address(tile, row + (lane & 7) + (matrix >> 1) * 8, matrix & 1, column));
+    ptx::ldmatrix_x4_trans(a, Layout::unit_address(tile, row, (lane & 7) + (matrix >> 1) * 8, matrix & 1, column));
   }
 
   // The inverse of load_a_trans.
   static __device__ __forceinline__ void store_a_trans(const uint32_t (&a)[4], uint32_t tile, int row, int column,
                                                        int lane) {
     const int matrix = lane >> 3;
-    const uint32_t address = Layout::unit_address(tile, row + (lane & 7) + (matrix >> 1) * 8, matrix & 1, column);
+    const uint32_t address = Layout::unit_address(tile, row, (lane & 7) + (matrix >> 1) * 8, matrix & 1, column);
     ptx::stmatrix_x4_trans(address, a[0], a[1], a[2], a[3]);
   }
 
@@ -43,13 +43,13 @@ struct TileOperands {
   // b[2], b[3]; the contraction runs along columns column..column+15.
   static __device__ __forceinline__ void load_b(uint32_t (&b)[4], uint32_t tile, int row, int column, int lane) {
     const int matrix = lane >> 3;
-    ptx::ldmatrix_x4(b, Layout::unit_address(tile, row + (lane & 7) + (matrix >> 1) * 8, matrix & 1, column));
+    ptx::ldmatrix_x4(b, Layout::unit_address(tile, row, (lane & 7) + (matrix >> 1) * 8, matrix & 1, column));
   }
 
   // Two B operands (16 x 8) whose n index runs along tile columns: n = column..column+7 in b[0], b[1], n =
   // column+8..column+15 in b[2], b[3]; the contraction runs along rows row..row+15.
   static __device__ __forceinline__ void load_b_trans(uint32_t (&b)[4], uint32_t tile, int row, int column, int lane) {
-    ptx::ldmatrix_x4_trans(b, Layout::unit_address(tile, row + (lane & 15), lane >> 4, column));
+    ptx::ldmatrix_x4_trans(b, Layout::unit_address(tile, row, lane & 15, lane >> 4, column));
   }
 };
 
@@ -67,10 +67,10 @@ struct SwizzledTile : TileOperands<SwizzledTile<Columns>> {
     return row * kRowBytes + ((unit ^ (row & 7)) << 4);
   }
 
-  // A tile starts at a multiple of its row's bytes, so the column goes in by one exclusive or: what the lane and the
-  // row contribute is computed once for all columns.
-  static __device__ __forceinline__ uint32_t unit_address(uint32_t tile, int row, int half, int column) {
-    return (tile + unit_offset(row, half)) ^ (column * 2);
+  // The column goes in by one exclusive or: what the lane contributes is computed once for all columns, what a column does to it
+  // once for all rows and tiles, and those are offsets in the instruction.
+  static __device__ __forceinline__ uint32_t unit_address(uint32_t tile, int row, int lane_row, int half, int column) {
+    return (unit_offset(lane_row, half) ^ (column * 2)) + tile + row * kRowBytes;
   }
 };
 
@@ -82,8 +82,8 @@ struct PitchedTile : TileOperands<PitchedTile<kPitchBytes>> {
 
   static __device__ __forceinline__ uint32_t unit_offset(int row, int unit) { return row * kPitchBytes + unit * 16; }
 
-  static __device__ __forceinline__ uint32_t unit_address(uint32_t tile, int row, int half, int column) {
-    return tile + unit_offset(row, (column >> 3) + half);
+  static __device__ __forceinline__ uint32_t unit_address(uint32_t tile, int row, int lane_row, int half, int column) {
+    return tile + unit_offset(row + lane_row, (column >> 3) + half);
   }
 };
 

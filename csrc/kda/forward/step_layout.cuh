@@ -16,8 +16,8 @@ struct BlockedTile : TileOperands<BlockedTile<Rows>> {
     return (unit >> 3) * kBlockBytes + row * 128 + (((unit & 7) ^ (row & 7)) << 4);
   }
 
-  static __device__ __forceinline__ uint32_t unit_address(uint32_t tile, int row, int half, int column) {
-    return tile + unit_offset(row, (column >> 3) + half);
+  static __device__ __forceinline__ uint32_t unit_address(uint32_t tile, int row, int lane_row, int half, int column) {
+    return tile + unit_offset(row + lane_row, (column >> 3) + half);
   }
 };
 
