@@ -57,10 +57,9 @@ const char* reason_for_composite(const ChunkFwdProblem& p) {
 // to give every multiprocessor a CTA: each further cut reads the factors of a chunk once more. Within 5 % of the best
 // tile at every point of the sweep in bench/results (python -m bench.sweep).
 int choose_value_tile(const ChunkFwdProblem& p) {
-  constexpr int kSmallestTile = 32;
-  int tile = p.value_dim;
-  while (tile > kSmallestTile && p.sequences * p.value_heads * (p.value_dim / tile) < p.sm_count) tile /= 2;
-  return tile;
+  constexpr int kSmallestTile = 64;  // of a warpgroup
+  const bool is_alone = p.sequences * p.value_heads * (p.value_dim / kSmallestTile) <= p.sm_count;
+  return is_alone ? kSmallestTile : p.value_dim;
 }
 
 // Why a call that kernels cover takes the three stages; null if it does not.

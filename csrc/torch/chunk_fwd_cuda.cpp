@@ -67,9 +67,9 @@ ChunkFwdPlanOptions plan_options(const std::string& path, std::optional<int64_t>
   }
   options.segment_chunks = segment_chunks;
   if (value_tile) {
-    const bool known = *value_tile == 128 || *value_tile == 64 || *value_tile == 32;
+    const bool known = *value_tile == 128 || *value_tile == 64;
     if (!known || *value_tile > value_dim) {
-      refuse("value_tile", "expected 32, 64 or 128, at most V = " + std::to_string(value_dim) + ", got " +
+      refuse("value_tile", "expected 64 or 128, at most V = " + std::to_string(value_dim) + ", got " +
                                std::to_string(*value_tile));
     }
     options.value_tile = static_cast<int>(*value_tile);

@@ -50,16 +50,9 @@ struct BlockGradients : ValueGradients<Config> {
     return this->load_channels(offset, tt).template unpack<Element>();
   }
 
-  // q or k of a tile times a factor, as an operand. In bf16 the factor is rounded, and the product again.
-  static __device__ __forceinline__ ChannelOperand scaled(const ChannelOperand& values, const ChannelTile& factor) {
-    if constexpr (std::is_same_v<Element, BFloat16>) {
-      return ChannelOperand::product(values, ChannelOperand::rounded(factor));
-    } else {
-      return ChannelOperand::scaled(values.template unpack<Element>(), factor);
-    }
-  }
+  // q or k of a tile times a factor, as an operand.
   __device__ __forceinline__ ChannelOperand scaled_values(int offset, int tt, const ChannelTile& factor) const {
-    return scaled(this->load_channels(offset, tt), factor);
+    return ChannelOperand::scaled(load_values(offset, tt), factor);
   }
 
   // acc (16 channels, 16 tokens) += operand (16 channels, V) * rows^T of a [C, V] tile, for 16 of V.
@@ -247,10 +240,8 @@ struct BlockGradients : ValueGradients<Config> {
       load_tokens(predicts, Config::kPredictScale, first + i);
       load_tokens(diagonal, Config::kDiagonal, first + i);
       const ChannelTile P = power(exponent[i]);
-      const ChannelOperand queries_here = this->load_channels(Config::kQuery, first + i);
-      const ChannelOperand keys_here = this->load_channels(Config::kKey, first + i);
-      operands.q[i] = scaled(queries_here, P), operands.k[i] = scaled(keys_here, P);
-      const ChannelTile q = queries_here.template unpack<Element>(), k = keys_here.template unpack<Element>();
+      const ChannelTile q = load_values(Config::kQuery, first + i), k = load_values(Config::kKey, first + i);
+      operands.q[i] = ChannelOperand::scaled(q, P), operands.k[i] = ChannelOperand::scaled(k, P);
       sums.dq[i].for_each([&](float& dq, int block, int hi, int p) {
         const int e = 2 * hi + p, t = token_index(block, p);
         const float decay = P.value[block][e] * from_entry[hi];

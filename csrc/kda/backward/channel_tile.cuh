@@ -60,19 +60,6 @@ struct ChannelOperand {
     return operand;
   }
 
-  static __device__ __forceinline__ ChannelOperand rounded(const ChannelTile& values) {
-    ChannelOperand operand;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) operand.pair[i] = pack_bf16(values.at(i >> 1, i & 1, 0), values.at(i >> 1, i & 1, 1));
-    return operand;
-  }
-  static __device__ __forceinline__ ChannelOperand product(const ChannelOperand& a, const ChannelOperand& b) {
-    ChannelOperand operand;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) operand.pair[i] = multiply_bf16x2(a.pair[i], b.pair[i]);
-    return operand;
-  }
-
   // The same with the signs of the tokens that `flipped` names, for each block.
   __device__ __forceinline__ ChannelOperand with_signs(const uint32_t (&flipped)[2]) const {
     return {{pair[0] ^ flipped[0], pair[1] ^ flipped[0], pair[2] ^ flipped[1], pair[3] ^ flipped[1]}};

@@ -31,6 +31,11 @@ struct TileOperands {
     ptx::ldmatrix_x4_trans(a, Layout::unit_address(tile, row, (lane & 7) + (matrix >> 1) * 8, matrix & 1, column));
   }
 
+  // The inverse of load_a.
+  static __device__ __forceinline__ void store_a(const uint32_t (&a)[4], uint32_t tile, int row, int column, int lane) {
+    ptx::stmatrix_x4(Layout::unit_address(tile, row, lane & 15, lane >> 4, column), a[0], a[1], a[2], a[3]);
+  }
+
   // The inverse of load_a_trans.
   static __device__ __forceinline__ void store_a_trans(const uint32_t (&a)[4], uint32_t tile, int row, int column,
                                                        int lane) {
@@ -71,6 +76,20 @@ struct SwizzledTile : TileOperands<SwizzledTile<Columns>> {
   // once for all rows and tiles, and those are offsets in the instruction.
   static __device__ __forceinline__ uint32_t unit_address(uint32_t tile, int row, int lane_row, int half, int column) {
     return (unit_offset(lane_row, half) ^ (column * 2)) + tile + row * kRowBytes;
+  }
+};
+
+// Rows of 128 bytes whose 16-byte units are permuted (unit ^ (row & 7)), one block of Rows rows for every 64 columns of 16 bits: what
+// tensor copies with 128-byte swizzle write, and what ldmatrix and wgmma read without bank conflicts.
+template <int Rows>
+struct BlockedTile : TileOperands<BlockedTile<Rows>> {
+  static constexpr int kBlockBytes = Rows * 128;
+  static __device__ __forceinline__ uint32_t unit_offset(int row, int unit) {
+    return (unit >> 3) * kBlockBytes + row * 128 + (((unit & 7) ^ (row & 7)) << 4);
+  }
+
+  static __device__ __forceinline__ uint32_t unit_address(uint32_t tile, int row, int lane_row, int half, int column) {
+    return tile + unit_offset(row + lane_row, (column >> 3) + half);
   }
 };
 

@@ -22,7 +22,7 @@ struct IntraChunkSolveConfig {
   static constexpr int kWarps = 4, kThreads = 32 * kWarps, kCtasPerSm = 3;
   static constexpr int kSlices = K / 32;
 
-  using KeyTile = SwizzledTile<K>;    // [C][K]
+  using KeyTile = BlockedTile<C>;     // [C][K]
   using ValueTile = SwizzledTile<V>;  // [C][V]
   using PairTile = SwizzledTile<C>;   // [C][C]
   static constexpr int kKeyTileBytes = C * K * 2, kValueTileBytes = C * V * 2, kPairTileBytes = C * C * 2;

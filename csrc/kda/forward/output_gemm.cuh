@@ -25,7 +25,7 @@ struct OutputGemmConfig {
   static constexpr bool kSaving = kSaving_;
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
   static constexpr int kCtasPerSm = kSaving ? 3 : 4;  // transposing the operands takes registers
-  using KeyTile = SwizzledTile<K>;
+  using KeyTile = BlockedTile<C>;
   using PairTile = SwizzledTile<C>;
   using OutputTile = SwizzledTile<V>;
   static constexpr int kKeyTileBytes = C * K * 2, kPairTileBytes = C * C * 2, kOutputTileBytes = C * V * 2;

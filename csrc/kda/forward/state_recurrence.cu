@@ -1,34 +1,30 @@
 #include "state_recurrence.cuh"
 
-#include <algorithm>
-
 #include "launch.cuh"
 
 namespace kda {
 namespace {
 
-// Shared memory of one multiprocessor that kernels can use, less 1 KiB that the system keeps for each CTA (sm_90: 228
-// KiB in all).
-constexpr int kSharedBytesPerSm = 228 * 1024, kReservedBytesPerCta = 1024;
+template <int K, int kGroups, bool kSaves>
+cudaError_t launch_config(const ChunkFwdKernelParams& params, cudaStream_t stream) {
+  using Config = StateRecurrenceConfig<K, kGroups, kSaves>;
+  const ChunkFwdProblem& problem = params.call.problem;
+  const int64_t ctas =
+      problem.sequences * problem.value_heads * (problem.value_dim / (kRecurrenceRows * Config::kGroups));
+  constexpr int stages = stages_of_ring<Config>();
+  return launch(state_recurrence_kernel<Config>, ctas, Config::kThreads, Config::shared_bytes(stages), stream, params,
+                stages);
+}
 
-// Stages of the ring: all that fit when a CTA of 8 warps has a multiprocessor to itself and smaller ones share it by
-// two. A grid of no more CTAs than multiprocessors never shares.
-template <typename Config>
-int choose_stages(int warps, int64_t ctas, int sm_count) {
-  const int ctas_per_sm = warps == Config::kMaxWarps || ctas <= sm_count ? 1 : 2;
-  const int budget = kSharedBytesPerSm / ctas_per_sm - kReservedBytesPerCta - Config::kBarrierBytes;
-  return std::min(budget / Config::stage_bytes(warps), Config::kMaxStages);
+template <int K, int kGroups>
+cudaError_t launch_groups(const ChunkFwdKernelParams& params, cudaStream_t stream) {
+  return params.inverse != nullptr ? launch_config<K, kGroups, true>(params, stream)
+                                   : launch_config<K, kGroups, false>(params, stream);
 }
 
 template <int K>
 cudaError_t launch_for_key_dim(const ChunkFwdKernelParams& params, int value_tile, cudaStream_t stream) {
-  using Config = StateRecurrenceConfig<K>;
-  const ChunkFwdProblem& problem = params.call.problem;
-  const int warps = value_tile / Config::kRowsPerWarp;
-  const int64_t ctas = problem.sequences * problem.value_heads * (problem.value_dim / value_tile);
-  const int stages = choose_stages<Config>(warps, ctas, problem.sm_count);
-  return launch(state_recurrence_kernel<Config>, ctas, 32 * warps, Config::shared_bytes(warps, stages), stream, params,
-                warps, stages);
+  return value_tile == kRecurrenceRows ? launch_groups<K, 1>(params, stream) : launch_groups<K, 2>(params, stream);
 }
 
 }  // namespace

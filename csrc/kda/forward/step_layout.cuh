@@ -7,20 +7,6 @@
 
 namespace kda {
 
-// Tiles of rows of 128 bytes whose 16-byte units are permuted (unit ^ (row & 7)), one block of Rows rows for every 64 columns of 16 bits: what
-// tensor copies with 128-byte swizzle write, and what ldmatrix and wgmma read without bank conflicts.
-template <int Rows>
-struct BlockedTile : TileOperands<BlockedTile<Rows>> {
-  static constexpr int kBlockBytes = Rows * 128;
-  static __device__ __forceinline__ uint32_t unit_offset(int row, int unit) {
-    return (unit >> 3) * kBlockBytes + row * 128 + (((unit & 7) ^ (row & 7)) << 4);
-  }
-
-  static __device__ __forceinline__ uint32_t unit_address(uint32_t tile, int row, int lane_row, int half, int column) {
-    return tile + unit_offset(row + lane_row, (column >> 3) + half);
-  }
-};
-
 template <int K_>
 struct StepTiles {
   static constexpr int K = K_, C = kStepTokens;
