@@ -53,9 +53,8 @@ const char* reason_for_composite(const ChunkFwdProblem& p) {
   return nullptr;
 }
 
-// The recurrence runs one CTA for each (sequence, value head, value tile). Cut V only as far as it takes
-// to give every multiprocessor a CTA: each further cut reads the factors of a chunk once more. Within 5 % of the best
-// tile at every point of the sweep in bench/results (python -m bench.sweep).
+// A recurrence runs one CTA for each (sequence, value head, value tile), alone on its multiprocessor, with 64 rows of V for each
+// warpgroup: two CTAs where both find a multiprocessor at once, else one, which reads the factors of a chunk once.
 int choose_value_tile(const ChunkFwdProblem& p) {
   constexpr int kSmallestTile = 64;  // of a warpgroup
   const bool is_alone = p.sequences * p.value_heads * (p.value_dim / kSmallestTile) <= p.sm_count;

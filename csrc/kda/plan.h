@@ -43,7 +43,7 @@ enum class ChunkFwdPath : int32_t {
 // What a caller may fix that the planner otherwise chooses; for tests and measurements.
 struct ChunkFwdPlanOptions {
   std::optional<ChunkFwdPath> path;       // a path of kernels; kStaged where that does not cover the call
-  std::optional<int> value_tile;          // of kStaged: 32, 64 or 128; at most V
+  std::optional<int> value_tile;          // of kStaged: 64 or 128; at most V
   std::optional<int64_t> clusters;        // of kFused: at most so many in the grid
   std::optional<int64_t> segment_chunks;  // of kStepwise; 0: sequences are not cut
 };
