@@ -192,7 +192,7 @@ constexpr const char* kHelp[] = {R"(bench_chunk_fwd: checks and times kda::chunk
 Overrides of the plan
   --path PATH          auto, stepwise, fused or staged: fail if the kernels of that path do not cover the case
                                                                                                     (default auto)
-  --value-tile N       V columns of one CTA of the state recurrence, of the staged path: a multiple of 16 that divides
+  --value-tile N       V columns of one CTA of the state recurrence, of the staged path: a multiple of 64 that divides
                        V, at most 128                                                               (default: the plan's)
   --clusters N         at most N clusters of V / 64 CTAs, to which the chains of (sequence, value head) are dealt out,
                        of the fused path; no more than run side by side and than there are chains   (default: the plan's)

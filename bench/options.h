@@ -140,8 +140,8 @@ struct IntegerFlag {
   int minimum, maximum;
 };
 inline constexpr int kMaxHeads = 1 << 16, kMaxDim = 1 << 12, kMaxIterations = 1 << 20, kMaxBatch = 1 << 16;
-// Of the state recurrence (staged): a warp owns 16 rows of the transposed state, a CTA has up to 8 warps.
-inline constexpr int kValueRowsPerWarp = 16, kMaxValueTile = 8 * kValueRowsPerWarp;
+// Of the state recurrence (staged): a warpgroup owns 64 rows of the transposed state, a CTA has one or two.
+inline constexpr int kValueRowsOfGroup = 64, kMaxValueTile = 2 * kValueRowsOfGroup;
 inline constexpr int kMaxClusters = 1 << 16, kMaxSegmentChunks = 1 << 24;
 inline constexpr IntegerFlag kIntegerFlags[] = {
     {"--batch", &Options::batch, 1, kMaxBatch},
@@ -149,7 +149,7 @@ inline constexpr IntegerFlag kIntegerFlags[] = {
     {"--value-heads", &Options::value_heads, 1, kMaxHeads},
     {"--key-dim", &Options::key_dim, 1, kMaxDim},
     {"--value-dim", &Options::value_dim, 1, kMaxDim},
-    {"--value-tile", &Options::value_tile, kValueRowsPerWarp, kMaxValueTile},
+    {"--value-tile", &Options::value_tile, kValueRowsOfGroup, kMaxValueTile},
     {"--clusters", &Options::clusters, 1, kMaxClusters},
     {"--segment-chunks", &Options::segment_chunks, 0, kMaxSegmentChunks},
     {"--iterations", &Options::iterations, 1, kMaxIterations},
@@ -211,8 +211,8 @@ inline void parse_value_flag(Options& options, const std::string& flag, const st
 inline void check_overrides(const Options& options) {
   const auto may_be = [&](PathChoice path) { return options.path == path || options.path == PathChoice::kAuto; };
   if (options.value_tile != kAsPlanned &&
-      (options.value_tile % kValueRowsPerWarp != 0 || options.value_dim % options.value_tile != 0)) {
-    throw UsageError("--value-tile: expected a multiple of " + std::to_string(kValueRowsPerWarp) +
+      (options.value_tile % kValueRowsOfGroup != 0 || options.value_dim % options.value_tile != 0)) {
+    throw UsageError("--value-tile: expected a multiple of " + std::to_string(kValueRowsOfGroup) +
                      " that divides --value-dim = " + std::to_string(options.value_dim) + ", got " +
                      std::to_string(options.value_tile));
   }

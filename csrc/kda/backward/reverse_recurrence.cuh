@@ -1,7 +1,7 @@
 // Stage 3 of the backward: the recurrence of the state's gradient, from the last chunk of a sequence to its first,
 //   dU = Aqk^T dO + K_decayed dS',      dS = Diag(e^{G_C}) dS' + Q_gated^T dO - W^T dU,
 // writing, for stage 4, dS' of each chunk (the gradient of the state at its exit) as bf16 MMA operands of dS', not of
-// its transpose, and dU^T likewise; at the end the gradient of the initial state.
+// its transpose, and dU likewise; at the end the gradient of the initial state.
 //
 // Grid as in stage 2 of the forward: one CTA for each (sequence, value head, value tile). The gradient is kept
 // transposed, dS^T [V, K], in fp32 accumulators; a warpgroup owns 64 rows of V and all of K:
@@ -9,12 +9,13 @@
 //   dS^T = dS'^T Diag(e^{G_C}) + dO^T Q_gated - dU^T W          A = dO^T; dU^T as a sum of two
 // Both sums are needed for the gradient of beta of the last tokens, where one gradient of the final state meets few
 // tokens and no average hides the rounding of an operand.
-// Another warpgroup keeps a ring of stages filled: bulk copies of what lies in the workspace, and units of 16 bytes of dO, which
-// each of its threads copies, as bulk copies of its rows would be issued one by one.
+// Another warpgroup, the movers, keeps a ring of stages filled: bulk copies of what lies in the workspace, and units of 16 bytes of
+// dO, which each of its threads copies, as bulk copies of its rows would be issued one by one. It stores what the consumers leave.
 //
 // Shared memory of one stage (bytes, K = 128): W, K_decayed, Q_gated 16384 each, Aqk 8192, chunk_decay 512, and for dO
 // 64 rows of two bytes for each value row and 16 more, which keep ldmatrix free of bank conflicts.
-// Bound by the chain from dS' to dS, 16 products of 64 x 64 x 16 and 8 of 64 x K x 16; 4 of each, with dO, are beside it.
+// Behind the ring 24576 for each 64 rows, through which dS' and dU leave.
+// Bound by the chain from dS' to dS: K / 8 instructions of 64 x 64 x 16 and 8 of 64 x K x 16; 4 of each, with dO, are beside it.
 #pragma once
 
 #include <type_traits>
@@ -44,13 +45,12 @@ struct ReverseRecurrenceConfig : RecurrenceThreads<kGroups_> {
   static constexpr int kStageBytes = (kOutputGradient + C * kRowPitch + 1023) / 1024 * 1024;
 
   using Staged = StagedOperands<K, C / 16>;
-  static constexpr int kBuffers = 1;  // of an area for each row tile; a third stage is worth more than a second buffer
-  using Ring = StageRing<kBuffers>;
-  static constexpr int kBufferBytes = kGroups * kRecurrenceRows / 16 * Staged::kBytes;
-  static constexpr int staging_offset(int stages) {
-    return stages * kStageBytes + (Ring::barrier_bytes(stages) + 255) / 256 * 256;
+  static constexpr int staging_offset(int stages) {  // one area for each row tile
+    return stages * kStageBytes + (StageRing::barrier_bytes(stages) + 255) / 256 * 256;
   }
-  static constexpr int shared_bytes(int stages) { return staging_offset(stages) + kBuffers * kBufferBytes; }
+  static constexpr int shared_bytes(int stages) {
+    return staging_offset(stages) + kGroups * kRecurrenceRows / 16 * Staged::kBytes;
+  }
 };
 
 template <typename Config>
@@ -73,9 +73,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int64_t first_slot = first_chunk_slot(call, sequence, range);
   const int64_t chunks = (range.end - range.begin + C - 1) / C;
 
-  const typename Config::Ring stage_ring = {static_cast<uint32_t>(ptx::opaque(ptx::shared_address(shared))), stages,
-                                            Config::kStageBytes};
-  stage_ring.init(1 + 128, Config::kConsumers, 4);
+  const StageRing stage_ring = {static_cast<uint32_t>(ptx::opaque(ptx::shared_address(shared))), stages,
+                                Config::kStageBytes};
+  stage_ring.init(1 + 128, Config::kConsumers, 128);
   uint8_t* const staging = shared + Config::staging_offset(stages);
   using Staged = typename Config::Staged;
 
@@ -118,16 +118,19 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int64_t operand_tile =
         ((first_slot + chunks - 1) * value_heads + value_head) * (V / 16) + first_row_tile + thread / 32;
     const int64_t tiles_of_chunk = static_cast<int64_t>(value_heads) * (V / 16);
-    OperandMover<Staged, Config::kGroups, true> store = {staging + thread / 32 * Staged::kBytes,
-                                                         params.dstate + operand_tile * (K / 16) * 32,
-                                                         params.dU + operand_tile * (C / 16) * 32,
-                                                         -tiles_of_chunk * (K / 16) * 32,
-                                                         -tiles_of_chunk * (C / 16) * 32,
-                                                         4 * (K / 16) * 32,
-                                                         4 * (C / 16) * 32,
-                                                         1 + thread / 32,
-                                                         lane};
-    stage_ring.move(chunks, lane, fill, store);
+    uint4* states = params.dstate + operand_tile * (K / 16) * 32;
+    uint4* values = params.dU + operand_tile * (C / 16) * 32;
+    const auto store = [&](int64_t) {
+#pragma unroll
+      for (int i = 0; i < Config::kGroups; ++i) {
+        uint8_t* const area = staging + (thread / 32 + 4 * i) * Staged::kBytes;
+        Staged::template store_state<true>(states + i * 4 * (K / 16) * 32, ptx::shared_address(area), lane);
+        Staged::store_values(values + i * 4 * (C / 16) * 32, area, lane);
+      }
+      states -= tiles_of_chunk * (K / 16) * 32;
+      values -= tiles_of_chunk * (C / 16) * 32;
+    };
+    stage_ring.move(chunks, fill, store);
     return;
   }
   ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
@@ -231,7 +234,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       multiply_rows<true>(dstate.acc, du_low[kt], w);
     }
     wgmma::commit_group();
-    stage_ring.wait_for_buffer(step);
+    if (step > 0) ptx::mbarrier_wait_parity(stage_ring.taken(), (step - 1) & 1);
 #pragma unroll
     for (int kt = 0; kt < K / 16; ++kt) Staged::put_state(ptx::shared_address(area), high[kt], kt, lane);
 #pragma unroll
@@ -240,7 +243,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       Staged::put_values(area, {operand[0] ^ kSigns, operand[1] ^ kSigns, operand[2] ^ kSigns, operand[3] ^ kSigns}, kt,
                          lane);
     }
-    ptx::mbarrier_arrive(stage_ring.staged(stage_ring.buffer_of(step)));
+    ptx::mbarrier_arrive(stage_ring.staged());
     wgmma::wait_group<0>();
     // Into registers that no product defines: else the compiler waits for one before it reads them beside the next.
 #pragma unroll

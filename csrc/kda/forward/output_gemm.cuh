@@ -22,8 +22,8 @@ template <int K_, int V_, typename Element_, bool kSaving_>
 struct OutputGemmConfig {
   static constexpr int K = K_, V = V_, C = kChunkTokens;
   using Element = Element_;
-  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
   static constexpr bool kSaving = kSaving_;
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
   static constexpr int kCtasPerSm = kSaving ? 3 : 4;  // transposing the operands takes registers
   using KeyTile = BlockedTile<C>;
   using PairTile = SwizzledTile<C>;

@@ -8,11 +8,13 @@
 // rows of V and all of K:
 //   U^T  = U0^T - S^T W^T                      A = S^T, its accumulators rounded to bf16;  B = W [C, K]
 //   S'^T = S^T Diag(e^{G_C}) + U^T K_decayed   A = U^T, as a sum of two bf16 operands;     B = K_decayed [C, K]
-// Another warpgroup keeps a ring of stages filled with bulk copies; every chunk of the sequence goes through it once.
+// Another warpgroup, the movers, keeps a ring of stages filled with bulk copies, through which every chunk of the sequence goes once, and
+// stores the operands that the consumers leave in shared memory.
 //
 // Shared memory of one stage (bytes, K = 128): W and K_decayed 16384 each, U0 of the value tile 16384 for each 64 rows,
 // chunk_decay 512. Behind the ring 24576 for each 64 rows, through which S and U leave.
-// Bound by the chain from S to S': two products with each other's results, 16 instructions of 64 x 64 x 16 and 8 of 64 x K x 16.
+// Bound by the chain from S to S': two products with each other's results, K / 16 instructions of 64 x 64 x 16 and 8 of
+// 64 x K x 16, and the two conversions between them.
 #pragma once
 
 #include "kernel_params.h"
@@ -41,13 +43,12 @@ struct StateRecurrenceConfig : RecurrenceThreads<kGroups_> {
   static constexpr int kStageBytes = (kLoadedBytes + 1023) / 1024 * 1024;  // operands of wgmma start at multiples
 
   using Staged = StagedOperands<K, kSaves ? C / 16 : 0>;
-  static constexpr int kBuffers = kGroups == 1 ? 2 : 1;  // of an area for each row tile
-  using Ring = StageRing<kBuffers>;
-  static constexpr int kBufferBytes = kGroups * kRecurrenceRows / 16 * Staged::kBytes;
-  static constexpr int staging_offset(int stages) {
-    return stages * kStageBytes + (Ring::barrier_bytes(stages) + 255) / 256 * 256;
+  static constexpr int staging_offset(int stages) {  // one area for each row tile
+    return stages * kStageBytes + (StageRing::barrier_bytes(stages) + 255) / 256 * 256;
   }
-  static constexpr int shared_bytes(int stages) { return staging_offset(stages) + kBuffers * kBufferBytes; }
+  static constexpr int shared_bytes(int stages) {
+    return staging_offset(stages) + kGroups * kRecurrenceRows / 16 * Staged::kBytes;
+  }
 };
 
 template <typename Config>
@@ -69,9 +70,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int64_t first_slot = first_chunk_slot(call, sequence, range);
   const int64_t chunks = (range.end - range.begin + C - 1) / C;
 
-  const typename Config::Ring stage_ring = {static_cast<uint32_t>(ptx::opaque(ptx::shared_address(shared))), stages,
-                                            Config::kStageBytes};
-  stage_ring.init(1, Config::kConsumers, 4);
+  const StageRing stage_ring = {static_cast<uint32_t>(ptx::opaque(ptx::shared_address(shared))), stages,
+                                Config::kStageBytes};
+  stage_ring.init(1, Config::kConsumers, 128);
   uint8_t* const staging = shared + Config::staging_offset(stages);
   using Staged = typename Config::Staged;
   const int64_t first_tile = first_slot * value_heads + value_head;
@@ -94,16 +95,19 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int first_mine = warp - Config::kConsumers / 32;
     const int64_t operand_tile = first_tile * (V / 16) + first_row_tile + first_mine;
     const int64_t tiles_of_chunk = static_cast<int64_t>(value_heads) * (V / 16);
-    OperandMover<Staged, Config::kGroups, Config::kSaves> store = {staging + first_mine * Staged::kBytes,
-                                                                   params.state + operand_tile * (K / 16) * 32,
-                                                                   params.U_rounded + operand_tile * (C / 16) * 32,
-                                                                   tiles_of_chunk * (K / 16) * 32,
-                                                                   tiles_of_chunk * (C / 16) * 32,
-                                                                   4 * (K / 16) * 32,
-                                                                   4 * (C / 16) * 32,
-                                                                   1 + first_mine,
-                                                                   lane};
-    stage_ring.move(chunks, lane, fill, store);
+    uint4* states = params.state + operand_tile * (K / 16) * 32;
+    uint4* values = params.U_rounded + operand_tile * (C / 16) * 32;
+    const auto store = [&](int64_t) {
+#pragma unroll
+      for (int i = 0; i < Config::kGroups; ++i) {
+        uint8_t* const area = staging + (first_mine + 4 * i) * Staged::kBytes;
+        Staged::template store_state<Config::kSaves>(states + i * 4 * (K / 16) * 32, ptx::shared_address(area), lane);
+        if constexpr (Config::kSaves) Staged::store_values(values + i * 4 * (C / 16) * 32, area, lane);
+      }
+      states += tiles_of_chunk * (K / 16) * 32;
+      values += tiles_of_chunk * (C / 16) * 32;
+    };
+    stage_ring.move(chunks, fill, store);
     return;
   }
   ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
@@ -124,6 +128,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
 
   uint4* u_operands = params.U + (first_tile * (V / 16) + row_tile) * (C / 8) * 32 + lane;  // of the current chunk
+  uint8_t* const area = staging + warp * Staged::kBytes;
 
   RingPosition ring;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -181,8 +186,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         u_operands[(2 * kt + 1) * 32] = {low[kt][0], low[kt][1], low[kt][2], low[kt][3]};
       }
     }
-    stage_ring.wait_for_buffer(chunk);
-    uint8_t* const area = staging + stage_ring.buffer_of(chunk) * Config::kBufferBytes + warp * Staged::kBytes;
+    if (chunk > 0) ptx::mbarrier_wait_parity(stage_ring.taken(), (chunk - 1) & 1);
 #pragma unroll
     for (int kt = 0; kt < K / 16; ++kt) Staged::put_state(ptx::shared_address(area), s[kt], kt, lane);
     if constexpr (Config::kSaves) {
@@ -191,7 +195,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         Staged::put_values(area, {high[kt][0], high[kt][1], high[kt][2], high[kt][3]}, kt, lane);
       }
     }
-    ptx::mbarrier_arrive(stage_ring.staged(stage_ring.buffer_of(chunk)));
+    ptx::mbarrier_arrive(stage_ring.staged());
     wgmma::wait_group<0>();
     wgmma::pin(state.acc);
     // Every thread says that it has read the stage: one lane could say so for its warp after a __syncwarp(), but
