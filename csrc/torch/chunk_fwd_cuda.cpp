@@ -69,8 +69,8 @@ ChunkFwdPlanOptions plan_options(const std::string& path, std::optional<int64_t>
   if (value_tile) {
     const bool known = *value_tile == 128 || *value_tile == 64;
     if (!known || *value_tile > value_dim) {
-      refuse("value_tile", "expected 64 or 128, at most V = " + std::to_string(value_dim) + ", got " +
-                               std::to_string(*value_tile));
+      refuse("value_tile",
+             "expected 64 or 128, at most V = " + std::to_string(value_dim) + ", got " + std::to_string(*value_tile));
     }
     options.value_tile = static_cast<int>(*value_tile);
   }
