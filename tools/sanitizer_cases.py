@@ -74,7 +74,7 @@ def cases() -> list[Case]:
         for odd in (False, True)
     ]
     result += [
-        # The recurrences: more chunks than their rings have stages; V in tiles of 64 and uncut, as 132 multiprocessors ask.
+        # The recurrences: more chunks than their rings have stages; V in tiles of 64 and uncut, by 132 multiprocessors.
         *(Case(f"ring_K{K}_V{V}", {"T": 390, "H": 1, "K": K, "V": V}) for K in (64, 128) for V in (64, 128)),
         *(
             Case(f"ring_value_tile_128_K{K}", {"lengths": [330, *[2, 1] * 33], "H": 1, "HV": 2, "K": K, "V": 128})
