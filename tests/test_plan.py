@@ -620,7 +620,7 @@ class TestJson:
         ctas = self.content(p, path=STEPWISE, segment_chunks=0)["stage_ctas"]
         assert ctas == {"step_factors": (1000 // 32 + 3) * 4, "state_scan": 3 * 4}
         ctas = self.content(p, path=STAGED)["stage_ctas"]
-        assert ctas == {"intra_chunk_solve": 18 * 4, "state_recurrence": 3 * 4 * 4, "output_gemm": 19 * 4}
+        assert ctas == {"intra_chunk_solve": 18 * 4, "state_recurrence": 3 * 4 * 2, "output_gemm": 19 * 4}
 
     def test_ctas_of_a_cut(self):
         """Of the summary one for 64 rows of the map and one for 64 of the state; of the composition one for 16."""
