@@ -21,7 +21,7 @@
 // Shared memory (bytes, K = V = 128): dO, Y, U 16384 each; q, k 16384 each, then dq, dk; two matrices of pairs 8192
 // each, first the inverse; 9 KiB over tokens and channels: two CTAs share a multiprocessor.
 // Registers: 128 (K = 128). The two blocks go through the same code, as the instruction cache is small. Bound by latency: loads of
-// fragments, with 16 warps a multiprocessor, and 58 000 instructions a chunk and head.
+// fragments, with 16 warps a multiprocessor, and 54 000 instructions a chunk and head.
 #pragma once
 
 #include "../device/decay_tree.cuh"

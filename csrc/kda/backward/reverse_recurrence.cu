@@ -9,9 +9,9 @@ template <typename Config>
 cudaError_t launch_config(const ChunkBwdKernelParams& params, cudaStream_t stream) {
   const ChunkFwdProblem& problem = params.forward.call.problem;
   const int64_t ctas = problem.sequences * problem.value_heads * (problem.value_dim / Config::kRows);
-  constexpr int stages = stages_of_ring<Config>();
-  return launch(reverse_recurrence_kernel<Config>, ctas, Config::kThreads, Config::shared_bytes(stages), stream, params,
-                stages);
+  constexpr int kStages = stages_of_ring<Config>();
+  return launch(reverse_recurrence_kernel<Config>, ctas, Config::kThreads, recurrence_shared_bytes<Config>(kStages),
+                stream, params, kStages);
 }
 
 template <int K, typename Element>

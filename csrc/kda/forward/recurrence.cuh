@@ -84,10 +84,20 @@ struct StageRing {
   }
 };
 
-// Stages of the ring of Config: all that fit. (sm_90: 228 KiB, less 1 KiB that the system keeps for a CTA.)
+// Shared memory of a recurrence: the ring and its barriers, then an area of Config::Staged for each row tile.
+template <typename Config>
+constexpr int staging_offset(int stages) {
+  return stages * Config::kStageBytes + (StageRing::barrier_bytes(stages) + 255) / 256 * 256;
+}
+template <typename Config>
+constexpr int recurrence_shared_bytes(int stages) {
+  return staging_offset<Config>(stages) + Config::kRows / 16 * Config::Staged::kBytes;
+}
+
+// Stages of the ring: all that fit. (sm_90: 228 KiB, less 1 KiB that the system keeps for a CTA.)
 template <typename Config>
 constexpr int stages_of_ring() {
-  const int stages = (227 * 1024 - Config::shared_bytes(0) - 256) / Config::kStageBytes;
+  const int stages = (227 * 1024 - recurrence_shared_bytes<Config>(0) - 256) / Config::kStageBytes;
   return stages < Config::kMaxStages ? stages : Config::kMaxStages;
 }
 

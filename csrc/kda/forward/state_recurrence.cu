@@ -11,9 +11,9 @@ cudaError_t launch_config(const ChunkFwdKernelParams& params, cudaStream_t strea
   const ChunkFwdProblem& problem = params.call.problem;
   const int64_t ctas =
       problem.sequences * problem.value_heads * (problem.value_dim / (kRecurrenceRows * Config::kGroups));
-  constexpr int stages = stages_of_ring<Config>();
-  return launch(state_recurrence_kernel<Config>, ctas, Config::kThreads, Config::shared_bytes(stages), stream, params,
-                stages);
+  constexpr int kStages = stages_of_ring<Config>();
+  return launch(state_recurrence_kernel<Config>, ctas, Config::kThreads, recurrence_shared_bytes<Config>(kStages),
+                stream, params, kStages);
 }
 
 template <int K, int kGroups>

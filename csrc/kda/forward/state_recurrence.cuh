@@ -43,12 +43,6 @@ struct StateRecurrenceConfig : RecurrenceThreads<kGroups_> {
   static constexpr int kStageBytes = (kLoadedBytes + 1023) / 1024 * 1024;  // operands of wgmma start at multiples
 
   using Staged = StagedOperands<K, kSaves ? C / 16 : 0>;
-  static constexpr int staging_offset(int stages) {  // one area for each row tile
-    return stages * kStageBytes + (StageRing::barrier_bytes(stages) + 255) / 256 * 256;
-  }
-  static constexpr int shared_bytes(int stages) {
-    return staging_offset(stages) + kGroups * kRecurrenceRows / 16 * Staged::kBytes;
-  }
 };
 
 template <typename Config>
@@ -73,7 +67,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const StageRing stage_ring = {static_cast<uint32_t>(ptx::opaque(ptx::shared_address(shared))), stages,
                                 Config::kStageBytes};
   stage_ring.init(1, Config::kConsumers, 128);
-  uint8_t* const staging = shared + Config::staging_offset(stages);
+  uint8_t* const staging = shared + staging_offset<Config>(stages);
   using Staged = typename Config::Staged;
   const int64_t first_tile = first_slot * value_heads + value_head;
 
