@@ -18,6 +18,7 @@ struct BlockGradients : ValueGradients<Config> {
   using Values::address, Values::channel, Values::group, Values::lane, Values::load_tokens, Values::member,
       Values::params, Values::tile, Values::totals;
   static constexpr int K = Config::K, V = Config::V, kTiles = Config::kTiles, kBlockTiles = 2;
+  using Values::kFragmentStride, Values::multiply_state, Values::state_fragments;
 
   using Block = ChannelTile[kBlockTiles];
 
@@ -55,15 +56,6 @@ struct BlockGradients : ValueGradients<Config> {
     return ChannelOperand::scaled(load_values(offset, tt), factor);
   }
 
-  // acc (16 channels, 16 tokens) += operand (16 channels, V) * rows^T of a [C, V] tile, for 16 of V.
-  __device__ __forceinline__ void multiply_state(ChannelTile& acc, const ChannelOperand& operand, int offset, int tt,
-                                                 int kt) const {
-    uint32_t b[4];
-    Config::ValueTile::load_b(b, address(offset), 16 * tt, 16 * kt, lane);
-    operand.multiply(acc.value[0], b[0], b[1]);
-    operand.multiply(acc.value[1], b[2], b[3]);
-  }
-
   // acc of the tokens of tile tt += operand of those of tile `other`, times the pairs' matrix at `offset`: its rows are the
   // later tokens.
   __device__ __forceinline__ void multiply_earlier(ChannelTile& acc, const ChannelOperand& operand, int offset, int tt,
@@ -81,11 +73,6 @@ struct BlockGradients : ValueGradients<Config> {
     operand.multiply(acc.value[1], b[2], b[3]);
   }
 
-  // Fragments [16 channels, 16 of V] of S or dS', as A operands: the first of V / 16.
-  __device__ __forceinline__ const uint4* state_fragments(const uint4* fragments) const {
-    return fragments + (tile * (V / 16) * (K / 16) + group()) * 32 + lane;
-  }
-  static constexpr int kFragmentStride = K / 16 * 32;
   static constexpr int kRound = 4;  // of them that are loaded at once
 
   // What a block collects, in units of 2^-exponent of the chunk (see store_pairs()). cumulative: the gradient of G.

@@ -44,6 +44,7 @@ struct LevelGradients : LevelPairGradients<Config> {
       Values::shared, Values::tile, Values::token, Values::tokens, Values::totals, Values::value_head,
       Values::value_row;
   static constexpr int K = Config::K, V = Config::V, C = Config::C, kTiles = Config::kTiles;
+  using Values::kFragmentStride, Values::multiply_state, Values::state_fragments;
 
   // alpha of a tile, and its product over the tokens.
   __device__ __forceinline__ void activate(const ChannelTile& g, const GateOfTile& activation, int tt) const {
@@ -83,21 +84,6 @@ struct LevelGradients : LevelPairGradients<Config> {
         for (int hi = 0; hi < 2; ++hi) decay[hi] *= totals(tt)[channel(hi)];
       }
     }
-  }
-
-  // Fragments [16 channels, 16 of V] of S or dS', as A operands: the first of V / 16.
-  __device__ __forceinline__ const uint4* state_fragments(const uint4* fragments) const {
-    return fragments + (tile * (V / 16) * (K / 16) + group()) * 32 + lane;
-  }
-  static constexpr int kFragmentStride = K / 16 * 32;
-
-  // acc (16 channels, 16 tokens) += operand (16 channels, V) * rows^T of a [C, V] tile, for 16 of V.
-  __device__ __forceinline__ void multiply_state(ChannelTile& acc, const ChannelOperand& operand, int offset, int tt,
-                                                 int kt) const {
-    uint32_t b[4];
-    Config::ValueTile::load_b(b, address(offset), 16 * tt, 16 * kt, lane);
-    operand.multiply(acc.value[0], b[0], b[1]);
-    operand.multiply(acc.value[1], b[2], b[3]);
   }
 
   // What phase 1 takes of dS', and of S its half of V. Asked for a phase earlier.
