@@ -29,7 +29,10 @@ constexpr Checked kChecked[] = {
 using Errors = std::vector<std::pair<Checked, double>>;  // of the gradients that there are
 
 kda::ChunkBwdPlan make_plan(const kda::ChunkFwdProblem& problem, const Options& options) {
-  const kda::ChunkBwdPlan plan = kda::plan_chunk_bwd(problem, !options.log_gate, options.saved);
+  kda::ChunkBwdPlanOptions forced;
+  if (options.value_tile != kAsPlanned) forced.value_tile = options.value_tile;
+  if (options.segment_chunks != kAsPlanned) forced.segment_chunks = options.segment_chunks;
+  const kda::ChunkBwdPlan plan = kda::plan_chunk_bwd(problem, !options.log_gate, options.saved, forced);
   if (plan.path == kda::ChunkFwdPath::kComposite) {
     throw std::runtime_error(std::string("no kernel covers this case: ") + plan.reason);
   }
@@ -42,24 +45,24 @@ void refuse_flags_of_the_forward(const Options& options) {
       throw UsageError(std::string(flag) + ": it is a flag of bench_chunk_fwd; the backward has no such choice");
   };
   refuse(options.path != PathChoice::kAuto, "--path");
-  refuse(options.value_tile != kAsPlanned, "--value-tile");
   refuse(options.clusters != kAsPlanned, "--clusters");
-  refuse(options.segment_chunks != kAsPlanned, "--segment-chunks");
   refuse(!options.final_state, "--no-final-state");
   refuse(options.chunk_states, "--chunk-states");
 }
 
 // Runs a small case with the sizes, types, gates and features of `options` and compares it with the host. Of enough value
 // heads that a sum over all tokens of a head, whose terms cancel, is not a single draw.
-Errors verify(Options options, const Device& device, cudaStream_t stream) {
+Errors verify(Options options, const kda::ChunkBwdPlan& timed, const Device& device, cudaStream_t stream) {
   constexpr int kValueHeads = 32;
   const kda::NvtxRange range("bench.verify");
   if (options.lengths.size() > 1) {
-    options.lengths = {1, 64, 70, 0, 130};  // a lone token, a full chunk, partial chunks, an empty sequence
+    options.lengths = {1, 64, 70, 0, 270};  // a lone token, a full chunk, partial chunks, an empty sequence
   } else {
     options.batch = 2;
-    options.lengths = {130};
+    options.lengths = {270};
   }
+  constexpr int64_t kMaxSegmentChunks = 1;  // so that the small case has several segments, if any
+  options.segment_chunks = static_cast<int>(std::min(timed.segment_chunks, kMaxSegmentChunks));
   const int group = options.value_heads / options.heads;
   options.heads = std::max(kValueHeads / group, 1);
   options.value_heads = options.heads * group;
@@ -105,7 +108,7 @@ int run(const Options& options) {
   const std::string plan_json = kda::to_json(plan);
   print_call(shape, device, plan_json);
 
-  const Errors errors = verify(options, device, stream);
+  const Errors errors = verify(options, plan, device, stream);
   std::printf("check         relative RMSE:");
   for (const auto& [checked, error] : errors) std::printf(" %s %.2e (%.0e)", checked.name, error, checked.limit);
   std::printf("\n");
@@ -140,6 +143,8 @@ constexpr const char* kHelp[] = {
     kHelpShape,
     kHelpInputs,
     R"(  --saved              the forward has saved its intermediates: the backward starts with its third stage
+  --segment-chunks N   cut sequences into segments of N chunks; 0: not                              (default: as planned)
+  --value-tile N       64 or 128 columns of V for a CTA of an uncut recurrence                      (default: as planned)
 
 The board's backward with processed inputs has --log-gate --no-l2norm --no-beta-sigmoid.
 )",

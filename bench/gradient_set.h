@@ -41,7 +41,7 @@ class GradientSet {
   // With a plan that says so, runs the forward that leaves the intermediates.
   void save_intermediates(const kda::ChunkFwdProblem& problem, const kda::ChunkBwdPlan& plan, cudaStream_t stream) {
     if (!plan.saved) return;
-    const DeviceBuffer workspace(kda::saving_workspace_bytes(problem));
+    const DeviceBuffer workspace(plan.saving_workspace.total_bytes);
     BENCH_CUDA(kda::chunk_fwd_saving(inputs_.params(problem, workspace.get()), intermediates_.get(), plan, stream));
     BENCH_CUDA(cudaStreamSynchronize(stream));
   }

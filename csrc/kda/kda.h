@@ -65,7 +65,7 @@ struct ChunkFwdParams {
 [[nodiscard]] cudaError_t chunk_fwd(const ChunkFwdParams& params, const ChunkFwdPlan& plan, cudaStream_t stream);
 
 // The forward that also leaves what the gradients need: plan.intermediates.total_bytes at `intermediates`, 256-byte aligned. Its
-// workspace has saving_workspace_bytes(). In stages, sequences uncut; o and the states are those of that path.
+// workspace has plan.saving_workspace.total_bytes. In stages; o and the states are those of that path.
 [[nodiscard]] cudaError_t chunk_fwd_saving(const ChunkFwdParams& params, void* intermediates, const ChunkBwdPlan& plan,
                                            cudaStream_t stream);
 

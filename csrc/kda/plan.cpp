@@ -185,7 +185,7 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p, const ChunkFwdPlanOptions&
   const int64_t side_by_side = std::max<int64_t>(p.sm_count / (p.value_dim / kScanRows), 1);
   const int64_t most = std::max<int64_t>(options.clusters.value_or(side_by_side), 1);
   const int64_t clusters = std::min({side_by_side, most, std::max<int64_t>(chains_of(p), 1)});
-  const StepwiseEstimate stepwise = estimate_stepwise(p);
+  const CutEstimate stepwise = estimate_stepwise(p);
   const bool is_forced = options.path.has_value();
   if (is_forced ? *options.path == ChunkFwdPath::kFused : estimate_fused_us(p, clusters) < stepwise.us) {
     plan.path = ChunkFwdPath::kFused;
@@ -212,12 +212,29 @@ size_t intermediate_bytes(const ChunkFwdProblem& p) {
   return static_cast<size_t>(chunk_slots(p)) * p.value_heads * tile;
 }
 
-size_t saving_workspace_bytes(const ChunkFwdProblem& p) {
-  constexpr size_t kFp32 = 4, C = kChunkTokens;
-  return static_cast<size_t>(chunk_slots(p)) * p.value_heads * p.value_dim * C * kFp32;
+namespace {
+
+// of_gradient: the reverse recurrence is cut as well; of_state: that of the state is.
+template <typename Workspace>
+void reserve_segments(Workspace& w, const ChunkFwdProblem& p, const ChunkBwdPlan& plan, bool of_state,
+                      bool of_gradient) {
+  constexpr size_t kFp32 = 4;
+  if (plan.segment_chunks == 0) return;
+  const size_t K = p.key_dim, V = p.value_dim, segments = static_cast<size_t>(plan.segment_slots) * p.value_heads;
+  if (of_state) {
+    w.segments.map = reserve(w, segments * K * K * kFp32);
+    w.segments.state = reserve(w, segments * V * K * kFp32);
+  }
+  if (of_gradient) {
+    w.segments.transposed_map = reserve(w, segments * K * K * kFp32);
+    w.segments.dstate = reserve(w, segments * V * K * kFp32);
+  }
 }
 
-ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool saved) {
+}  // namespace
+
+ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool saved,
+                            const ChunkBwdPlanOptions& options) {
   ChunkBwdPlan plan;
   plan.chunk_slots = chunk_slots(p);
   plan.saved = saved;
@@ -227,7 +244,10 @@ ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool 
   }
   plan.path = ChunkFwdPath::kStaged;
   plan.reason = "K, V and the types are covered by the kernels";
-  plan.value_tile = choose_value_tile(p);
+  plan.segment_chunks = options.segment_chunks ? *options.segment_chunks : choose_segment_chunks(p);
+  plan.segment_slots = segment_slots(p, plan.segment_chunks);
+  plan.value_tile = plan.segment_chunks > 0 ? kScanRows : options.value_tile.value_or(choose_value_tile(p));
+  plan.side_by_side = plan.segment_chunks > 0 || 2 * chains_of(p) * (p.value_dim / plan.value_tile) <= p.sm_count;
 
   constexpr size_t kBf16 = 2, kFp32 = 4, C = kChunkTokens;
   const size_t tiles = static_cast<size_t>(plan.chunk_slots) * p.value_heads;
@@ -256,7 +276,14 @@ ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool 
   }
   w.dstate = reserve(w, tiles * V * K * kBf16);
   w.dU = reserve(w, tiles * V * C * kBf16);
-  w.U0 = w.dstate;  // [slots, HV, V, C] in fp32: less than both, as K >= C
+  if (!saved) {
+    // [slots, HV, V, C] in fp32: less than both, as K >= C
+    w.U0 = plan.side_by_side ? reserve(w, tiles * V * C * kFp32) : w.dstate;
+  }
+  reserve_segments(w, p, plan, !saved, true);
+
+  plan.saving_workspace.U0 = reserve(plan.saving_workspace, tiles * V * C * kFp32);
+  reserve_segments(plan.saving_workspace, p, plan, true, false);
   return plan;
 }
 
@@ -283,6 +310,9 @@ std::string to_json(const ChunkBwdPlan& plan) {
   json.add("chunk_tokens", int64_t{kChunkTokens});
   json.add("chunk_slots", plan.chunk_slots);
   json.add("value_tile", int64_t{plan.value_tile});
+  json.add("side_by_side", int64_t{plan.side_by_side});
+  json.add("segment_chunks", plan.segment_chunks);
+  json.add("segment_slots", plan.segment_slots);
   json.add("intermediate_bytes", static_cast<int64_t>(plan.intermediates.total_bytes));
   json.add("workspace_bytes", static_cast<int64_t>(plan.workspace.total_bytes));
   return json.str();

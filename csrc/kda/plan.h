@@ -122,21 +122,35 @@ struct ChunkIntermediates {
 // ChunkIntermediates::total_bytes of a call that kernels cover, and a number for any other: it depends on sizes alone.
 [[nodiscard]] size_t intermediate_bytes(const ChunkFwdProblem& problem);
 
-// Bytes of the workspace of the forward that saves them: the region U of ChunkFwdWorkspace.
-[[nodiscard]] size_t saving_workspace_bytes(const ChunkFwdProblem& problem);
+// Byte offsets of what a cut of the recurrences over chunks takes, a tile for each (segment slot, value head).
+struct SegmentRegions {
+  size_t map = 0;             // M of each segment  [segment slots, HV, K, K]  fp32, transposed, in tiles of operands
+  size_t transposed_map = 0;  // M^T likewise; of a backward
+  size_t state = 0;           // of the recurrence of the state, as segment_state of ChunkFwdWorkspace
+  size_t dstate = 0;          // the same of its gradient, at the beginning of a segment; of a backward
+};
 
-// Byte offsets of the regions of the workspace of the backward. The last five are written when the regions of
+// Byte offsets of the regions of the workspace of the forward that saves intermediates.
+struct ChunkSavingWorkspace {
+  size_t U0 = 0;            // region U of ChunkFwdWorkspace
+  SegmentRegions segments;  // of a cut
+  size_t total_bytes = 0;
+};
+
+// Byte offsets of the regions of the workspace of the backward. by_levels and those of the sums are written when the regions of
 // ChunkIntermediates that the reverse recurrence alone reads are of no more use, and take their place, unless the
 // forward has saved them.
 struct ChunkBwdWorkspace {
   size_t intermediates = 0;  // those of ChunkIntermediates; none if the forward has saved them
   size_t dstate = 0;  // dS', gradient of the state at the exit of a chunk  [slots, HV, V, K]  bf16, fragment order
   size_t dU = 0;      // gradient of U as bf16 operands          [slots, HV, V, C]
-  size_t U0 = 0;      // Tinv V, fp32 accumulators, in the place of those two until they are written  [slots, HV, V, C]
+  size_t U0 = 0;  // Tinv V, fp32 accumulators, in the place of those two until they are written, unless the recurrences run side by
+                  // side; none if the forward has saved  [slots, HV, V, C]
   size_t by_levels = 0;  // whether a chunk's gradients are left to the levels of pairs  [slots, HV]  uint32
   size_t dA_log = 0;  // sums over each chunk, by channel        [slots, HV, K]        fp32; only with an activated gate
   size_t ddt_bias = 0;    // likewise
   size_t dq = 0, dk = 0;  // of each value head                     [B, T, HV, K]         fp32; only if HV > H
+  SegmentRegions segments;  // of a cut
   size_t total_bytes = 0;
 };
 
@@ -146,12 +160,28 @@ struct ChunkBwdPlan {
   int64_t chunk_slots = 0;  // as in ChunkFwdPlan
   int value_tile = 0;       // V columns of one CTA of both recurrences
   bool saved = false;       // the intermediates are those that the forward has saved
+  bool side_by_side = false;  // the recurrence of the state and that of its gradient find room at the same time
+
+  // The cut of sequences into segments: the recurrences, from zero, and the maps of all segments are computed side by side before the
+  // recurrences that write.
+  int64_t segment_chunks = 0;  // chunks of one segment; 0: sequences are not cut
+  int64_t segment_slots = 0;   // as in ChunkFwdPlan
+
   ChunkIntermediates intermediates;
   ChunkBwdWorkspace workspace;
+  ChunkSavingWorkspace saving_workspace;
 };
 
-// activated_gate: the log-gate is computed from A_log or dt_bias, whose gradients need room.
-[[nodiscard]] ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& problem, bool activated_gate, bool saved = false);
+// What a caller may fix; for tests and measurements.
+struct ChunkBwdPlanOptions {
+  std::optional<int> value_tile;          // 64 or 128; at most V, and 64 where sequences are cut
+  std::optional<int64_t> segment_chunks;  // 0: sequences are not cut
+};
+
+// Of the backward, and of the forward that saves for it. activated_gate: the log-gate is computed from A_log or dt_bias, whose gradients
+// need room.
+[[nodiscard]] ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& problem, bool activated_gate, bool saved = false,
+                                          const ChunkBwdPlanOptions& options = {});
 
 // The plan as one JSON object, for the command line and for logs.
 [[nodiscard]] std::string to_json(const ChunkFwdProblem& problem, const ChunkFwdPlan& plan);

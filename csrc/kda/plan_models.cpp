@@ -92,15 +92,40 @@ class StepwiseModel {
   double scans_per_sm_;
 };
 
-}  // namespace
+// Time of the two recurrences over chunks, side by side, likewise.
+class RecurrenceModel {
+ public:
+  explicit RecurrenceModel(const ChunkFwdProblem& p)
+      : wide_(p.key_dim == 128), map_tiles_(p.key_dim / kScanRows), value_tiles_(p.value_dim / kScanRows) {}
 
-StepwiseEstimate estimate_stepwise(const ChunkFwdProblem& p) {
+  [[nodiscard]] double us(const Load& load, double segment_chunks) const {
+    constexpr double kRecurrences = 2, kLaunch = 4.0, kCompose = 1.6;  // a segment
+    const double chunk_us = wide_ ? 1.5 : 1.2;
+    const double segments = segment_chunks == 0 ? 1 : std::ceil(load.chunks / segment_chunks);
+    const double chunks = segments > 1 ? segment_chunks : load.chunks;
+    const auto pass = [&](double tiles) {
+      return turns(load.chains() * tiles, load.sm_count) * chunks * chunk_us + kLaunch;
+    };
+    const double last = pass(segments * kRecurrences * value_tiles_);
+    if (segment_chunks == 0) return last;
+    const double maps = std::max(segments - 2, 0.0);
+    const double compose = maps * kCompose * turns(load.chains() * kRecurrences * 4 * value_tiles_, load.sm_count);
+    return pass((segments - 1) * kRecurrences * value_tiles_ + maps * map_tiles_) + kLaunch + compose + last;
+  }
+
+ private:
+  bool wide_;
+  double map_tiles_, value_tiles_;
+};
+
+// The cut with the least cost(chunks of a segment).
+template <typename Cost>
+CutEstimate best_cut(const ChunkFwdProblem& p, Cost cost_of_load) {
   constexpr int kMostSegments = 64;  // beyond, their composition eats up what they gain
-  const StepwiseModel model(p);
   const auto cost = [&](int64_t chunks) {
-    return expected_us(p, [&](const Load& load) { return model.us(load, static_cast<double>(chunks)); });
+    return expected_us(p, [&](const Load& load) { return cost_of_load(load, static_cast<double>(chunks)); });
   };
-  StepwiseEstimate best = {0, cost(0)};
+  CutEstimate best = {0, cost(0)};
   if (p.sequences == 0) return best;
   const auto consider = [&](double chunks_of_sequence) {
     for (int segments = 2; segments <= kMostSegments && segments <= chunks_of_sequence;
@@ -112,6 +137,18 @@ StepwiseEstimate estimate_stepwise(const ChunkFwdProblem& p) {
   consider(Load::of_equal_lengths(p).chunks);
   if (p.varlen && p.sequences > 1) consider(Load::of_one_sequence(p).chunks);
   return best;
+}
+
+}  // namespace
+
+CutEstimate estimate_stepwise(const ChunkFwdProblem& p) {
+  const StepwiseModel model(p);
+  return best_cut(p, [&](const Load& load, double chunks) { return model.us(load, chunks); });
+}
+
+int64_t choose_segment_chunks(const ChunkFwdProblem& p) {
+  const RecurrenceModel model(p);
+  return best_cut(p, [&](const Load& load, double chunks) { return model.us(load, chunks); }).segment_chunks;
 }
 
 double estimate_fused_us(const ChunkFwdProblem& p, int64_t clusters) {

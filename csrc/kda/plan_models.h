@@ -12,13 +12,16 @@ inline constexpr int kScanRows = 64;
 // Rows of S^T of a CTA that composes the maps.
 inline constexpr int kComposeRows = 16;
 
-struct StepwiseEstimate {
+struct CutEstimate {
   int64_t segment_chunks;  // of the best cut; 0: none
   double us;
 };
 
 // The stepwise path with the cut that is best for it.
-[[nodiscard]] StepwiseEstimate estimate_stepwise(const ChunkFwdProblem& problem);
+[[nodiscard]] CutEstimate estimate_stepwise(const ChunkFwdProblem& problem);
+
+// Chunks of the segments that the recurrences over chunks of a backward take, or of a forward that saves for it; 0: no cut.
+[[nodiscard]] int64_t choose_segment_chunks(const ChunkFwdProblem& problem);
 
 // The fused kernel on so many clusters, which walk through equal shares of all steps.
 [[nodiscard]] double estimate_fused_us(const ChunkFwdProblem& problem, int64_t clusters);

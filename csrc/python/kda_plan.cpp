@@ -104,6 +104,17 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("inverse", &kda::ChunkIntermediates::inverse)
       .def_readonly("total_bytes", &kda::ChunkIntermediates::total_bytes);
 
+  py::class_<kda::SegmentRegions>(m, "SegmentRegions")
+      .def_readonly("map", &kda::SegmentRegions::map)
+      .def_readonly("transposed_map", &kda::SegmentRegions::transposed_map)
+      .def_readonly("state", &kda::SegmentRegions::state)
+      .def_readonly("dstate", &kda::SegmentRegions::dstate);
+
+  py::class_<kda::ChunkSavingWorkspace>(m, "ChunkSavingWorkspace")
+      .def_readonly("U0", &kda::ChunkSavingWorkspace::U0)
+      .def_readonly("segments", &kda::ChunkSavingWorkspace::segments)
+      .def_readonly("total_bytes", &kda::ChunkSavingWorkspace::total_bytes);
+
   py::class_<kda::ChunkBwdWorkspace>(m, "ChunkBwdWorkspace")
       .def_readonly("intermediates", &kda::ChunkBwdWorkspace::intermediates)
       .def_readonly("dstate", &kda::ChunkBwdWorkspace::dstate)
@@ -114,6 +125,7 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("by_levels", &kda::ChunkBwdWorkspace::by_levels)
       .def_readonly("dq", &kda::ChunkBwdWorkspace::dq)
       .def_readonly("dk", &kda::ChunkBwdWorkspace::dk)
+      .def_readonly("segments", &kda::ChunkBwdWorkspace::segments)
       .def_readonly("total_bytes", &kda::ChunkBwdWorkspace::total_bytes);
 
   py::class_<kda::ChunkBwdPlan>(m, "ChunkBwdPlan")
@@ -122,10 +134,13 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("chunk_slots", &kda::ChunkBwdPlan::chunk_slots)
       .def_readonly("value_tile", &kda::ChunkBwdPlan::value_tile)
       .def_readonly("saved", &kda::ChunkBwdPlan::saved)
+      .def_readonly("side_by_side", &kda::ChunkBwdPlan::side_by_side)
+      .def_readonly("segment_chunks", &kda::ChunkBwdPlan::segment_chunks)
+      .def_readonly("segment_slots", &kda::ChunkBwdPlan::segment_slots)
       .def_readonly("intermediates", &kda::ChunkBwdPlan::intermediates)
-      .def_readonly("workspace", &kda::ChunkBwdPlan::workspace);
+      .def_readonly("workspace", &kda::ChunkBwdPlan::workspace)
+      .def_readonly("saving_workspace", &kda::ChunkBwdPlan::saving_workspace);
 
-  m.def("saving_workspace_bytes", &kda::saving_workspace_bytes, py::arg("problem"));
   m.def("chunk_slots", &kda::chunk_slots, py::arg("problem"));
   m.def("step_slots", &kda::step_slots, py::arg("problem"));
   m.def("step_image_bytes", &kda::step_image_bytes, py::arg("key_dim"));
@@ -139,8 +154,14 @@ PYBIND11_MODULE(kda_plan, m) {
       py::arg("problem"), py::kw_only(), py::arg("path") = py::none(), py::arg("value_tile") = py::none(),
       py::arg("clusters") = py::none(), py::arg("segment_chunks") = py::none());
   m.def("intermediate_bytes", &kda::intermediate_bytes, py::arg("problem"));
-  m.def("plan_chunk_bwd", &kda::plan_chunk_bwd, py::arg("problem"), py::arg("activated_gate"),
-        py::arg("saved") = false);
+  m.def(
+      "plan_chunk_bwd",
+      [](const kda::ChunkFwdProblem& problem, bool activated_gate, bool saved, std::optional<int> value_tile,
+         std::optional<int64_t> segment_chunks) {
+        return kda::plan_chunk_bwd(problem, activated_gate, saved, {value_tile, segment_chunks});
+      },
+      py::arg("problem"), py::arg("activated_gate"), py::arg("saved") = false, py::kw_only(),
+      py::arg("value_tile") = py::none(), py::arg("segment_chunks") = py::none());
   m.def(
       "to_json",
       [](const kda::ChunkFwdProblem& problem, const kda::ChunkFwdPlan& plan) { return kda::to_json(problem, plan); },

@@ -5,9 +5,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "checks.h"
@@ -120,16 +123,11 @@ Gradients chunk_bwd_by_composite(const ChunkBwdArguments& args) {
           to<Tensor>(stack[4]), to<Tensor>(stack[5]), to<Tensor>(stack[6]), to<Tensor>(stack[7])};
 }
 
-Gradients chunk_bwd_cuda(ChunkBwdArguments args) {
-  check_chunk_bwd(args);
+bool has_intermediates(const ChunkBwdArguments& args) { return args.intermediates && args.intermediates->numel() > 0; }
+
+Gradients run_plan(ChunkBwdArguments args, const ChunkFwdProblem& problem, const ChunkBwdPlan& plan) {
   ChunkFwdArguments& inputs = args.forward;
   const int32_t device = inputs.q.get_device_index();
-  if (layout_reason(inputs)) return chunk_bwd_by_composite(args);
-  const ChunkFwdProblem problem = problem_of(inputs, cuda_device(device));
-  const bool saved = args.intermediates && args.intermediates->numel() > 0;
-  const ChunkBwdPlan plan = plan_chunk_bwd(problem, inputs.use_gate, saved);
-  if (plan.path == ChunkFwdPath::kComposite) return chunk_bwd_by_composite(args);
-
   const DeviceScope scope(device);
   make_parameters_packed(inputs);
   Gradients gradients = make_gradients(inputs, device);
@@ -138,7 +136,7 @@ Gradients chunk_bwd_cuda(ChunkBwdArguments args) {
   if (args.dfinal_state) dfinal_state = make_readable(*args.dfinal_state, ScalarType::Float);
 
   std::optional<Tensor> intermediates;
-  if (saved) intermediates = make_readable(*args.intermediates, ScalarType::Byte);
+  if (plan.saved) intermediates = make_readable(*args.intermediates, ScalarType::Byte);
 
   ChunkBwdParams params;
   params.inputs = input_params(inputs, problem);
@@ -158,6 +156,47 @@ Gradients chunk_bwd_cuda(ChunkBwdArguments args) {
   params.workspace = workspace.data();
   check_cuda(chunk_bwd(params, plan, current_stream(device)), "kda::chunk_bwd: launching the kernels");
   return gradients;
+}
+
+Gradients chunk_bwd_cuda(ChunkBwdArguments args) {
+  check_chunk_bwd(args);
+  if (layout_reason(args.forward)) return chunk_bwd_by_composite(args);
+  const ChunkFwdProblem problem = problem_of(args.forward, cuda_device(args.forward.q.get_device_index()));
+  const ChunkBwdPlan plan = plan_chunk_bwd(problem, args.forward.use_gate, has_intermediates(args));
+  if (plan.path == ChunkFwdPath::kComposite) return chunk_bwd_by_composite(args);
+  return run_plan(std::move(args), problem, plan);
+}
+
+[[noreturn]] void refuse(const char* argument, const std::string& what) {
+  throw std::runtime_error(std::string("kda::chunk_bwd_planned: argument `") + argument + "`: " + what);
+}
+
+Gradients chunk_bwd_planned_cuda(ChunkBwdArguments args, std::optional<int64_t> segment_chunks,
+                                 std::optional<int64_t> value_tile) {
+  check_chunk_bwd(args);
+  const ChunkFwdArguments& inputs = args.forward;
+  ChunkBwdPlanOptions options;
+  if (segment_chunks && *segment_chunks < 0) {
+    refuse("segment_chunks", "expected at least 0, got " + std::to_string(*segment_chunks));
+  }
+  options.segment_chunks = segment_chunks;
+  if (value_tile) {
+    const int64_t most = std::min<int64_t>(inputs.v.size(3), 128);
+    if ((*value_tile != 64 && *value_tile != 128) || *value_tile > most) {
+      refuse("value_tile", "expected 64 or 128, at most V = " + std::to_string(inputs.v.size(3)) + ", got " +
+                               std::to_string(*value_tile));
+    }
+    options.value_tile = static_cast<int>(*value_tile);
+  }
+  if (const char* reason = composite_reason(inputs); *reason != '\0') {
+    throw std::runtime_error(std::string("kda::chunk_bwd_planned: no kernel covers this call: ") + reason);
+  }
+  const ChunkFwdProblem problem = problem_of(inputs, cuda_device(inputs.q.get_device_index()));
+  const ChunkBwdPlan plan = plan_chunk_bwd(problem, inputs.use_gate, has_intermediates(args), options);
+  if (value_tile && plan.value_tile != *value_tile) {
+    refuse("value_tile", "expected none or 64 where sequences are cut, got " + std::to_string(*value_tile));
+  }
+  return run_plan(std::move(args), problem, plan);
 }
 
 // The forward, and the bytes that it saves: of no use where the composite computes, but of the size that the fake
@@ -180,7 +219,7 @@ std::pair<Outputs, Tensor> chunk_fwd_saving_cuda(ChunkFwdArguments args) {
   if (problem.batch == 0) return {std::move(outputs), std::move(intermediates)};
   const cudaStream_t stream = current_stream(device);
   ChunkFwdParams params = forward_params(args, problem, outputs, stream);
-  const ScratchMemory workspace(saving_workspace_bytes(problem));
+  const ScratchMemory workspace(plan.saving_workspace.total_bytes);
   params.workspace = workspace.data();
   check_cuda(chunk_fwd_saving(params, intermediates.data_ptr(), plan, stream),
              "kda::chunk_fwd_saving: launching the kernels");
@@ -193,9 +232,20 @@ void boxed_chunk_fwd_saving_cuda(StableIValue* stack, uint64_t, uint64_t) {
   stack[3] = from(intermediates);
 }
 
-void boxed_chunk_bwd_cuda(StableIValue* stack, uint64_t, uint64_t) {
-  const Gradients gradients = chunk_bwd_cuda(read_bwd_arguments(stack));
+void return_gradients(const Gradients& gradients, StableIValue* stack) {
   for (size_t i = 0; i < kGradients; ++i) stack[i] = from(gradients[i]);
+}
+
+void boxed_chunk_bwd_cuda(StableIValue* stack, uint64_t, uint64_t) {
+  return_gradients(chunk_bwd_cuda(read_bwd_arguments(stack)), stack);
+}
+
+void boxed_chunk_bwd_planned_cuda(StableIValue* stack, uint64_t, uint64_t) {
+  // Every entry is read before anything can throw, as each owns what it refers to.
+  ChunkBwdArguments args = read_bwd_arguments(stack);
+  const auto segment_chunks = to<std::optional<int64_t>>(stack[kChunkBwdArguments]);
+  const auto value_tile = to<std::optional<int64_t>>(stack[kChunkBwdArguments + 1]);
+  return_gradients(chunk_bwd_planned_cuda(std::move(args), segment_chunks, value_tile), stack);
 }
 
 }  // namespace
@@ -204,5 +254,6 @@ void boxed_chunk_bwd_cuda(StableIValue* stack, uint64_t, uint64_t) {
 
 STABLE_TORCH_LIBRARY_IMPL(kda, CUDA, m) {
   m.impl("chunk_bwd", &kda::binding::boxed_chunk_bwd_cuda);
+  m.impl("chunk_bwd_planned", &kda::binding::boxed_chunk_bwd_planned_cuda);
   m.impl("chunk_fwd_saving", &kda::binding::boxed_chunk_fwd_saving_cuda);
 }

@@ -63,6 +63,11 @@ inline constexpr const char* kSchemas[] = {
     // absent inputs are empty, of shape [0]. intermediates: those of chunk_fwd_saving; what is not given is computed.
     "chunk_bwd(" KDA_CHUNK_BWD_ARGUMENTS ") -> " KDA_CHUNK_BWD_RETURNS,
 
+    // The gradients by CUDA kernels and nothing else, as planned with what is fixed here; for tests and measurements.
+    // segment_chunks: chunks of a segment of the recurrences, 0: no cut. value_tile: V columns of a CTA of uncut ones.
+    "chunk_bwd_planned(" KDA_CHUNK_BWD_ARGUMENTS
+    ", int? segment_chunks=None, int? value_tile=None) -> " KDA_CHUNK_BWD_RETURNS,
+
     // The gradients by PyTorch operators, on every device.
     "chunk_bwd_composite(" KDA_CHUNK_BWD_ARGUMENTS ") -> " KDA_CHUNK_BWD_RETURNS,
 

@@ -8,12 +8,18 @@
 namespace kda {
 namespace {
 
-// What the first two stages take and leave, with the intermediates at `base` and room for U0.
-ChunkFwdKernelParams first_stage_params(const ChunkFwdParams& call, const ChunkBwdPlan& plan, uint8_t* base, void* U0) {
-  ChunkFwdKernelParams params = stage_params(call, plan.intermediates, base, plan.chunk_slots);
-  params.inverse = base + plan.intermediates.inverse;
-  params.U = static_cast<uint4*>(U0);
-  params.U_rounded = reinterpret_cast<uint4*>(base + plan.intermediates.U);
+// What the first two stages take and leave, with the intermediates at `intermediates`; regions of a workspace at `base`.
+ChunkFwdKernelParams first_stage_params(const ChunkFwdParams& call, const ChunkBwdPlan& plan, uint8_t* intermediates,
+                                        uint8_t* base, size_t U0, const SegmentRegions& segments) {
+  ChunkFwdKernelParams params = stage_params(call, plan.intermediates, intermediates, plan.chunk_slots);
+  params.inverse = intermediates + plan.intermediates.inverse;
+  params.U = reinterpret_cast<uint4*>(base + U0);
+  params.U_rounded = reinterpret_cast<uint4*>(intermediates + plan.intermediates.U);
+  params.segments.chunks = plan.segment_chunks;
+  params.segments.slots = plan.segment_slots;
+  if (plan.segment_chunks == 0) return params;
+  params.segments.map = reinterpret_cast<float*>(base + segments.map);
+  params.segments.state = reinterpret_cast<float4*>(base + segments.state);
   return params;
 }
 
@@ -28,7 +34,17 @@ ChunkBwdKernelParams kernel_params(const ChunkBwdParams& call, const ChunkBwdPla
   // Saved intermediates are only read; the type of the kernels' parameters is that of the stages that write them.
   uint8_t* const saved = static_cast<uint8_t*>(const_cast<void*>(call.intermediates));
   params.forward =
-      first_stage_params(call.inputs, plan, plan.saved ? saved : base + workspace.intermediates, base + workspace.U0);
+      first_stage_params(call.inputs, plan, plan.saved ? saved : base + workspace.intermediates, base, workspace.U0,
+                         workspace.segments);
+  RecurrenceSegments& segments = params.forward.segments;
+  if (plan.segment_chunks > 0) {
+    segments.transposed_map = floats(workspace.segments.transposed_map);
+    segments.dstate = reinterpret_cast<float4*>(base + workspace.segments.dstate);
+  }
+  if (plan.saved) {  // nothing of the state is computed again
+    segments.map = nullptr;
+    segments.state = nullptr;
+  }
   params.forward.wants_output = false;
   params.forward.call.o = nullptr;
   params.forward.call.final_state = params.forward.call.chunk_states = nullptr;
@@ -56,27 +72,39 @@ ChunkBwdKernelParams kernel_params(const ChunkBwdParams& call, const ChunkBwdPla
 cudaError_t chunk_fwd_saving(const ChunkFwdParams& call, void* intermediates, const ChunkBwdPlan& plan,
                              cudaStream_t stream) {
   if (plan.path != ChunkFwdPath::kStaged) return cudaErrorNotSupported;
-  return run_stages(first_stage_params(call, plan, static_cast<uint8_t*>(intermediates), call.workspace),
-                    plan.value_tile, stream);
+  const ChunkSavingWorkspace& workspace = plan.saving_workspace;
+  return run_stages(
+      first_stage_params(call, plan, static_cast<uint8_t*>(intermediates), static_cast<uint8_t*>(call.workspace),
+                         workspace.U0, workspace.segments),
+      plan.value_tile, stream);
 }
 
 cudaError_t chunk_bwd(const ChunkBwdParams& call, const ChunkBwdPlan& plan, cudaStream_t stream) {
   if (plan.path != ChunkFwdPath::kStaged) return cudaErrorNotSupported;
   if (plan.saved != (call.intermediates != nullptr) && plan.intermediates.total_bytes > 0) return cudaErrorInvalidValue;
   const ChunkBwdKernelParams params = kernel_params(call, plan);
-  cudaError_t status = plan.saved ? cudaSuccess : run_first_stages(params.forward, plan.value_tile, stream);
-  if (status == cudaSuccess) {
-    status =
-        run_stage("kda.reverse_recurrence", [&] { return launch_reverse_recurrence(params, plan.value_tile, stream); });
+  const ChunkFwdKernelParams& forward = params.forward;
+  const RecurrenceSegments& segments = forward.segments;
+  const bool computes_state = !plan.saved;
+  StageSequence stages;
+  if (computes_state) stages.run("kda.intra_chunk_solve", [&] { return launch_intra_chunk_solve(forward, stream); });
+  if (segments.chunks > 0) {
+    stages.run("kda.state_summary", [&] { return launch_state_summary(forward, stream); });
+    stages.run("kda.reverse_summary", [&] { return launch_reverse_summary(params, stream); });
+    SegmentComposeParams compose = {forward.call, segments.chunks, {segments.dstate_maps()}, 1};
+    if (computes_state) compose.maps[compose.directions++] = segments.state_maps();
+    stages.run("kda.segment_compose", [&] { return launch_segment_compose(compose, stream); });
   }
-  if (status == cudaSuccess) {
-    status = run_stage("kda.intra_chunk_gradients", [&] { return launch_intra_chunk_gradients(params, stream); });
+  if (computes_state) {
+    stages.run("kda.state_recurrence", [&] { return launch_state_recurrence(forward, plan.value_tile, stream); });
   }
-  if (status == cudaSuccess) {
-    status = run_stage("kda.level_gradients", [&] { return launch_level_gradients(params, stream); });
-  }
-  if (status != cudaSuccess) return status;
-  return run_stage("kda.reduce_gradients", [&] { return launch_reduce_gradients(params, stream); });
+  const bool overlaps = computes_state && plan.side_by_side;
+  stages.run("kda.reverse_recurrence",
+             [&] { return launch_reverse_recurrence(params, plan.value_tile, overlaps, stream); });
+  stages.run("kda.intra_chunk_gradients", [&] { return launch_intra_chunk_gradients(params, stream); });
+  stages.run("kda.level_gradients", [&] { return launch_level_gradients(params, stream); });
+  stages.run("kda.reduce_gradients", [&] { return launch_reduce_gradients(params, stream); });
+  return stages.status;
 }
 
 }  // namespace kda

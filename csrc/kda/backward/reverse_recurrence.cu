@@ -6,29 +6,42 @@ namespace kda {
 namespace {
 
 template <typename Config>
-cudaError_t launch_config(const ChunkBwdKernelParams& params, cudaStream_t stream) {
+cudaError_t launch_config(const ChunkBwdKernelParams& params, bool overlaps, cudaStream_t stream) {
   const ChunkFwdProblem& problem = params.forward.call.problem;
-  const int64_t ctas = problem.sequences * problem.value_heads * (problem.value_dim / Config::kRows);
+  const int64_t ctas = params.forward.segments.slots * problem.value_heads * (problem.value_dim / Config::kRows);
   constexpr int kStages = stages_of_ring<Config>();
-  return launch(reverse_recurrence_kernel<Config>, ctas, Config::kThreads, recurrence_shared_bytes<Config>(kStages),
-                stream, params, kStages);
+  return launch_grid(reverse_recurrence_kernel<Config>,
+                     {ctas, Config::kThreads, recurrence_shared_bytes<Config>(kStages), 1, overlaps}, stream, params,
+                     kStages);
 }
 
-template <int K, typename Element>
-cudaError_t launch_groups(const ChunkBwdKernelParams& params, int value_tile, cudaStream_t stream) {
-  return value_tile == kRecurrenceRows ? launch_config<ReverseRecurrenceConfig<K, Element, 1>>(params, stream)
-                                       : launch_config<ReverseRecurrenceConfig<K, Element, 2>>(params, stream);
+// Calls f with K and a value of the activation type.
+template <typename Function>
+cudaError_t for_key_dim(const ChunkBwdKernelParams& params, Function f) {
+  const ChunkFwdProblem& problem = params.forward.call.problem;
+  return for_element(problem, [&](auto element) {
+    if (problem.key_dim == 128) return f(Constant<128>(), element);
+    if (problem.key_dim == 64) return f(Constant<64>(), element);
+    return cudaErrorNotSupported;
+  });
 }
 
 }  // namespace
 
-cudaError_t launch_reverse_recurrence(const ChunkBwdKernelParams& params, int value_tile, cudaStream_t stream) {
-  const ChunkFwdProblem& problem = params.forward.call.problem;
-  return for_element(problem, [&](auto element) {
+cudaError_t launch_reverse_recurrence(const ChunkBwdKernelParams& params, int value_tile, bool overlaps,
+                                      cudaStream_t stream) {
+  return for_key_dim(params, [&](auto key_dim, auto element) {
     using Element = decltype(element);
-    if (problem.key_dim == 128) return launch_groups<128, Element>(params, value_tile, stream);
-    if (problem.key_dim == 64) return launch_groups<64, Element>(params, value_tile, stream);
-    return cudaErrorNotSupported;
+    if (value_tile == kRecurrenceRows) {
+      return launch_config<ReverseRecurrenceConfig<key_dim(), Element, 1>>(params, overlaps, stream);
+    }
+    return launch_config<ReverseRecurrenceConfig<key_dim(), Element, 2>>(params, overlaps, stream);
+  });
+}
+
+cudaError_t launch_reverse_summary(const ChunkBwdKernelParams& params, cudaStream_t stream) {
+  return for_key_dim(params, [&](auto key_dim, auto element) {
+    return launch_config<ReverseRecurrenceConfig<key_dim(), decltype(element), 1, true>>(params, true, stream);
   });
 }
 

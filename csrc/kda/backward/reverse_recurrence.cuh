@@ -9,6 +9,9 @@
 //   dS^T = dS'^T Diag(e^{G_C}) + dO^T Q_gated - dU^T W          A = dO^T; dU^T as a sum of two
 // Both sums are needed for the gradient of beta of the last tokens, where one gradient of the final state meets few
 // tokens and no average hides the rounding of an operand.
+// Where sequences are cut, as in stage 2: a summary of each segment finds what its outputs alone leave of the gradient at its beginning, or with
+// the gradient of the final state in the last one; how the gradient passes through a segment is told by the transpose of its map.
+//
 // Another warpgroup, the movers, keeps a ring of stages filled: bulk copies of what lies in the workspace, and units of 16 bytes of
 // dO, which each of its threads copies, as bulk copies of its rows would be issued one by one. It stores what the consumers leave.
 //
@@ -25,9 +28,11 @@
 
 namespace kda {
 
-template <int K_, typename Element_, int kGroups_>
+// kSummary: only what becomes of the gradient in each segment of a cut.
+template <int K_, typename Element_, int kGroups_, bool kSummary_ = false>
 struct ReverseRecurrenceConfig : RecurrenceThreads<kGroups_> {
   static constexpr int K = K_, C = kChunkTokens, kGroups = kGroups_;
+  static constexpr bool kSummary = kSummary_;
   using Element = Element_;
   using KeyTile = BlockedTile<C>;
   static constexpr int kMaxStages = 3;
@@ -56,31 +61,39 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t shared[];
   const ChunkFwdParams& call = params.forward.call;
   const int V = call.problem.value_dim, value_heads = call.problem.value_heads;
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-
-  const int value_tiles = V / Config::kRows;
-  const int first_row_tile =
-      static_cast<int>(blockIdx.x % value_tiles) * (Config::kRows / 16);  // in units of 16 rows of V
-  const int value_head = static_cast<int>(blockIdx.x / value_tiles % value_heads);
-  const int64_t sequence = blockIdx.x / value_tiles / value_heads;
-  const SequenceRange range = sequence_range(call, sequence);
-  const int64_t first_slot = first_chunk_slot(call, sequence, range);
-  const int64_t chunks = (range.end - range.begin + C - 1) / C;
+  const RecurrenceSegments& segments = params.forward.segments;
+  const RecurrenceBlock found(call, segments.chunks, Config::kRows, V / Config::kRows, 0, threadIdx.x & 31);
+  if (!found.segment.is_used || (Config::kSummary && found.segment.is_first)) {
+    ptx::wait_for_kernel_before();  // see below
+    return;
+  }
 
   const StageRing stage_ring = {static_cast<uint32_t>(ptx::opaque(ptx::shared_address(shared))), stages,
                                 Config::kStageBytes};
-  stage_ring.init(1 + 128, Config::kConsumers, 128);
+  stage_ring.init(shared, found, 1 + 128, Config::kConsumers, 128);
   uint8_t* const staging = shared + staging_offset<Config>(stages);
   using Staged = typename Config::Staged;
 
   if (Config::is_mover()) {
     ptx::setmaxnreg_dec<Config::kMoverRegisters>();
+    const RecurrenceBlock block = stage_ring.block(shared);
+    const SegmentLocation& segment = block.segment;
+    const int chunks = static_cast<int>(segment.chunks), first_row_tile = block.first_row_tile,
+              value_head = block.value_head;
     // One thread asks for the bulk copies, and each copies 16-byte units of dO; rows past the end are zero.
     constexpr int kUnits = Config::kRowBytes / 16, kRowsAtOnce = 128 / kUnits;
-    const int thread = threadIdx.x - Config::kConsumers, unit = thread % kUnits, first_row = thread / kUnits;
-    const auto fill = [&](int64_t step, int i) {
-      const int64_t chunk = chunks - 1 - step, tile = (first_slot + chunk) * value_heads + value_head,
-                    first_token = range.begin + chunk * C;
+    const SequenceRange range = sequence_range(call, segment.sequence);
+    const int64_t first_token = range.begin + segment.first_chunk * C;  // of the segment
+    const int tokens = static_cast<int>(min(range.end - first_token, segment.chunks * C));
+    const int64_t first_tile = block.first_tile;
+    const int token_stride = value_heads * V;
+    const int thread = ptx::opaque(threadIdx.x) - Config::kConsumers, lane = thread & 31, unit = thread % kUnits, first_row = thread / kUnits;
+    const Element* const outputs =
+        static_cast<const Element*>(params.dO) +
+        ((range.batch * call.problem.tokens + first_token) * value_heads + value_head) * V + first_row_tile * 16 + 8 * unit;
+    const auto fill = [&](int step, int i) {
+      const int chunk = chunks - 1 - step;
+      const int64_t tile = first_tile + int64_t{chunk} * value_heads;
       const uint32_t stage = stage_ring.stage(i), barrier = stage_ring.full(i);
       if (thread == 0) {
         ptx::mbarrier_arrive_expect_tx(barrier, Config::kOutputGradient);
@@ -95,26 +108,24 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         ptx::cp_async_bulk_load(stage + Config::kW, params.forward.W + tile * Config::kKeyTileBytes,
                                 Config::kKeyTileBytes, barrier);
       }
-      const int rows = static_cast<int>(min(range.end - first_token, int64_t{C}));
-      const Element* const first = static_cast<const Element*>(params.dO) +
-                                   ((range.batch * call.problem.tokens + first_token) * value_heads + value_head) * V +
-                                   first_row_tile * 16 + 8 * unit;
+      const int rows = min(tokens - chunk * C, C);
+      const Element* const first = outputs + int64_t{chunk} * C * token_stride;
       const uint32_t destination = stage + Config::kOutputGradient + 16 * unit;
 #pragma unroll 4
       for (int j = 0; j < C / kRowsAtOnce; ++j) {
         const int row = first_row + j * kRowsAtOnce;
         const bool in_range = row < rows;
-        ptx::cp_async_16(destination + row * Config::kRowPitch, first + int64_t{in_range ? row : 0} * value_heads * V,
+        ptx::cp_async_16(destination + row * Config::kRowPitch, first + int64_t{in_range ? row : 0} * token_stride,
                          in_range ? 16 : 0);
       }
       ptx::cp_async_mbarrier_arrive_noinc(barrier);
     };
-    const int64_t operand_tile =
-        ((first_slot + chunks - 1) * value_heads + value_head) * (V / 16) + first_row_tile + thread / 32;
+    const int64_t last_tile = first_tile + int64_t{chunks - 1} * value_heads;
+    const int64_t operand_tile = last_tile * (V / 16) + first_row_tile + thread / 32;
     const int64_t tiles_of_chunk = static_cast<int64_t>(value_heads) * (V / 16);
     uint4* states = params.dstate + operand_tile * (K / 16) * 32;
     uint4* values = params.dU + operand_tile * (C / 16) * 32;
-    const auto store = [&](int64_t) {
+    const auto store = [&] {
 #pragma unroll
       for (int i = 0; i < Config::kGroups; ++i) {
         uint8_t* const area = staging + (thread / 32 + 4 * i) * Staged::kBytes;
@@ -124,22 +135,28 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       states -= tiles_of_chunk * (K / 16) * 32;
       values -= tiles_of_chunk * (C / 16) * 32;
     };
-    stage_ring.move(chunks, fill, store);
+    stage_ring.move<!Config::kSummary>(chunks, fill, store);
+    ptx::wait_for_kernel_before();  // who waits for this kernel relies on the recurrence of the state, too
     return;
   }
   ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
+  const RecurrenceBlock block = stage_ring.block(shared);
+  const SegmentLocation& segment = block.segment;
+  const int chunks = static_cast<int>(segment.chunks);
+  const int warp = ptx::opaque(threadIdx.x) >> 5, lane = threadIdx.x & 31;
 
-  // Rows 16 * row_tile .. + 15 of V.
-  const int row_tile = first_row_tile + warp;
-  const int64_t row_stride = call.state_v_first ? K : 1, channel_stride = call.state_v_first ? 1 : V;
-  const auto state_offset = [&](int cta) {  // cta: index of the sequence, value head and value tile
-    return static_cast<int64_t>(cta / value_tiles) * K * V + row_tile * 16 * row_stride;
+  // This warp's rows of the state of the sequence.
+  const auto state_offset = [&](const RecurrenceBlock& of, int thread, const StateStrides& stride) {
+    return (of.segment.sequence * value_heads + of.value_head) * K * V + of.row_tile(thread) * 16 * stride.row;
   };
   StateFragments<K> dstate;
-  if (params.dfinal_state != nullptr) {
-    dstate.load(params.dfinal_state + state_offset(blockIdx.x), DataType::kFloat32, row_stride, channel_stride, lane);
-  } else {
+  if (segment.is_last && params.dfinal_state != nullptr) {
+    const StateStrides stride(call);
+    dstate.load(params.dfinal_state + state_offset(block, threadIdx.x, stride), DataType::kFloat32, stride.row, stride.channel, lane);
+  } else if (segment.is_last || Config::kSummary) {
     dstate.for_each(lane, [](float& value, int, int) { value = 0.0f; });
+  } else {  // the beginning of the segment behind
+    dstate.load_fragments(block.fragments<K>(segments.dstate, call, threadIdx.x, 1), lane);
   }
 
   // Where a lane's rows of an operand A = dO^T lie inside a stage, for the first 16 tokens.
@@ -149,7 +166,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   uint8_t* const area = staging + warp * Staged::kBytes;
 
   RingPosition ring;
-  for (int64_t step = 0; step < chunks; ++step) {
+  for (int step = 0; step < chunks; ++step) {
     ptx::mbarrier_wait_parity(stage_ring.full(ring.stage), ring.parity);
     const uint32_t stage = stage_ring.stage(ring.stage);
 
@@ -228,16 +245,18 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       multiply_rows<true>(dstate.acc, du_low[kt], w);
     }
     wgmma::commit_group();
-    if (step > 0) ptx::mbarrier_wait_parity(stage_ring.taken(), (step - 1) & 1);
+    if constexpr (!Config::kSummary) {
+      if (step > 0) ptx::mbarrier_wait_parity(stage_ring.taken(), (step - 1) & 1);
 #pragma unroll
-    for (int kt = 0; kt < K / 16; ++kt) Staged::put_state(ptx::shared_address(area), high[kt], kt, lane);
+      for (int kt = 0; kt < K / 16; ++kt) Staged::put_state(ptx::shared_address(area), high[kt], kt, lane);
 #pragma unroll
-    for (int kt = 0; kt < C / 16; ++kt) {
-      const uint32_t(&operand)[4] = du_high[kt];
-      Staged::put_values(area, {operand[0] ^ kSigns, operand[1] ^ kSigns, operand[2] ^ kSigns, operand[3] ^ kSigns}, kt,
-                         lane);
+      for (int kt = 0; kt < C / 16; ++kt) {
+        const uint32_t(&operand)[4] = du_high[kt];
+        Staged::put_values(area, {operand[0] ^ kSigns, operand[1] ^ kSigns, operand[2] ^ kSigns, operand[3] ^ kSigns},
+                           kt, lane);
+      }
+      ptx::mbarrier_arrive(stage_ring.staged());
     }
-    ptx::mbarrier_arrive(stage_ring.staged());
     wgmma::wait_group<0>();
     // Into registers that no product defines: else the compiler waits for one before it reads them beside the next.
 #pragma unroll
@@ -249,14 +268,22 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     ring.advance(stages);
   }
 
-  if (params.dinitial_state == nullptr) return;
-  const int64_t offset = state_offset(ptx::opaque(blockIdx.x));  // not kept over the loop
+  // Read again, as it was not kept over the loop.
+  const RecurrenceBlock end = stage_ring.block(shared);
+  const int thread = ptx::opaque(threadIdx.x);
+  if constexpr (Config::kSummary) {
+    dstate.store_fragments(end.fragments<K>(segments.dstate, call, thread), lane);
+    return;
+  }
+  if (!end.segment.is_first || params.dinitial_state == nullptr) return;
+  const StateStrides stride(call);
+  const int64_t offset = state_offset(end, thread, stride);
   if (call.state_type == DataType::kFloat32) {
-    dstate.store(static_cast<float*>(params.dinitial_state) + offset, row_stride, channel_stride, lane);
+    dstate.store(static_cast<float*>(params.dinitial_state) + offset, stride.row, stride.channel, lane);
   } else {
     BFloat16* const destination = static_cast<BFloat16*>(params.dinitial_state) + offset;
     dstate.for_each(lane, [&](float& value, int row, int channel) {
-      destination[row * row_stride + channel * channel_stride] = __float2bfloat16_rn(value);
+      destination[row * stride.row + channel * stride.channel] = __float2bfloat16_rn(value);
     });
   }
 }

@@ -6,6 +6,8 @@
 // when no profiler is attached; KDA_NO_NVTX compiles it out.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #ifndef KDA_NO_NVTX
 #include <nvtx3/nvToolsExt.h>
 #endif
@@ -30,5 +32,15 @@ auto run_stage(const char* name, Launch launch) {
   NvtxRange range(name);
   return launch();
 }
+
+// Stages one after the other, up to the first that cannot be launched.
+struct StageSequence {
+  cudaError_t status = cudaSuccess;
+
+  template <typename Launch>
+  void run(const char* name, Launch launch) {
+    if (status == cudaSuccess) status = run_stage(name, launch);
+  }
+};
 
 }  // namespace kda

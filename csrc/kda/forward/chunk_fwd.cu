@@ -8,15 +8,16 @@ namespace {
 
 template <int K>
 cudaError_t run_stepwise(const StepKernelParams& params, cudaStream_t stream) {
-  cudaError_t status = run_stage("kda.step_factors", [&] { return launch_step_factors<K>(params, stream); });
-  if (status == cudaSuccess && params.segment_chunks > 0) {
-    status = run_stage("kda.segment_summary", [&] { return launch_segment_summary<K>(params, stream); });
-    if (status == cudaSuccess) {
-      status = run_stage("kda.segment_compose", [&] { return launch_segment_compose(params, stream); });
-    }
+  StageSequence stages;
+  stages.run("kda.step_factors", [&] { return launch_step_factors<K>(params, stream); });
+  if (params.segment_chunks > 0) {
+    stages.run("kda.segment_summary", [&] { return launch_segment_summary<K>(params, stream); });
+    const SegmentMaps maps = {params.segment_map, params.segment_state, params.segment_faded, /*is_reversed=*/false};
+    stages.run("kda.segment_compose",
+               [&] { return launch_segment_compose({params.call, params.segment_chunks, {maps}, 1}, stream); });
   }
-  if (status != cudaSuccess) return status;
-  return run_stage("kda.state_scan", [&] { return launch_state_scan<K>(params, stream); });
+  stages.run("kda.state_scan", [&] { return launch_state_scan<K>(params, stream); });
+  return stages.status;
 }
 
 template <int K>
@@ -48,17 +49,19 @@ cudaError_t run_steps(const ChunkFwdParams& call, const ChunkFwdPlan& plan, cuda
 
 }  // namespace
 
-cudaError_t run_first_stages(const ChunkFwdKernelParams& params, int value_tile, cudaStream_t stream) {
-  const cudaError_t status =
-      run_stage("kda.intra_chunk_solve", [&] { return launch_intra_chunk_solve(params, stream); });
-  if (status != cudaSuccess) return status;
-  return run_stage("kda.state_recurrence", [&] { return launch_state_recurrence(params, value_tile, stream); });
-}
-
 cudaError_t run_stages(const ChunkFwdKernelParams& params, int value_tile, cudaStream_t stream) {
-  const cudaError_t status = run_first_stages(params, value_tile, stream);
-  if (status != cudaSuccess) return status;
-  return run_stage("kda.output_gemm", [&] { return launch_output_gemm(params, stream); });
+  const RecurrenceSegments& segments = params.segments;
+  StageSequence stages;
+  stages.run("kda.intra_chunk_solve", [&] { return launch_intra_chunk_solve(params, stream); });
+  if (segments.chunks > 0) {
+    stages.run("kda.state_summary", [&] { return launch_state_summary(params, stream); });
+    stages.run("kda.segment_compose", [&] {
+      return launch_segment_compose({params.call, segments.chunks, {segments.state_maps()}, 1}, stream);
+    });
+  }
+  stages.run("kda.state_recurrence", [&] { return launch_state_recurrence(params, value_tile, stream); });
+  stages.run("kda.output_gemm", [&] { return launch_output_gemm(params, stream); });
+  return stages.status;
 }
 
 cudaError_t chunk_fwd(const ChunkFwdParams& call, const ChunkFwdPlan& plan, cudaStream_t stream) {

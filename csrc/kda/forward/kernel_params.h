@@ -7,6 +7,28 @@
 
 namespace kda {
 
+// The maps of the segments of a cut, and what they are composed with, in the order of the segments or against it.
+struct SegmentMaps {
+  const float* map;
+  float4* state;
+  const uint32_t* faded;  // whether a map is 0; null: none is
+  bool is_reversed;
+};
+
+// The cut of the recurrences over chunks: sequences in segments, whose ends come from their affine maps (segment_compose.cuh).
+struct RecurrenceSegments {
+  int64_t chunks;  // of one segment; 0: sequences are not cut
+  int64_t slots;   // grid extent over segments; without a cut the number of sequences
+
+  // A tile for each (segment slot, value head); null where a recurrence is not cut or not run.
+  float *map, *transposed_map;  // M and M^T, as StepKernelParams::segment_map
+  float4* state;                // as StepKernelParams::segment_state
+  float4* dstate;               // the same of the state's gradient, at the beginning of a segment
+
+  [[nodiscard]] SegmentMaps state_maps() const { return {map, state, nullptr, /*is_reversed=*/false}; }
+  [[nodiscard]] SegmentMaps dstate_maps() const { return {transposed_map, dstate, nullptr, /*is_reversed=*/true}; }
+};
+
 struct ChunkFwdKernelParams {
   ChunkFwdParams call;
 
@@ -26,6 +48,8 @@ struct ChunkFwdKernelParams {
 
   int64_t chunk_slots;
 
+  RecurrenceSegments segments;
+
   bool wants_output;  // stage 3 follows
   bool vectorized;    // every 8-element group of q, k, v, g and dt_bias starts at a multiple of 16 bytes
 };
@@ -42,18 +66,29 @@ ChunkFwdKernelParams stage_params(const ChunkFwdParams& call, const Regions& at,
   params.state = reinterpret_cast<uint4*>(base + at.state);
   params.chunk_decay = reinterpret_cast<float*>(base + at.chunk_decay);
   params.chunk_slots = chunk_slots;
+  params.segments.slots = call.problem.sequences;
   params.wants_output = true;
   params.vectorized = inputs_are_aligned(call);
   return params;
 }
 
+struct SegmentComposeParams {
+  ChunkFwdParams call;
+  int64_t segment_chunks;
+  SegmentMaps maps[2];
+  int directions;  // how many of them there are
+};
+
 // Launches of the stages, for the K, V and types of the call. Each returns the error of its launch.
 cudaError_t launch_intra_chunk_solve(const ChunkFwdKernelParams& params, cudaStream_t stream);
 cudaError_t launch_state_recurrence(const ChunkFwdKernelParams& params, int value_tile, cudaStream_t stream);
+// What becomes of the state in each segment of a cut, from zero, where segments.state is wanted, and of the identity.
+cudaError_t launch_state_summary(const ChunkFwdKernelParams& params, cudaStream_t stream);
 cudaError_t launch_output_gemm(const ChunkFwdKernelParams& params, cudaStream_t stream);
 
-// The first two of them; all three.
-cudaError_t run_first_stages(const ChunkFwdKernelParams& params, int value_tile, cudaStream_t stream);
+cudaError_t launch_segment_compose(const SegmentComposeParams& params, cudaStream_t stream);
+
+// All of them.
 cudaError_t run_stages(const ChunkFwdKernelParams& params, int value_tile, cudaStream_t stream);
 
 }  // namespace kda

@@ -14,13 +14,47 @@ namespace kda {
 // Rows of V that a warpgroup of a recurrence owns.
 inline constexpr int kRecurrenceRows = 64;
 
+// What a CTA works on: which chunks of which value head, and which of its rows.
+struct RecurrenceBlock {
+  SegmentLocation segment;  // the whole sequence if it is not cut
+  int64_t segment_tile;     // index of (segment slot, value head)
+  int64_t first_tile;       // index of (chunk slot, value head) of the first chunk
+  int value_head;
+  int first_row_tile;  // in units of 16 rows, of V or of a map
+  bool is_map;
+
+  // The grid has value_blocks blocks of `rows` rows of V for each segment and value head, and map_blocks of a map. Called by whole warps.
+  __device__ __forceinline__ RecurrenceBlock(const ChunkFwdParams& call, int64_t segment_chunks, int rows,
+                                             int value_blocks, int map_blocks, int lane) {
+    const int cta = blockIdx.x, blocks = value_blocks + map_blocks, value_heads = call.problem.value_heads;
+    const int64_t slot = cta / blocks / value_heads;
+    value_head = cta / blocks % value_heads;
+    segment = locate_segment(call, slot, segment_chunks, lane);
+    segment_tile = slot * value_heads + value_head;
+    first_tile = segment.first_chunk_slot * value_heads + value_head;
+    is_map = cta % blocks >= value_blocks;
+    first_row_tile = (cta % blocks - (is_map ? value_blocks : 0)) * (rows / 16);
+  }
+
+  // The tile of 16 rows that a warp owns.
+  __device__ __forceinline__ int row_tile(int thread) const { return first_row_tile + thread / 32; }
+
+  // Where this warp's rows of a tile [V, K] of fragments lie, of the segment or of one some segments behind.
+  template <int K>
+  __device__ __forceinline__ float4* fragments(float4* tiles, const ChunkFwdParams& call, int thread,
+                                               int segments_behind = 0) const {
+    const int64_t tile = segment_tile + segments_behind * call.problem.value_heads;
+    return tiles + (tile * (call.problem.value_dim / 16) + row_tile(thread)) * (K / 8) * 32;
+  }
+};
+
 // Threads and registers of a CTA with kGroups consuming warpgroups, the only one of its multiprocessor.
 template <int kGroups_>
 struct RecurrenceThreads {
   static constexpr int kGroups = kGroups_;
   static constexpr int kConsumers = 128 * kGroups, kThreads = kConsumers + 128;
   static constexpr int kRows = kRecurrenceRows * kGroups;
-  static constexpr int kMoverRegisters = 72;
+  static constexpr int kMoverRegisters = 80;
   static constexpr int kMostRegisters = (65536 / 128 - kMoverRegisters) / kGroups / 8 * 8;
   static constexpr int kConsumerRegisters = kMostRegisters < 240 ? kMostRegisters : 240;
 
@@ -39,8 +73,8 @@ struct RingPosition {
   }
 };
 
-// The ring of stages of a recurrence, at the start of shared memory; behind it two barriers for each, and two of the fragments that
-// leave.
+// The ring of stages of a recurrence, at the start of shared memory; behind it two barriers for each, two of the fragments that
+// leave, and what the CTA works on, so that it is not kept in registers to the end.
 struct StageRing {
   uint32_t first_stage;
   int stages, stage_bytes;
@@ -51,9 +85,16 @@ struct StageRing {
   __device__ __forceinline__ uint32_t staged() const { return full(stages); }  // fragments of a chunk
   __device__ __forceinline__ uint32_t taken() const { return empty(stages); }
   static constexpr int barrier_bytes(int stages) { return (stages + 1) * 16; }
+  static constexpr int bytes_behind(int stages) {
+    return (barrier_bytes(stages) + static_cast<int>(sizeof(RecurrenceBlock)) + 255) / 256 * 256;
+  }
+  __device__ __forceinline__ RecurrenceBlock& block(uint8_t* shared) const {
+    return *reinterpret_cast<RecurrenceBlock*>(shared + stages * stage_bytes + barrier_bytes(stages));
+  }
 
   // By all threads of the CTA. arrivals: on `full`, besides the bytes of bulk copies.
-  __device__ __forceinline__ void init(int arrivals, int consumers, int movers) const {
+  __device__ __forceinline__ void init(uint8_t* shared, const RecurrenceBlock& works_on, int arrivals, int consumers,
+                                       int movers) const {
     if (threadIdx.x == 0) {
       for (int i = 0; i < stages; ++i) {
         ptx::mbarrier_init(full(i), arrivals);
@@ -62,19 +103,23 @@ struct StageRing {
       ptx::mbarrier_init(staged(), consumers);
       ptx::mbarrier_init(taken(), movers);
       ptx::fence_mbarrier_init();
+      block(shared) = works_on;
     }
     __syncthreads();
   }
 
-  // By the movers, for each of `chunks` chunks: fill(i, stage) once the stage is free, and store(i) when its fragments are staged.
-  template <typename Fill, typename Store>
-  __device__ __forceinline__ void move(int64_t chunks, Fill fill, Store store) const {
+  // By the movers, for each of `chunks` chunks: fill(i, stage) once the stage is free, and store() when its fragments are staged, if
+  // any are.
+  template <bool kStores, typename Fill, typename Store>
+  __device__ __forceinline__ void move(int chunks, Fill fill, Store store) const {
     for (int i = 0; i < stages && i < chunks; ++i) fill(i, i);
     RingPosition ring;
-    for (int64_t i = 0; i < chunks; ++i) {
-      ptx::mbarrier_wait_parity(staged(), i & 1);
-      store(i);
-      ptx::mbarrier_arrive(taken());
+    for (int i = 0; i < chunks; ++i) {
+      if constexpr (kStores) {
+        ptx::mbarrier_wait_parity(staged(), i & 1);
+        store();
+        ptx::mbarrier_arrive(taken());
+      }
       if (i + stages < chunks) {
         ptx::mbarrier_wait_parity(empty(ring.stage), ring.parity);
         fill(i + stages, ring.stage);
@@ -84,14 +129,14 @@ struct StageRing {
   }
 };
 
-// Shared memory of a recurrence: the ring and its barriers, then an area of Config::Staged for each row tile.
+// Shared memory of a recurrence: the ring and its barriers, then an area of Config::Staged for each row tile, unless it is a summary.
 template <typename Config>
 constexpr int staging_offset(int stages) {
-  return stages * Config::kStageBytes + (StageRing::barrier_bytes(stages) + 255) / 256 * 256;
+  return stages * Config::kStageBytes + StageRing::bytes_behind(stages);
 }
 template <typename Config>
 constexpr int recurrence_shared_bytes(int stages) {
-  return staging_offset<Config>(stages) + Config::kRows / 16 * Config::Staged::kBytes;
+  return staging_offset<Config>(stages) + (Config::kSummary ? 0 : Config::kRows / 16 * Config::Staged::kBytes);
 }
 
 // Stages of the ring: all that fit. (sm_90: 228 KiB, less 1 KiB that the system keeps for a CTA.)

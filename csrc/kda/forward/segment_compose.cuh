@@ -1,9 +1,11 @@
-// The states at the ends of the segments of a cut sequence, from the affine map of each segment (segment_summary.cuh):
+// The states at the ends of the segments of a cut sequence, from the affine map of each segment (segment_summary.cuh,
+// state_recurrence.cuh):
 //   S_end[0] as it is,      S_end[s] = M_s S_end[s - 1] + B_s,
-// at fp32-like accuracy; M_s of a segment that forgets all is taken as 0, and not read. segment_state holds B and is replaced by S_end, which is the entry of the next segment. The
-// end of the last segment is the final state and is left to state_scan.cuh.
+// at fp32-like accuracy; M_s of a segment that forgets all is taken as 0, and not read. The states hold B and are replaced by S_end, which is
+// the entry of the next segment. The end of the last segment is the final state and is left to the scan. The gradients of the states are composed
+// alike, from the last segment to the first, by the transposed maps.
 //
-// Grid: one CTA for each (sequence, value head, 16 columns of V); K / 16 warps. A CTA keeps 16 rows of S^T and goes
+// Grid: one CTA for each (direction, sequence, value head, 16 columns of V); K / 16 warps. A CTA keeps 16 rows of S^T and goes
 // through the segments:
 //   S_end^T [16, K] = S^T [16, K] M^T [K, K] + B^T
 // Each warp computes 16 of the K columns; the rows meet in shared memory. The products run on tensor cores in tf32,
@@ -14,7 +16,7 @@
 
 #include "../device/chunk_location.cuh"
 #include "../device/triangular_inverse.cuh"
-#include "step_params.h"
+#include "kernel_params.h"
 
 namespace kda {
 
@@ -33,7 +35,7 @@ struct SegmentComposeConfig {
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    segment_compose_kernel(const __grid_constant__ StepKernelParams params) {
+    segment_compose_kernel(const __grid_constant__ SegmentComposeParams params) {
   constexpr int K = Config::K, kPartWords = Config::kPartWords;
   extern __shared__ __align__(16) uint32_t states[];
   const ChunkFwdParams& call = params.call;
@@ -41,25 +43,29 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   ptx::wait_for_kernel_before();  // before any return: who waits for this kernel relies on those before it, too
   const int value_heads = call.problem.value_heads, row_tiles = call.problem.value_dim / Config::kRows;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = lane >> 2, member = lane & 3;
-  const int row_tile = static_cast<int>(blockIdx.x % row_tiles);
-  const int value_head = static_cast<int>(blockIdx.x / row_tiles % value_heads);
-  const int64_t sequence = blockIdx.x / row_tiles / value_heads;
+  const int64_t ctas = call.problem.sequences * value_heads * row_tiles;
+  const int direction = blockIdx.x >= ctas;
+  const SegmentMaps& maps = params.maps[direction];
+  const int64_t cta = blockIdx.x - direction * ctas, sequence = cta / row_tiles / value_heads;
+  const int row_tile = static_cast<int>(cta % row_tiles), value_head = static_cast<int>(cta / row_tiles % value_heads);
 
   const SegmentRange range = segment_range(call, sequence, params.segment_chunks);
   const int64_t ends = range.segments - 1;  // states that are wanted; the first is there
   if (ends < 2) return;
 
-  const auto has_faded = [&](int64_t s) {
-    return params.segment_faded[(range.first_slot + s) * value_heads + value_head] != 0;
-  };
+  // Index of (segment slot, value head) of the s-th segment in the order in which they are composed.
+  const int64_t first_tile =
+      (range.first_slot + (maps.is_reversed ? range.segments - 1 : 0)) * value_heads + value_head;
+  const int64_t tile_step = maps.is_reversed ? -value_heads : value_heads;
+  const auto tile_of = [&](int64_t s) { return first_tile + s * tile_step; };
+  const auto has_faded = [&](int64_t s) { return maps.faded != nullptr && maps.faded[tile_of(s)] != 0; };
   bool any_map = false;
   for (int64_t s = 1 + lane; s < ends; s += 32) any_map |= !has_faded(s);
   if (!__any_sync(0xffffffffu, any_map)) return;
 
   // This warp's part of the state at the end of segment s: columns 16 * warp .. + 15 as two accumulator fragments.
   const auto state_at = [&](int64_t s) {
-    const int64_t tile = (range.first_slot + s) * value_heads + value_head;
-    return params.segment_state + ((tile * row_tiles + row_tile) * (K / 8) + 2 * warp) * 32 + lane;
+    return maps.state + ((tile_of(s) * row_tiles + row_tile) * (K / 8) + 2 * warp) * 32 + lane;
   };
   // Lane (group, member) of fragment (kt, n): M^T[16 kt + 4 member .. + 3][8 n + group].
   struct Inputs {
@@ -67,8 +73,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     bool has_map;
   };
   const auto load = [&](Inputs& inputs, int64_t s) {
-    const int64_t tile = (range.first_slot + s) * value_heads + value_head;
-    const float4* const map = reinterpret_cast<const float4*>(params.segment_map + tile * K * K) + 2 * warp * 32 + lane;
+    const float4* const map = reinterpret_cast<const float4*>(maps.map + tile_of(s) * K * K) + 2 * warp * 32 + lane;
     inputs.has_map = !has_faded(s);
     if (inputs.has_map) {
 #pragma unroll

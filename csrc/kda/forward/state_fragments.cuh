@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../device/elements.cuh"
+#include "../kda.h"
 
 namespace kda {
 
@@ -69,5 +70,36 @@ struct StateFragments {
     }
   }
 };
+
+// Where the rows of a warp of a state tensor [.., K, V] or [.., V, K] lie.
+struct StateStrides {
+  int64_t row, channel;
+  __device__ __forceinline__ StateStrides(const ChunkFwdParams& call)
+      : row(call.state_v_first ? call.problem.key_dim : 1), channel(call.state_v_first ? 1 : call.problem.value_dim) {}
+};
+
+// Rows first_row .. of the initial state of a sequence; zeros if there is none.
+template <int K>
+__device__ __forceinline__ void load_initial_state(StateFragments<K>& state, const ChunkFwdParams& call,
+                                                   int64_t sequence, int value_head, int first_row, int lane) {
+  if (call.initial_state == nullptr) {
+    state.for_each(lane, [](float& value, int, int) { value = 0.0f; });
+    return;
+  }
+  const StateStrides stride(call);
+  const int64_t first = sequence * call.initial_state_stride_sequence + value_head * call.initial_state_stride_head +
+                        first_row * stride.row;
+  const int element_bytes = call.state_type == DataType::kFloat32 ? 4 : 2;
+  state.load(static_cast<const uint8_t*>(call.initial_state) + first * element_bytes, call.state_type, stride.row,
+             stride.channel, lane);
+}
+
+// Into matrix `index` of a tensor of states in fp32.
+template <int K>
+__device__ __forceinline__ void store_state(float* states, int64_t index, StateFragments<K>& state,
+                                            const ChunkFwdParams& call, int first_row, int lane) {
+  const StateStrides stride(call);
+  state.store(states + index * K * call.problem.value_dim + first_row * stride.row, stride.row, stride.channel, lane);
+}
 
 }  // namespace kda

@@ -5,12 +5,10 @@
 namespace kda {
 namespace {
 
-template <int K, int kGroups, bool kSaves>
-cudaError_t launch_config(const ChunkFwdKernelParams& params, cudaStream_t stream) {
-  using Config = StateRecurrenceConfig<K, kGroups, kSaves>;
-  const ChunkFwdProblem& problem = params.call.problem;
-  const int64_t ctas =
-      problem.sequences * problem.value_heads * (problem.value_dim / (kRecurrenceRows * Config::kGroups));
+// blocks: of rows of V, and of a map in a summary.
+template <typename Config>
+cudaError_t launch_config(const ChunkFwdKernelParams& params, int blocks, cudaStream_t stream) {
+  const int64_t ctas = params.segments.slots * params.call.problem.value_heads * blocks;
   constexpr int kStages = stages_of_ring<Config>();
   return launch(state_recurrence_kernel<Config>, ctas, Config::kThreads, recurrence_shared_bytes<Config>(kStages),
                 stream, params, kStages);
@@ -18,8 +16,9 @@ cudaError_t launch_config(const ChunkFwdKernelParams& params, cudaStream_t strea
 
 template <int K, int kGroups>
 cudaError_t launch_groups(const ChunkFwdKernelParams& params, cudaStream_t stream) {
-  return params.inverse != nullptr ? launch_config<K, kGroups, true>(params, stream)
-                                   : launch_config<K, kGroups, false>(params, stream);
+  const int blocks = params.call.problem.value_dim / (kRecurrenceRows * kGroups);
+  return params.inverse != nullptr ? launch_config<StateRecurrenceConfig<K, kGroups, true>>(params, blocks, stream)
+                                   : launch_config<StateRecurrenceConfig<K, kGroups, false>>(params, blocks, stream);
 }
 
 template <int K>
@@ -27,7 +26,19 @@ cudaError_t launch_for_key_dim(const ChunkFwdKernelParams& params, int value_til
   return value_tile == kRecurrenceRows ? launch_groups<K, 1>(params, stream) : launch_groups<K, 2>(params, stream);
 }
 
+template <int K>
+cudaError_t launch_summary(const ChunkFwdKernelParams& params, cudaStream_t stream) {
+  const int values = params.segments.state != nullptr ? params.call.problem.value_dim : 0;
+  return launch_config<StateRecurrenceConfig<K, 1, false, true>>(params, (values + K) / kRecurrenceRows, stream);
+}
+
 }  // namespace
+
+cudaError_t launch_state_summary(const ChunkFwdKernelParams& params, cudaStream_t stream) {
+  if (params.call.problem.key_dim == 128) return launch_summary<128>(params, stream);
+  if (params.call.problem.key_dim == 64) return launch_summary<64>(params, stream);
+  return cudaErrorNotSupported;
+}
 
 cudaError_t launch_state_recurrence(const ChunkFwdKernelParams& params, int value_tile, cudaStream_t stream) {
   if (params.call.problem.key_dim == 128) return launch_for_key_dim<128>(params, value_tile, stream);

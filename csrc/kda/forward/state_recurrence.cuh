@@ -8,6 +8,10 @@
 // rows of V and all of K:
 //   U^T  = U0^T - S^T W^T                      A = S^T, its accumulators rounded to bf16;  B = W [C, K]
 //   S'^T = S^T Diag(e^{G_C}) + U^T K_decayed   A = U^T, as a sum of two bf16 operands;     B = K_decayed [C, K]
+// Where sequences are cut, the grid has a CTA for each segment in the place of the sequence, which begins with the state at the end of the
+// segment before. That comes from the affine maps of the segments, S_end = M S_entry + B (segment_compose.cuh): a summary of each segment,
+// which writes nothing else, finds B from zero, or from the initial state in the first one, and M from the identity without U0.
+//
 // Another warpgroup, the movers, keeps a ring of stages filled with bulk copies, through which every chunk of the sequence goes once, and
 // stores the operands that the consumers leave in shared memory.
 //
@@ -22,11 +26,11 @@
 
 namespace kda {
 
-// kSaves: what the backward needs is written.
-template <int K_, int kGroups_, bool kSaves_>
+// kSaves: what the backward needs is written. kSummary: only what becomes of the state in each segment of a cut.
+template <int K_, int kGroups_, bool kSaves_, bool kSummary_ = false>
 struct StateRecurrenceConfig : RecurrenceThreads<kGroups_> {
   static constexpr int K = K_, C = kChunkTokens, kGroups = kGroups_;
-  static constexpr bool kSaves = kSaves_;
+  static constexpr bool kSaves = kSaves_, kSummary = kSummary_;
   using KeyTile = BlockedTile<C>;
   static constexpr int kMaxStages = 4;
 
@@ -45,6 +49,24 @@ struct StateRecurrenceConfig : RecurrenceThreads<kGroups_> {
   using Staged = StagedOperands<K, kSaves ? C / 16 : 0>;
 };
 
+// 16 rows of the transposed map of a segment, what became of the identity: as segment_compose.cuh takes it, and its transpose. Rows r of a
+// tile of 16 x 8 are contiguous, so that what it takes as an operand is one float4 a lane.
+template <int K>
+__device__ __forceinline__ void store_map(StateFragments<K>& rows, int64_t tile, int first_row,
+                                          const RecurrenceSegments& segments, int lane) {
+  const int64_t offset = tile * K * K;
+  if (segments.map != nullptr) {
+    float* const map = segments.map + offset + first_row * K;
+    rows.for_each(lane, [&](float value, int row, int channel) { map[channel * 16 + row] = value; });
+  }
+  if (segments.transposed_map != nullptr) {
+    float* const map = segments.transposed_map + offset + first_row * 16;
+    rows.for_each(lane, [&](float value, int row, int channel) {
+      map[(channel / 16 * K + row) * 16 + channel % 16] = value;
+    });
+  }
+}
+
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     state_recurrence_kernel(const __grid_constant__ ChunkFwdKernelParams params, int stages) {
@@ -55,33 +77,44 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int V = call.problem.value_dim, value_heads = call.problem.value_heads;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
 
-  const int value_tiles = V / (kRecurrenceRows * Config::kGroups);
-  const int first_row_tile =
-      static_cast<int>(blockIdx.x % value_tiles) * (kRecurrenceRows / 16 * Config::kGroups);  // in units of 16 rows
-  const int value_head = static_cast<int>(blockIdx.x / value_tiles % value_heads);
-  const int64_t sequence = blockIdx.x / value_tiles / value_heads;
-  const SequenceRange range = sequence_range(call, sequence);
-  const int64_t first_slot = first_chunk_slot(call, sequence, range);
-  const int64_t chunks = (range.end - range.begin + C - 1) / C;
+  const RecurrenceSegments& segments = params.segments;
+  const RecurrenceBlock found(call, segments.chunks, Config::kRows,
+                              Config::kSummary && segments.state == nullptr ? 0 : V / Config::kRows,
+                              Config::kSummary ? K / Config::kRows : 0, lane);
+  if (!found.segment.is_used) return;
+  // The end of the last segment is wanted by no other one; from the first on, the state is known.
+  if (Config::kSummary && (found.segment.is_last || (found.is_map && found.segment.is_first))) return;
 
   const StageRing stage_ring = {static_cast<uint32_t>(ptx::opaque(ptx::shared_address(shared))), stages,
                                 Config::kStageBytes};
-  stage_ring.init(1, Config::kConsumers, 128);
+  if (Config::kSummary && found.is_map) {  // U0 = 0
+    for (int i = threadIdx.x; i < stages * (Config::kU0Bytes / 16); i += Config::kThreads) {
+      const int stage = i / (Config::kU0Bytes / 16), unit = i % (Config::kU0Bytes / 16);
+      *reinterpret_cast<uint4*>(shared + stage * Config::kStageBytes + Config::kU0 + 16 * unit) = {0, 0, 0, 0};
+    }
+  }
+  stage_ring.init(shared, found, 1, Config::kConsumers, 128);
+  ptx::launch_dependents();  // the reverse recurrence needs nothing of this one, and finds room beside it
   uint8_t* const staging = shared + staging_offset<Config>(stages);
   using Staged = typename Config::Staged;
-  const int64_t first_tile = first_slot * value_heads + value_head;
 
   if (Config::is_mover()) {
     ptx::setmaxnreg_dec<Config::kMoverRegisters>();
-    const auto fill = [&](int64_t chunk, int i) {
+    const RecurrenceBlock block = stage_ring.block(shared);
+    const int64_t first_tile = block.first_tile;
+    const int chunks = static_cast<int>(block.segment.chunks), first_row_tile = block.first_row_tile;
+    const bool is_map = Config::kSummary && block.is_map;
+    const auto fill = [&](int chunk, int i) {
       if (threadIdx.x > Config::kConsumers) return;
-      const int64_t tile = first_tile + chunk * value_heads;
+      const int64_t tile = first_tile + int64_t{chunk} * value_heads;
       const uint32_t stage = stage_ring.stage(i), barrier = stage_ring.full(i);
-      ptx::mbarrier_arrive_expect_tx(barrier, Config::kLoadedBytes);
+      ptx::mbarrier_arrive_expect_tx(barrier, Config::kLoadedBytes - (is_map ? Config::kU0Bytes : 0));
       ptx::cp_async_bulk_load(stage + Config::kW, params.W + tile * Config::kKeyTileBytes, Config::kKeyTileBytes,
                               barrier);
-      ptx::cp_async_bulk_load(stage + Config::kU0, params.U + (tile * (V / 16) + first_row_tile) * (C / 8) * 32,
-                              Config::kU0Bytes, barrier);
+      if (!is_map) {
+        ptx::cp_async_bulk_load(stage + Config::kU0, params.U + (tile * (V / 16) + first_row_tile) * (C / 8) * 32,
+                                Config::kU0Bytes, barrier);
+      }
       ptx::cp_async_bulk_load(stage + Config::kKeyDecayed, params.K_decayed + tile * Config::kKeyTileBytes,
                               Config::kKeyTileBytes, barrier);
       ptx::cp_async_bulk_load(stage + Config::kDecay, params.chunk_decay + tile * K, Config::kDecayBytes, barrier);
@@ -91,7 +124,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int64_t tiles_of_chunk = static_cast<int64_t>(value_heads) * (V / 16);
     uint4* states = params.state + operand_tile * (K / 16) * 32;
     uint4* values = params.U_rounded + operand_tile * (C / 16) * 32;
-    const auto store = [&](int64_t) {
+    const auto store = [&] {
 #pragma unroll
       for (int i = 0; i < Config::kGroups; ++i) {
         uint8_t* const area = staging + (first_mine + 4 * i) * Staged::kBytes;
@@ -101,34 +134,35 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       states += tiles_of_chunk * (K / 16) * 32;
       values += tiles_of_chunk * (C / 16) * 32;
     };
-    stage_ring.move(chunks, fill, store);
+    stage_ring.move<!Config::kSummary>(chunks, fill, store);
     return;
   }
   ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
+  const RecurrenceBlock block = stage_ring.block(shared);
+  const SegmentLocation& segment = block.segment;
+  const int64_t first_tile = block.first_tile;
+  const int chunks = static_cast<int>(segment.chunks);
+  const bool is_map = Config::kSummary && block.is_map;
 
   // Rows 16 * row_tile .. + 15 of S^T.
-  const int row_tile = first_row_tile + warp;
-  const int64_t row_stride = call.state_v_first ? K : 1, channel_stride = call.state_v_first ? 1 : V;
-  const int64_t first_row = row_tile * 16 * row_stride;
+  const int row_tile = block.row_tile(threadIdx.x), first_row = row_tile * 16;
   StateFragments<K> state;
-  if (call.initial_state != nullptr) {
-    const int64_t offset =
-        sequence * call.initial_state_stride_sequence + value_head * call.initial_state_stride_head + first_row;
-    const int element_bytes = call.state_type == DataType::kFloat32 ? 4 : 2;
-    state.load(static_cast<const uint8_t*>(call.initial_state) + offset * element_bytes, call.state_type, row_stride,
-               channel_stride, lane);
-  } else {
-    state.for_each(lane, [](float& value, int, int) { value = 0.0f; });
+  if (segment.is_first) {
+    load_initial_state(state, call, segment.sequence, block.value_head, first_row, lane);
+  } else if constexpr (Config::kSummary) {
+    state.for_each(
+        lane, [&](float& value, int row, int channel) { value = is_map && first_row + row == channel ? 1.0f : 0.0f; });
+  } else {  // the end of the segment before
+    state.load_fragments(block.fragments<K>(segments.state, call, threadIdx.x, -1), lane);
   }
 
   uint4* u_operands = params.U + (first_tile * (V / 16) + row_tile) * (C / 8) * 32 + lane;  // of the current chunk
   uint8_t* const area = staging + warp * Staged::kBytes;
 
   RingPosition ring;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    if (__builtin_expect(call.chunk_states != nullptr, 0)) {
-      const int64_t tile = first_tile + chunk * value_heads;
-      state.store(call.chunk_states + tile * K * V + first_row, row_stride, channel_stride, lane);
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    if (!Config::kSummary && __builtin_expect(call.chunk_states != nullptr, 0)) {
+      store_state(call.chunk_states, first_tile + int64_t{chunk} * value_heads, state, call, first_row, lane);
     }
     uint32_t s[K / 16][4];
     state.to_operands(s);
@@ -173,23 +207,25 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       multiply_rows<true>(state.acc, low[kt], keys);
     }
     wgmma::commit_group();
-    if (params.wants_output) {
+    if (!Config::kSummary && params.wants_output) {
 #pragma unroll
       for (int kt = 0; kt < C / 16; ++kt) {
         u_operands[2 * kt * 32] = {high[kt][0], high[kt][1], high[kt][2], high[kt][3]};
         u_operands[(2 * kt + 1) * 32] = {low[kt][0], low[kt][1], low[kt][2], low[kt][3]};
       }
     }
-    if (chunk > 0) ptx::mbarrier_wait_parity(stage_ring.taken(), (chunk - 1) & 1);
+    if constexpr (!Config::kSummary) {
+      if (chunk > 0) ptx::mbarrier_wait_parity(stage_ring.taken(), (chunk - 1) & 1);
 #pragma unroll
-    for (int kt = 0; kt < K / 16; ++kt) Staged::put_state(ptx::shared_address(area), s[kt], kt, lane);
-    if constexpr (Config::kSaves) {
+      for (int kt = 0; kt < K / 16; ++kt) Staged::put_state(ptx::shared_address(area), s[kt], kt, lane);
+      if constexpr (Config::kSaves) {
 #pragma unroll
-      for (int kt = 0; kt < C / 16; ++kt) {
-        Staged::put_values(area, {high[kt][0], high[kt][1], high[kt][2], high[kt][3]}, kt, lane);
+        for (int kt = 0; kt < C / 16; ++kt) {
+          Staged::put_values(area, {high[kt][0], high[kt][1], high[kt][2], high[kt][3]}, kt, lane);
+        }
       }
+      ptx::mbarrier_arrive(stage_ring.staged());
     }
-    ptx::mbarrier_arrive(stage_ring.staged());
     wgmma::wait_group<0>();
     wgmma::pin(state.acc);
     // Every thread says that it has read the stage: one lane could say so for its warp after a __syncwarp(), but
@@ -199,9 +235,17 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     ring.advance(stages);
   }
 
-  if (call.final_state != nullptr) {
-    state.store(call.final_state + (sequence * value_heads + value_head) * K * V + first_row, row_stride,
-                channel_stride, lane);
+  // Read again, as it was not kept over the loop.
+  const RecurrenceBlock end = stage_ring.block(shared);
+  const int thread = ptx::opaque(threadIdx.x), end_row = end.row_tile(thread) * 16;
+  if constexpr (Config::kSummary) {
+    if (end.is_map) {
+      store_map(state, end.segment_tile, end_row, segments, lane);
+    } else {
+      state.store_fragments(end.fragments<K>(segments.state, call, thread), lane);
+    }
+  } else if (end.segment.is_last && call.final_state != nullptr) {
+    store_state(call.final_state, end.segment.sequence * value_heads + end.value_head, state, call, end_row, lane);
   }
 }
 

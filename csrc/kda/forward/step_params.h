@@ -40,7 +40,6 @@ template <int K>
 cudaError_t launch_step_factors(const StepKernelParams& params, cudaStream_t stream);
 template <int K>
 cudaError_t launch_segment_summary(const StepKernelParams& params, cudaStream_t stream);
-cudaError_t launch_segment_compose(const StepKernelParams& params, cudaStream_t stream);
 template <int K>
 cudaError_t launch_state_scan(const StepKernelParams& params, cudaStream_t stream);
 
