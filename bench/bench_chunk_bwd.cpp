@@ -39,7 +39,7 @@ kda::ChunkBwdPlan make_plan(const kda::ChunkFwdProblem& problem, const Options& 
   return plan;
 }
 
-void refuse_flags_of_the_forward(const Options& options) {
+void check_flags(const Options& options) {
   const auto refuse = [](bool given, const char* flag) {
     if (given)
       throw UsageError(std::string(flag) + ": it is a flag of bench_chunk_fwd; the backward has no such choice");
@@ -48,6 +48,9 @@ void refuse_flags_of_the_forward(const Options& options) {
   refuse(options.clusters != kAsPlanned, "--clusters");
   refuse(!options.final_state, "--no-final-state");
   refuse(options.chunk_states, "--chunk-states");
+  if (options.segment_chunks > 0 && options.value_tile > kValueRowsOfGroup) {
+    throw UsageError("--value-tile: expected 64 where sequences are cut, got " + std::to_string(options.value_tile));
+  }
 }
 
 // Runs a small case with the sizes, types, gates and features of `options` and compares it with the host. Of enough value
@@ -99,7 +102,7 @@ std::string own_json(const Options& options, const std::string& plan, const Erro
 
 // Returns the exit status.
 int run(const Options& options) {
-  refuse_flags_of_the_forward(options);
+  check_flags(options);
   const Shape shape(options);
   const Device device = open_device();
   const Stream stream;

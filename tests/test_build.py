@@ -91,15 +91,15 @@ class TestCMake:
     def test_benchmark_of_the_backward_explains_itself(self, built):
         text = run(built / "bench_chunk_bwd", "--help").stdout
         features = {"--lengths", "--gate", "--log-gate", "--no-l2norm", "--no-beta-sigmoid", "--saved", "--json"}
-        assert features <= set(text.split()) and "--segment-chunks" not in text
+        assert features | {"--segment-chunks", "--value-tile"} <= set(text.split()) and "--clusters" not in text
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
             (["--path", "fused"], "--path: it is a flag of bench_chunk_fwd"),
-            (["--value-tile", "64"], "--value-tile: it is a flag of bench_chunk_fwd"),
             (["--clusters", "2"], "--clusters: it is a flag of bench_chunk_fwd"),
-            (["--segment-chunks", "2"], "--segment-chunks: it is a flag of bench_chunk_fwd"),
+            (["--segment-chunks", "-2"], "--segment-chunks: expected an integer in [0, "),
+            (["--segment-chunks", "2", "--value-tile", "128"], "--value-tile: expected 64 where sequences are cut"),
             (["--chunk-states"], "--chunk-states: it is a flag of bench_chunk_fwd"),
             (["--no-beta-sigmoid", "--negative-eigenvalues"], "--negative-eigenvalues: expected no --no-beta-sigmoid"),
             (["--speed"], "unknown flag '--speed'"),

@@ -662,6 +662,9 @@ class TestBackward:
             {"heads": 4, "value_heads": 12},
             {"heads": 1, "value_heads": 2, "value_dim": 64},
             {"key_dim": 64, "tokens": 100},
+            {"heads": 16},
+            {"heads": 3, "value_dim": 64, "tokens": 20000},
+            {"heads": 2, "key_dim": 64, "varlen": True, "sequences": 7},
         ],
     )
     def test_workspace(self, changes: dict[str, Any], activated_gate: bool, saved: bool) -> None:
@@ -674,6 +677,7 @@ class TestBackward:
         kept = dict.fromkeys(("W", "K_decayed", "Q_gated"), 2 * C * K) | dict.fromkeys(("Aqk", "inverse"), 2 * C * C)
         kept |= {"U": 2 * V * C, "state": 2 * V * K, "chunk_decay": 4 * K}
         own, sums = {"dU": 2 * V * C, "dstate": 2 * V * K}, {"by_levels": tiles * 4}
+        maps = ("transposed_map", "dstate") if saved else ("map", "transposed_map", "state", "dstate")
         if activated_gate:
             sums |= dict.fromkeys(("dA_log", "ddt_bias"), tiles * 4 * K)
         if p.value_heads > p.heads:
@@ -687,18 +691,62 @@ class TestBackward:
             early += [(plan.workspace.intermediates + begin, name, size) for begin, name, size in intermediates]
         late = [(getattr(plan.workspace, name), name, size) for name, size in sums.items()]
         late += [region for region in early if region[1] not in self.REUSED]
+        if plan.segment_chunks:
+            early += self.segment_regions(p, plan, plan.workspace.segments, maps)
         first = [("U0", 4 * V * C), *kept.items()] if not saved else []
-        assert planner.saving_workspace_bytes(p) == tiles * 4 * V * C
+        saving = [(plan.saving_workspace.U0, "U0", tiles * 4 * V * C)]
+        if plan.segment_chunks:
+            saving += self.segment_regions(p, plan, plan.saving_workspace.segments, ("map", "state"))
+        self.check_apart(saving, plan.saving_workspace.total_bytes)
         first = [
             (plan.workspace.U0, name, tiles * size)
             if name == "U0"
             else (plan.workspace.intermediates + getattr(plan.intermediates, name), name, tiles * size)
             for name, size in first
         ]
+        if plan.side_by_side and not saved:
+            early, first = early + first[:1], []
         for regions in (first, early, late):
             self.check_apart(regions, plan.workspace.total_bytes)
-        used = sum(size for _, _, size in early), sum(size for _, _, size in late)
+        lasting = sum(size for begin, _, size in early if begin >= plan.workspace.dstate)
+        late_bytes = sum(size for begin, _, size in late if begin < plan.workspace.dstate) + lasting
+        used = sum(size for _, _, size in early), late_bytes
         assert max(used) <= plan.workspace.total_bytes < max(used) + ALIGNMENT * (len(early) + len(late))
+
+    @staticmethod
+    def segment_regions(p: Any, plan: Any, at: Any, names: tuple[str, ...]) -> list[tuple[int, str, int]]:
+        rows = {"map": p.key_dim, "transposed_map": p.key_dim, "state": p.value_dim, "dstate": p.value_dim}
+        segments = plan.segment_slots * p.value_heads
+        return [(getattr(at, name), f"segments.{name}", segments * rows[name] * p.key_dim * 4) for name in names]
+
+    @settings(deadline=None)
+    @given(problems(tokens=2**17))
+    def test_cut(self, p: Any) -> None:
+        """Sequences are cut where few CTAs would go through many chunks, alike whatever is saved, and never where the
+        uncut recurrences fill the device."""
+        plan, saved = planner.plan_chunk_bwd(p, False), planner.plan_chunk_bwd(p, False, True)
+        assert plan.segment_chunks == saved.segment_chunks
+        assert plan.segment_slots == planner.segment_slots(p, plan.segment_chunks)
+        if plan.segment_chunks:
+            assert plan.value_tile == 64 and plan.side_by_side
+            assert 2 * p.value_heads * (p.value_dim // 64) < p.sm_count
+        for segment_chunks in (0, 1, 3):
+            forced = planner.plan_chunk_bwd(p, False, segment_chunks=segment_chunks)
+            assert forced.segment_chunks == segment_chunks
+
+    @pytest.mark.parametrize(
+        ("heads", "tokens", "is_cut"),
+        [(12, 2048, False), (16, 8192, False), (96, 8192, False), (4, 32768, True), (2, 8192, True), (1, 1024, True)],
+    )
+    def test_which_shapes_are_cut(self, heads: int, tokens: int, is_cut: bool) -> None:
+        assert (planner.plan_chunk_bwd(problem(heads=heads, tokens=tokens), False).segment_chunks > 0) == is_cut
+
+    @pytest.mark.parametrize(("heads", "side_by_side"), [(12, True), (33, True), (34, False), (96, False)])
+    def test_recurrences_side_by_side(self, heads: int, side_by_side: bool) -> None:
+        """Where both find a multiprocessor for each of their CTAs; then U0 has a place of its own."""
+        plan = planner.plan_chunk_bwd(problem(heads=heads), False)
+        assert plan.side_by_side == side_by_side
+        assert (plan.workspace.U0 != plan.workspace.dstate) == side_by_side
 
     @staticmethod
     def check_apart(regions: list[tuple[int, str, int]], total_bytes: int) -> None:
@@ -712,8 +760,9 @@ class TestBackward:
         [
             ({}, False, 2568, 768 + 4 / C, 1800),
             ({}, True, 2568, 784 + 4 / C, 1800),
-            ({"heads": 4, "value_heads": 12}, True, 2712 + 4 / C, 1808 + 4 / C, 1800),
+            ({"heads": 12, "value_heads": 36}, True, 2712 + 4 / C, 1808 + 4 / C, 1800),
             ({"key_dim": 64, "value_dim": 64}, True, 1156, 264 + 4 / C, 900),
+            ({"heads": 16}, False, 2568 + 512, 768 + 4 / C, 1800),
         ],
     )
     def test_memory_of_a_token(

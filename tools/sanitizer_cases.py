@@ -16,6 +16,7 @@ Exit status 0: every result keeps the accuracy contract. 1: one does not. 2: wro
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -53,7 +54,7 @@ class Case:
     # Of kernels, whatever the planner would choose; empty: its choice. "saving": the forward that saves its
     # intermediates, and the backward that takes them.
     path: str = "staged"
-    segment_chunks: int | None = None  # of a cut of the stepwise path, 0: none; instead of the planner's choice
+    segment_chunks: int | None = None  # of a cut of the stepwise path or the backward, 0: none; else as planned
     clusters: int | None = None  # of the fused path, at most; None: as many as run side by side
     zero_beta: bool = False  # every third token writes nothing
     is_wrong: bool = False  # the contents are no cu_seqlens: nothing to compare, and unwritten workspace may be read
@@ -121,6 +122,7 @@ def cases() -> list[Case]:
         ),
         Case("saving_packed", {**packed, "K": 128, "V": 128}, path="saving"),
         Case("saving_padded", {"lengths": [50, 50, 50, 50]}, contents=(0, 70, 100, 100, 100), path="saving"),
+        *backward_cut_cases(),
         *fused_cases(),
         *stepwise_cases(),
     ]
@@ -147,6 +149,31 @@ def cases() -> list[Case]:
         fused_case(f"wrong_{name}", 4, features, contents=contents, is_wrong=True) for name, contents in wrong.items()
     ]
     return result
+
+
+def backward_cut_cases() -> list[Case]:
+    """The recurrences of the backward in segments of so many chunks: summaries of three and more, composed."""
+    packed = {"lengths": [1, 0, 64, 330, 65], "with_state": True, "H": 1}
+    result = [
+        Case(
+            f"backward_cut_K{K}_V{V}_{str(dtype).removeprefix('torch.')}",
+            {"T": 330, "H": 1, "K": K, "V": V, "dtype": dtype, "with_state": True},
+            segment_chunks=1,
+        )
+        for K in (64, 128)
+        for V in (64, 128)
+        for dtype in (torch.bfloat16, torch.float16)
+    ]
+    return [
+        *result,
+        # More chunks of a segment than its ring has stages; segments that end inside a sequence or with it.
+        Case("backward_cut_ring", {"T": 1100, "H": 1, "K": 128, "V": 128}, segment_chunks=6),
+        Case("backward_cut_packed", packed, segment_chunks=1),
+        Case("backward_cut_packed_saved", {**packed, "lengths": [1, 700, 0, 2000]}, path="saving"),
+        Case("backward_cut_empty", {"lengths": [0, 0], "with_state": True}, segment_chunks=1),
+        Case("backward_cut_no_tokens", {"B": 2, "T": 0, "with_state": True}, segment_chunks=1),
+        Case("wrong_backward_cut", packed, contents=(0, 300, 100, 461, 5000, 2), segment_chunks=1, is_wrong=True),
+    ]
 
 
 def fused_case(name: str, clusters: int | None, features: dict[str, Any], **changes: Any) -> Case:
@@ -317,14 +344,17 @@ def make_call(case: Case) -> dict[str, Any]:
 
 
 def run_backward(
-    inputs: dict[str, Any], moved: dict[str, Any], device: str, is_wrong: bool, intermediates: Tensor | None = None
+    case: Case, inputs: dict[str, Any], moved: dict[str, Any], device: str, intermediates: Tensor | None = None
 ) -> str:
     """The gradients of a call. Returns what is wrong with them."""
     do, dstate = output_gradients(inputs)
     given = {**backward_arguments(moved), "intermediates": intermediates}
-    results = torch.ops.kda.chunk_bwd(do.to(device), dstate.to(device), **given)
-    gradients = [x.cpu() for x in results]
-    if is_wrong:
+    if case.path == "staged" and case.segment_chunks is not None and device != "cpu":
+        backward = functools.partial(torch.ops.kda.chunk_bwd_planned, segment_chunks=case.segment_chunks)
+    else:
+        backward = torch.ops.kda.chunk_bwd
+    gradients = [x.cpu() for x in backward(do.to(device), dstate.to(device), **given)]
+    if case.is_wrong:
         return ""
     wide = {name: inputs[name].float() for name in ("q", "k", "v")}
     expected = composite.chunk_bwd(do.float(), dstate, **backward_arguments({**inputs, **wide}))
@@ -351,11 +381,11 @@ def run_case(case: Case, device: str) -> str:
     elif case.path == "" or device == "cpu":
         outputs = kda_cuda.chunk_fwd(**moved)
     else:
-        cut = {"segment_chunks": case.segment_chunks, "clusters": case.clusters}
+        cut = {"segment_chunks": case.segment_chunks if case.path == "stepwise" else None, "clusters": case.clusters}
         outputs = torch.ops.kda.chunk_fwd_planned(**moved, path=case.path, **cut)
     outputs = tuple(x.cpu() for x in outputs)
     if case.is_wrong:
-        return run_backward(inputs, moved, device, is_wrong=True)
+        return run_backward(case, inputs, moved, device)
     wide = {name: inputs[name].float() for name in ("q", "k", "v")}
     with torch.no_grad():
         expected = composite.chunk_fwd(**{**inputs, **wide})
@@ -364,7 +394,7 @@ def run_case(case: Case, device: str) -> str:
             return f"{name} has shape {list(actual.shape)}, not {list(e.shape)}"
         if (error := relative_rmse(actual, e)) > limit:
             return f"{name} misses by {error:.2e}, allowed are {limit:.1e}"
-    return run_backward(inputs, moved, device, is_wrong=False, intermediates=intermediates)
+    return run_backward(case, inputs, moved, device, intermediates)
 
 
 def main() -> int:

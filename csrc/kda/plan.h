@@ -144,22 +144,23 @@ struct ChunkBwdWorkspace {
   size_t intermediates = 0;  // those of ChunkIntermediates; none if the forward has saved them
   size_t dstate = 0;  // dS', gradient of the state at the exit of a chunk  [slots, HV, V, K]  bf16, fragment order
   size_t dU = 0;      // gradient of U as bf16 operands          [slots, HV, V, C]
-  size_t U0 = 0;  // Tinv V, fp32 accumulators, in the place of those two until they are written, unless the recurrences run side by
-                  // side; none if the forward has saved  [slots, HV, V, C]
+  size_t U0 =
+      0;  // Tinv V, fp32 accumulators, in the place of those two until they are written, unless the recurrences run side by
+          // side; none if the forward has saved  [slots, HV, V, C]
   size_t by_levels = 0;  // whether a chunk's gradients are left to the levels of pairs  [slots, HV]  uint32
   size_t dA_log = 0;  // sums over each chunk, by channel        [slots, HV, K]        fp32; only with an activated gate
-  size_t ddt_bias = 0;    // likewise
-  size_t dq = 0, dk = 0;  // of each value head                     [B, T, HV, K]         fp32; only if HV > H
+  size_t ddt_bias = 0;      // likewise
+  size_t dq = 0, dk = 0;    // of each value head                     [B, T, HV, K]         fp32; only if HV > H
   SegmentRegions segments;  // of a cut
   size_t total_bytes = 0;
 };
 
 struct ChunkBwdPlan {
   ChunkFwdPath path = ChunkFwdPath::kComposite;
-  const char* reason = "";  // one clause: why this path
-  int64_t chunk_slots = 0;  // as in ChunkFwdPlan
-  int value_tile = 0;       // V columns of one CTA of both recurrences
-  bool saved = false;       // the intermediates are those that the forward has saved
+  const char* reason = "";    // one clause: why this path
+  int64_t chunk_slots = 0;    // as in ChunkFwdPlan
+  int value_tile = 0;         // V columns of one CTA of both recurrences
+  bool saved = false;         // the intermediates are those that the forward has saved
   bool side_by_side = false;  // the recurrence of the state and that of its gradient find room at the same time
 
   // The cut of sequences into segments: the recurrences, from zero, and the maps of all segments are computed side by side before the

@@ -92,30 +92,43 @@ class StepwiseModel {
   double scans_per_sm_;
 };
 
-// Time of the two recurrences over chunks, side by side, likewise.
+// Time of the two recurrences over chunks of the backward, likewise, with sequences cut into segments of some chunks, or not (0): of one
+// CTA for each 64 rows, and of the memory.
 class RecurrenceModel {
  public:
   explicit RecurrenceModel(const ChunkFwdProblem& p)
-      : wide_(p.key_dim == 128), map_tiles_(p.key_dim / kScanRows), value_tiles_(p.value_dim / kScanRows) {}
+      : wide_(p.key_dim == 128),
+        map_tiles_(p.key_dim / kScanRows),
+        value_tiles_(p.value_dim / kScanRows),
+        K_(p.key_dim),
+        V_(p.value_dim) {}
 
   [[nodiscard]] double us(const Load& load, double segment_chunks) const {
     constexpr double kRecurrences = 2, kLaunch = 4.0, kCompose = 1.6;  // a segment
-    const double chunk_us = wide_ ? 1.5 : 1.2;
+    constexpr double kBytesOfUs = 4.1e6;
     const double segments = segment_chunks == 0 ? 1 : std::ceil(load.chunks / segment_chunks);
     const double chunks = segments > 1 ? segment_chunks : load.chunks;
-    const auto pass = [&](double tiles) {
-      return turns(load.chains() * tiles, load.sm_count) * chunks * chunk_us + kLaunch;
+    const double all_chunks = load.chains() * load.chunks;
+    const auto pass = [&](double tiles, double bytes) {
+      const double chain = turns(load.chains() * tiles, load.sm_count) * chunks * (wide_ ? 1.5 : 1.2);
+      return kLaunch + std::max(chain, all_chunks * bytes / kBytesOfUs);
     };
-    const double last = pass(segments * kRecurrences * value_tiles_);
+    const double last = pass(segments * kRecurrences * value_tiles_, read_bytes() + written_bytes());
     if (segment_chunks == 0) return last;
     const double maps = std::max(segments - 2, 0.0);
-    const double compose = maps * kCompose * turns(load.chains() * kRecurrences * 4 * value_tiles_, load.sm_count);
-    return pass((segments - 1) * kRecurrences * value_tiles_ + maps * map_tiles_) + kLaunch + compose + last;
+    const double row_tiles = load.chains() * kRecurrences * V_ / kComposeRows;
+    return pass((segments - 1) * kRecurrences * value_tiles_ + maps * map_tiles_, read_bytes()) + kLaunch +
+           maps * kCompose * turns(row_tiles, load.sm_count) + last;
   }
 
  private:
+  // Of a chunk of one value head: W, K_decayed, U0; the same with Q_gated, Aqk, dO. Then S, U, dS, dU.
+  [[nodiscard]] double read_bytes() const { return 10 * C * K_ + 6 * C * V_ + 2 * C * C; }
+  [[nodiscard]] double written_bytes() const { return 4 * K_ * V_ + 4 * C * V_; }
+
+  static constexpr double C = kChunkTokens;
   bool wide_;
-  double map_tiles_, value_tiles_;
+  double map_tiles_, value_tiles_, K_, V_;
 };
 
 // The cut with the least cost(chunks of a segment).

@@ -13,10 +13,13 @@ from torch import Tensor
 from kda_cuda.accuracy import GRADIENT_RELATIVE_RMSE, relative_rmse
 
 
-def backward(inputs: dict[str, Any], do: Tensor, dfinal_state: Tensor | None) -> dict[str, Tensor]:
-    """The gradients by the kernels, by the name of their input."""
+def backward(
+    inputs: dict[str, Any], do: Tensor, dfinal_state: Tensor | None, **planned: Any
+) -> dict[str, Tensor]:
+    """The gradients by the kernels, by the name of their input. planned: arguments of kda::chunk_bwd_planned."""
     with kernels_only("chunk_bwd"):
-        results = torch.ops.kda.chunk_bwd(do, dfinal_state, **backward_arguments(inputs))
+        operator = torch.ops.kda.chunk_bwd_planned if planned else torch.ops.kda.chunk_bwd
+        results = operator(do, dfinal_state, **backward_arguments(inputs), **planned)
     return dict(zip(DIFFERENTIABLE, results, strict=True))
 
 

@@ -33,9 +33,8 @@ ChunkBwdKernelParams kernel_params(const ChunkBwdParams& call, const ChunkBwdPla
   ChunkBwdKernelParams params = {};
   // Saved intermediates are only read; the type of the kernels' parameters is that of the stages that write them.
   uint8_t* const saved = static_cast<uint8_t*>(const_cast<void*>(call.intermediates));
-  params.forward =
-      first_stage_params(call.inputs, plan, plan.saved ? saved : base + workspace.intermediates, base, workspace.U0,
-                         workspace.segments);
+  params.forward = first_stage_params(call.inputs, plan, plan.saved ? saved : base + workspace.intermediates, base,
+                                      workspace.U0, workspace.segments);
   RecurrenceSegments& segments = params.forward.segments;
   if (plan.segment_chunks > 0) {
     segments.transposed_map = floats(workspace.segments.transposed_map);
@@ -73,10 +72,9 @@ cudaError_t chunk_fwd_saving(const ChunkFwdParams& call, void* intermediates, co
                              cudaStream_t stream) {
   if (plan.path != ChunkFwdPath::kStaged) return cudaErrorNotSupported;
   const ChunkSavingWorkspace& workspace = plan.saving_workspace;
-  return run_stages(
-      first_stage_params(call, plan, static_cast<uint8_t*>(intermediates), static_cast<uint8_t*>(call.workspace),
-                         workspace.U0, workspace.segments),
-      plan.value_tile, stream);
+  return run_stages(first_stage_params(call, plan, static_cast<uint8_t*>(intermediates),
+                                       static_cast<uint8_t*>(call.workspace), workspace.U0, workspace.segments),
+                    plan.value_tile, stream);
 }
 
 cudaError_t chunk_bwd(const ChunkBwdParams& call, const ChunkBwdPlan& plan, cudaStream_t stream) {

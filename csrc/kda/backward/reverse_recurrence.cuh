@@ -87,10 +87,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int tokens = static_cast<int>(min(range.end - first_token, segment.chunks * C));
     const int64_t first_tile = block.first_tile;
     const int token_stride = value_heads * V;
-    const int thread = ptx::opaque(threadIdx.x) - Config::kConsumers, lane = thread & 31, unit = thread % kUnits, first_row = thread / kUnits;
-    const Element* const outputs =
-        static_cast<const Element*>(params.dO) +
-        ((range.batch * call.problem.tokens + first_token) * value_heads + value_head) * V + first_row_tile * 16 + 8 * unit;
+    const int thread = ptx::opaque(threadIdx.x) - Config::kConsumers, lane = thread & 31, unit = thread % kUnits,
+              first_row = thread / kUnits;
+    const Element* const outputs = static_cast<const Element*>(params.dO) +
+                                   ((range.batch * call.problem.tokens + first_token) * value_heads + value_head) * V +
+                                   first_row_tile * 16 + 8 * unit;
     const auto fill = [&](int step, int i) {
       const int chunk = chunks - 1 - step;
       const int64_t tile = first_tile + int64_t{chunk} * value_heads;
@@ -152,7 +153,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   StateFragments<K> dstate;
   if (segment.is_last && params.dfinal_state != nullptr) {
     const StateStrides stride(call);
-    dstate.load(params.dfinal_state + state_offset(block, threadIdx.x, stride), DataType::kFloat32, stride.row, stride.channel, lane);
+    dstate.load(params.dfinal_state + state_offset(block, threadIdx.x, stride), DataType::kFloat32, stride.row,
+                stride.channel, lane);
   } else if (segment.is_last || Config::kSummary) {
     dstate.for_each(lane, [](float& value, int, int) { value = 0.0f; });
   } else {  // the beginning of the segment behind

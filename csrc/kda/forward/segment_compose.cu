@@ -9,7 +9,8 @@ template <int K>
 cudaError_t launch_for_key_dim(const SegmentComposeParams& params, cudaStream_t stream) {
   using Config = SegmentComposeConfig<K>;
   const ChunkFwdProblem& problem = params.call.problem;
-  const int64_t ctas = problem.sequences * problem.value_heads * (problem.value_dim / Config::kRows) * params.directions;
+  const int64_t ctas =
+      problem.sequences * problem.value_heads * (problem.value_dim / Config::kRows) * params.directions;
   return launch_grid(segment_compose_kernel<Config>, {ctas, Config::kThreads, Config::kSharedBytes, 1, true}, stream,
                      params);
 }

@@ -61,9 +61,8 @@ __device__ __forceinline__ void store_map(StateFragments<K>& rows, int64_t tile,
   }
   if (segments.transposed_map != nullptr) {
     float* const map = segments.transposed_map + offset + first_row * 16;
-    rows.for_each(lane, [&](float value, int row, int channel) {
-      map[(channel / 16 * K + row) * 16 + channel % 16] = value;
-    });
+    rows.for_each(
+        lane, [&](float value, int row, int channel) { map[(channel / 16 * K + row) * 16 + channel % 16] = value; });
   }
 }
 
