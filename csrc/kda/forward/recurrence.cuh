@@ -54,8 +54,10 @@ struct RecurrenceThreads {
   static constexpr int kGroups = kGroups_;
   static constexpr int kConsumers = 128 * kGroups, kThreads = kConsumers + 128;
   static constexpr int kRows = kRecurrenceRows * kGroups;
-  static constexpr int kMoverRegisters = 80;
-  static constexpr int kMostRegisters = (65536 / 128 - kMoverRegisters) / kGroups / 8 * 8;
+  // The CTA starts with kRegisters a thread; what the movers give up of them is all that the consumers can get.
+  static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kMoverRegisters = 72;
+  static constexpr int kMostRegisters = (kRegisters * (kGroups + 1) - kMoverRegisters) / kGroups / 8 * 8;
   static constexpr int kConsumerRegisters = kMostRegisters < 240 ? kMostRegisters : 240;
 
   static __device__ __forceinline__ bool is_mover() { return threadIdx.x >= kConsumers; }
