@@ -44,8 +44,8 @@ def check(inputs: dict[str, Any], segment_chunks: int, with_dstate: bool = True)
 def assert_gradients_as_uncut(
     inputs: dict[str, Any], gradients: dict[str, torch.Tensor], do: torch.Tensor, dstate: torch.Tensor | None
 ) -> None:
-    """The contract; for dA_log, a number for each head whose terms cancel, it or what the same call has uncut: a draw of
-    few heads can miss it either way, and test_backward.py holds the uncut recurrences to it where there are many."""
+    """The contract; for dA_log, a number for each head whose terms cancel, it or what the same call has uncut: a draw
+    of few heads can miss it either way, and test_backward.py holds the uncut recurrences to it where they are many."""
     expected = composite_fp64(inputs, do, dstate)
     uncut = backward(inputs, do, dstate, segment_chunks=0)
     if "A_log" in inputs:
