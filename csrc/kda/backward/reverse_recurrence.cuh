@@ -204,9 +204,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float(&values)[4] = dstate.acc[2 * kt + half];
-        const SplitBf16 upper(values[0], values[1]), lower(values[2], values[3]);
-        high[kt][2 * half] = upper.high, high[kt][2 * half + 1] = lower.high;
-        low[kt][2 * half] = upper.low, low[kt][2 * half + 1] = lower.low;
+        split_half(high[kt], low[kt], half, values[0], values[1], values[2], values[3]);
       }
       const uint64_t keys = wgmma::descriptor(stage + Config::kKeyDecayed + channels_at<KeyTile>(kt), 0);
       wgmma::fence();
@@ -237,9 +235,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float(&values)[4] = du[2 * kt + half];
-        const SplitBf16 upper(-values[0], -values[1]), lower(-values[2], -values[3]);
-        du_high[kt][2 * half] = upper.high, du_high[kt][2 * half + 1] = lower.high;
-        du_low[kt][2 * half] = upper.low, du_low[kt][2 * half + 1] = lower.low;
+        split_half(du_high[kt], du_low[kt], half, -values[0], -values[1], -values[2], -values[3]);
       }
       const uint64_t w = wgmma::descriptor(stage + Config::kW + tokens_at(kt), KeyTile::kBlockBytes);
       wgmma::fence();

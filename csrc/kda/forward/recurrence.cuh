@@ -148,6 +148,14 @@ constexpr int stages_of_ring() {
   return stages < Config::kMaxStages ? stages : Config::kMaxStages;
 }
 
+// Half of an A operand, 8 of its 16 columns, from the accumulators of these: their high parts, and what those leave out.
+__device__ __forceinline__ void split_half(uint32_t (&high)[4], uint32_t (&low)[4], int half, float x, float y, float z,
+                                           float w) {
+  const SplitBf16 upper(x, y), lower(z, w);
+  high[2 * half] = upper.high, high[2 * half + 1] = lower.high;
+  low[2 * half] = upper.low, low[2 * half + 1] = lower.low;
+}
+
 // D (64 x N) += A (64 x 16) B (16 x N) with N = K or C.
 template <bool kTransposed>
 __device__ __forceinline__ void multiply_rows(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
