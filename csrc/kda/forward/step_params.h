@@ -7,14 +7,10 @@
 
 namespace kda {
 
-// They describe the tensors of a call as encode_tensor_map() does, for copies of a step of one head; every row of 16 bytes is aligned.
-struct TensorMaps {
-  CUtensorMap q, k, g, v;
-};
-
+// The maps describe the tensors as encode_tensor_map() does, for copies of a step of one head; every row of 16 bytes is aligned.
 struct StepKernelParams {
   ChunkFwdParams call;
-  TensorMaps maps;
+  CUtensorMap q, k, g, v;
 
   // Of the fused path:
   int64_t clusters;  // of the grid
@@ -32,7 +28,8 @@ struct StepKernelParams {
   int64_t segment_slots;   // of a cut; else the number of sequences
 };
 
-[[nodiscard]] cudaError_t make_tensor_maps(TensorMaps& maps, const ChunkFwdParams& call);
+// Tensor maps of the call.
+[[nodiscard]] cudaError_t make_tensor_maps(StepKernelParams& params);
 
 // Launches for one K, 64 or 128; each is instantiated in a file of its own. Each returns the error of its launch.
 template <int K>
