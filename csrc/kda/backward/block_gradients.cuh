@@ -326,17 +326,7 @@ struct BlockGradients : ValueGradients<Config> {
         });
       }
       gradient.for_each([&](float& value, int, int, int) { value *= size; });
-      if (parts != nullptr) {
-        this->store_parts(gradient, parts, tt);
-        continue;
-      }
-      uint32_t pairs[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        pairs[j] = Packed2<Element>::from_floats(gradient.at(j >> 1, j & 1, 0), gradient.at(j >> 1, j & 1, 1));
-      }
-      __syncwarp();
-      Config::KeyTile::store_a_trans(pairs, address(offset), 16 * tt, 16 * group(), lane);
+      this->leave_rows(gradient, parts, offset, tt);
     }
   }
 };

@@ -163,6 +163,21 @@ struct GradientsRows : GradientsContext<Config> {
     }
   }
 
+  // Likewise, or over the warp's channels of the rows of q or k at `offset` of shared memory if there are no parts.
+  __device__ __forceinline__ void leave_rows(const ChannelTile& gradient, float* parts, int offset, int tt) const {
+    if (parts != nullptr) {
+      store_parts(gradient, parts, tt);
+      return;
+    }
+    uint32_t pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      pairs[i] = Packed2<Element>::from_floats(gradient.at(i >> 1, i & 1, 0), gradient.at(i >> 1, i & 1, 1));
+    }
+    __syncwarp();
+    Config::KeyTile::store_a_trans(pairs, address(offset), 16 * tt, 16 * this->group(), lane);
+  }
+
   static __device__ __forceinline__ void store_1(void* base, int64_t offset, DataType type, float value) {
     if (type == DataType::kFloat32) {
       static_cast<float*>(base)[offset] = value;

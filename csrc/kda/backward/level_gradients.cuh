@@ -328,17 +328,7 @@ struct LevelGradients : LevelPairGradients<Config> {
           value -= x.at(block, hi, parity) * radial[token_index(block, parity)];
         });
       }
-      if (parts != nullptr) {
-        this->store_parts(gradient, parts, tt);
-        continue;
-      }
-      uint32_t pairs[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        pairs[i] = Packed2<Element>::from_floats(gradient.at(i >> 1, i & 1, 0), gradient.at(i >> 1, i & 1, 1));
-      }
-      __syncwarp();
-      Config::KeyTile::store_a_trans(pairs, address(offset), 16 * tt, 16 * group(), lane);
+      this->leave_rows(gradient, parts, offset, tt);
     }
   }
 
