@@ -404,12 +404,13 @@ def main() -> int:
     parser.add_argument("--skip-wrong-contents", action="store_true", help="leave out what initcheck must not see")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries out the cases")
     args = parser.parse_args()
-    chosen = [case for case in cases() if not (args.skip_wrong_contents and case.is_wrong)]
+    chosen = cases()
     if args.only:
         names = args.only.split(",")
         if unknown := set(names) - {case.name for case in chosen}:
             parser.error(f"unknown case {', '.join(sorted(unknown))}; --list prints them")
         chosen = [case for case in chosen if case.name in names]
+    chosen = [case for case in chosen if not (args.skip_wrong_contents and case.is_wrong)]
     if args.list:
         print("\n".join(case.name for case in chosen))
         return 0
