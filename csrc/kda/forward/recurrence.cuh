@@ -44,7 +44,7 @@ struct RecurrenceBlock {
   __device__ __forceinline__ float4* fragments(float4* tiles, const ChunkFwdParams& call, int thread,
                                                int segments_behind = 0) const {
     const int64_t tile = segment_tile + segments_behind * call.problem.value_heads;
-    return tiles + (tile * (call.problem.value_dim / 16) + row_tile(thread)) * (K / 8) * 32;
+    return fragments_at<K>(tiles, tile, call.problem.value_dim, row_tile(thread));
   }
 };
 

@@ -79,8 +79,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     if (!is_map && pass == 1 && segment.location.is_first) {
       load_initial_state(state, call, segment.location.sequence, segment.value_head, warp_row, lane);
     } else {
-      state.for_each(
-          lane, [&](float& value, int row, int channel) { value = is_map && warp_row + row == channel ? 1.0f : 0.0f; });
+      begin_summary(state, is_map, warp_row, lane);
     }
     uint32_t operands[K / 16][4];
     state.to_operands(operands);
@@ -98,11 +97,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
 
   const int64_t tile = segment.tile(value_heads);
   if (!is_map) {
-    state.store_fragments(params.segment_state + (tile * (V / 16) + warp_row / 16) * (K / 8) * 32, lane);
+    state.store_fragments(fragments_at<K>(params.segment_state, tile, V, warp_row / 16), lane);
   } else if (!faded && !segment.location.is_first) {
-    // Rows r of a tile of 16 x 8 are contiguous: what segment_compose.cuh takes as an operand is one float4 a lane.
-    float* const map = params.segment_map + (tile * (K / 16) + warp_row / 16) * 16 * K;
-    state.for_each(lane, [&](float value, int row, int channel) { map[channel * 16 + row] = value; });
+    store_map(state, params.segment_map, tile, warp_row / 16, lane);
   }
   if (rank == 0 && thread == 0) params.segment_faded[tile] = faded;
 }

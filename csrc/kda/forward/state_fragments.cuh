@@ -102,4 +102,26 @@ __device__ __forceinline__ void store_state(float* states, int64_t index, StateF
   state.store(states + index * K * call.problem.value_dim + first_row * stride.row, stride.row, stride.channel, lane);
 }
 
+// Where the fragments of 16 rows of one of the tiles [V, K] lie.
+template <int K>
+__device__ __forceinline__ float4* fragments_at(float4* tiles, int64_t tile, int V, int row_tile) {
+  return tiles + (tile * (V / 16) + row_tile) * (K / 8) * 32;
+}
+
+// What a summary of a segment begins with (segment_summary.cuh, state_recurrence.cuh): rows first_row .. of the identity, which become those of
+// the transposed map, or no state.
+template <int K>
+__device__ __forceinline__ void begin_summary(StateFragments<K>& state, bool is_map, int first_row, int lane) {
+  state.for_each(
+      lane, [&](float& value, int row, int channel) { value = is_map && first_row + row == channel ? 1.0f : 0.0f; });
+}
+
+// Tile `row_tile` of 16 rows of a transposed map, one of the tiles [K, K]. Rows r of a tile of 16 x 8 are contiguous: what
+// segment_compose.cuh takes as an operand is one float4 a lane.
+template <int K>
+__device__ __forceinline__ void store_map(StateFragments<K>& rows, float* maps, int64_t tile, int row_tile, int lane) {
+  float* const map = maps + (tile * (K / 16) + row_tile) * 16 * K;
+  rows.for_each(lane, [&](float value, int row, int channel) { map[channel * 16 + row] = value; });
+}
+
 }  // namespace kda

@@ -49,21 +49,13 @@ struct StateRecurrenceConfig : RecurrenceThreads<kGroups_> {
   using Staged = StagedOperands<K, kSaves ? C / 16 : 0>;
 };
 
-// 16 rows of the transposed map of a segment, what became of the identity: as segment_compose.cuh takes it, and its transpose. Rows r of a
-// tile of 16 x 8 are contiguous, so that what it takes as an operand is one float4 a lane.
+// The same rows of the map itself, one of the tiles [K, K], in tiles of its transpose.
 template <int K>
-__device__ __forceinline__ void store_map(StateFragments<K>& rows, int64_t tile, int first_row,
-                                          const RecurrenceSegments& segments, int lane) {
-  const int64_t offset = tile * K * K;
-  if (segments.map != nullptr) {
-    float* const map = segments.map + offset + first_row * K;
-    rows.for_each(lane, [&](float value, int row, int channel) { map[channel * 16 + row] = value; });
-  }
-  if (segments.transposed_map != nullptr) {
-    float* const map = segments.transposed_map + offset + first_row * 16;
-    rows.for_each(
-        lane, [&](float value, int row, int channel) { map[(channel / 16 * K + row) * 16 + channel % 16] = value; });
-  }
+__device__ __forceinline__ void store_map_transposed(StateFragments<K>& rows, float* maps, int64_t tile, int row_tile,
+                                                     int lane) {
+  float* const map = maps + tile * K * K + row_tile * 16 * 16;
+  rows.for_each(lane,
+                [&](float value, int row, int channel) { map[(channel / 16 * K + row) * 16 + channel % 16] = value; });
 }
 
 template <typename Config>
@@ -149,8 +141,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (segment.is_first) {
     load_initial_state(state, call, segment.sequence, block.value_head, first_row, lane);
   } else if constexpr (Config::kSummary) {
-    state.for_each(
-        lane, [&](float& value, int row, int channel) { value = is_map && first_row + row == channel ? 1.0f : 0.0f; });
+    begin_summary(state, is_map, first_row, lane);
   } else {  // the end of the segment before
     state.load_fragments(block.fragments<K>(segments.state, call, threadIdx.x, -1), lane);
   }
@@ -236,15 +227,19 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
   // Read again, as it was not kept over the loop.
   const RecurrenceBlock end = stage_ring.block(shared);
-  const int thread = ptx::opaque(threadIdx.x), end_row = end.row_tile(thread) * 16;
+  const int thread = ptx::opaque(threadIdx.x), end_row_tile = end.row_tile(thread);
   if constexpr (Config::kSummary) {
     if (end.is_map) {
-      store_map(state, end.segment_tile, end_row, segments, lane);
+      if (segments.map != nullptr) store_map(state, segments.map, end.segment_tile, end_row_tile, lane);
+      if (segments.transposed_map != nullptr) {
+        store_map_transposed(state, segments.transposed_map, end.segment_tile, end_row_tile, lane);
+      }
     } else {
       state.store_fragments(end.fragments<K>(segments.state, call, thread), lane);
     }
   } else if (end.segment.is_last && call.final_state != nullptr) {
-    store_state(call.final_state, end.segment.sequence * value_heads + end.value_head, state, call, end_row, lane);
+    store_state(call.final_state, end.segment.sequence * value_heads + end.value_head, state, call, end_row_tile * 16,
+                lane);
   }
 }
 

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     load_initial_state(state, call, segment.location.sequence, segment.value_head, warp_row, lane);
   } else {  // the end of the segment before
     const int64_t tile = segment.tile(value_heads) - value_heads;
-    state.load_fragments(params.segment_state + (tile * (V / 16) + warp_row / 16) * (K / 8) * 32, lane);
+    state.load_fragments(fragments_at<K>(params.segment_state, tile, V, warp_row / 16), lane);
   }
 
   const Consumer advance{first_row, warp, lane};
