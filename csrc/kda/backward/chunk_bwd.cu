@@ -8,19 +8,31 @@
 namespace kda {
 namespace {
 
-// What the first two stages take and leave, with the intermediates at `intermediates`; regions of a workspace at `base`.
-ChunkFwdKernelParams first_stage_params(const ChunkFwdParams& call, const ChunkBwdPlan& plan, uint8_t* intermediates,
-                                        uint8_t* base, size_t U0, const SegmentRegions& segments) {
-  ChunkFwdKernelParams params = stage_params(call, plan.intermediates, intermediates, plan.chunk_slots);
-  params.inverse = intermediates + plan.intermediates.inverse;
-  params.U = reinterpret_cast<uint4*>(base + U0);
-  params.U_rounded = reinterpret_cast<uint4*>(intermediates + plan.intermediates.U);
-  params.segments.chunks = plan.segment_chunks;
-  params.segments.slots = plan.segment_slots;
-  if (plan.segment_chunks == 0) return params;
-  params.segments.map = reinterpret_cast<float*>(base + segments.map);
-  params.segments.state = reinterpret_cast<float4*>(base + segments.state);
+// What the first two stages take and leave, with the intermediates at `base` and room for U0.
+ChunkFwdKernelParams first_stage_params(const ChunkFwdParams& call, const ChunkBwdPlan& plan, uint8_t* base, void* U0,
+                                        const RecurrenceSegments& segments) {
+  ChunkFwdKernelParams params = stage_params(call, plan.intermediates, base, plan.chunk_slots);
+  params.inverse = base + plan.intermediates.inverse;
+  params.U = static_cast<uint4*>(U0);
+  params.U_rounded = reinterpret_cast<uint4*>(base + plan.intermediates.U);
+  params.segments = segments;
   return params;
+}
+
+// The cut of the plan with its regions in the workspace at `base`: those of the recurrences that run.
+RecurrenceSegments segments_at(uint8_t* base, const SegmentRegions& at, const ChunkBwdPlan& plan, bool of_state,
+                               bool of_gradient) {
+  RecurrenceSegments segments = {plan.segment_chunks, plan.segment_slots};
+  if (plan.segment_chunks == 0) return segments;
+  if (of_state) {
+    segments.map = reinterpret_cast<float*>(base + at.map);
+    segments.state = reinterpret_cast<float4*>(base + at.state);
+  }
+  if (of_gradient) {
+    segments.transposed_map = reinterpret_cast<float*>(base + at.transposed_map);
+    segments.dstate = reinterpret_cast<float4*>(base + at.dstate);
+  }
+  return segments;
 }
 
 ChunkBwdKernelParams kernel_params(const ChunkBwdParams& call, const ChunkBwdPlan& plan) {
@@ -33,17 +45,9 @@ ChunkBwdKernelParams kernel_params(const ChunkBwdParams& call, const ChunkBwdPla
   ChunkBwdKernelParams params = {};
   // Saved intermediates are only read; the type of the kernels' parameters is that of the stages that write them.
   uint8_t* const saved = static_cast<uint8_t*>(const_cast<void*>(call.intermediates));
-  params.forward = first_stage_params(call.inputs, plan, plan.saved ? saved : base + workspace.intermediates, base,
-                                      workspace.U0, workspace.segments);
-  RecurrenceSegments& segments = params.forward.segments;
-  if (plan.segment_chunks > 0) {
-    segments.transposed_map = floats(workspace.segments.transposed_map);
-    segments.dstate = reinterpret_cast<float4*>(base + workspace.segments.dstate);
-  }
-  if (plan.saved) {  // nothing of the state is computed again
-    segments.map = nullptr;
-    segments.state = nullptr;
-  }
+  params.forward =
+      first_stage_params(call.inputs, plan, plan.saved ? saved : base + workspace.intermediates, base + workspace.U0,
+                         segments_at(base, workspace.segments, plan, !plan.saved, true));
   params.forward.wants_output = false;
   params.forward.call.o = nullptr;
   params.forward.call.final_state = params.forward.call.chunk_states = nullptr;
@@ -72,8 +76,9 @@ cudaError_t chunk_fwd_saving(const ChunkFwdParams& call, void* intermediates, co
                              cudaStream_t stream) {
   if (plan.path != ChunkFwdPath::kStaged) return cudaErrorNotSupported;
   const ChunkSavingWorkspace& workspace = plan.saving_workspace;
-  return run_stages(first_stage_params(call, plan, static_cast<uint8_t*>(intermediates),
-                                       static_cast<uint8_t*>(call.workspace), workspace.U0, workspace.segments),
+  uint8_t* const base = static_cast<uint8_t*>(call.workspace);
+  return run_stages(first_stage_params(call, plan, static_cast<uint8_t*>(intermediates), base + workspace.U0,
+                                       segments_at(base, workspace.segments, plan, true, false)),
                     plan.value_tile, stream);
 }
 
