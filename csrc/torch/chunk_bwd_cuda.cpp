@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
@@ -18,6 +17,7 @@
 #include "kda/kda.h"
 #include "outputs.h"
 #include "params_cuda.h"
+#include "plan_arguments.h"
 #include "runtime_cuda.h"
 
 namespace kda::binding {
@@ -167,34 +167,21 @@ Gradients chunk_bwd_cuda(ChunkBwdArguments args) {
   return run_plan(std::move(args), problem, plan);
 }
 
-[[noreturn]] void refuse(const char* argument, const std::string& what) {
-  throw std::runtime_error(std::string("kda::chunk_bwd_planned: argument `") + argument + "`: " + what);
-}
-
 Gradients chunk_bwd_planned_cuda(ChunkBwdArguments args, std::optional<int64_t> segment_chunks,
                                  std::optional<int64_t> value_tile) {
+  constexpr const char* kPlanned = "kda::chunk_bwd_planned";
   check_chunk_bwd(args);
   const ChunkFwdArguments& inputs = args.forward;
-  ChunkBwdPlanOptions options;
-  if (segment_chunks && *segment_chunks < 0) {
-    refuse("segment_chunks", "expected at least 0, got " + std::to_string(*segment_chunks));
-  }
-  options.segment_chunks = segment_chunks;
-  if (value_tile) {
-    const int64_t most = std::min<int64_t>(inputs.v.size(3), 128);
-    if ((*value_tile != 64 && *value_tile != 128) || *value_tile > most) {
-      refuse("value_tile", "expected 64 or 128, at most V = " + std::to_string(inputs.v.size(3)) + ", got " +
-                               std::to_string(*value_tile));
-    }
-    options.value_tile = static_cast<int>(*value_tile);
-  }
+  const ChunkBwdPlanOptions options = {checked_value_tile(kPlanned, value_tile, inputs.v.size(3)),
+                                       checked_segment_chunks(kPlanned, segment_chunks)};
   if (const char* reason = composite_reason(inputs); *reason != '\0') {
-    throw std::runtime_error(std::string("kda::chunk_bwd_planned: no kernel covers this call: ") + reason);
+    throw std::runtime_error(std::string(kPlanned) + ": no kernel covers this call: " + reason);
   }
   const ChunkFwdProblem problem = problem_of(inputs, cuda_device(inputs.q.get_device_index()));
   const ChunkBwdPlan plan = plan_chunk_bwd(problem, inputs.use_gate, has_intermediates(args), options);
   if (value_tile && plan.value_tile != *value_tile) {
-    refuse("value_tile", "expected none or 64 where sequences are cut, got " + std::to_string(*value_tile));
+    refuse_plan_argument(kPlanned, "value_tile",
+                         "expected none or 64 where sequences are cut, got " + std::to_string(*value_tile));
   }
   return run_plan(std::move(args), problem, plan);
 }

@@ -14,6 +14,7 @@
 #include "kda/kda.h"
 #include "outputs.h"
 #include "params_cuda.h"
+#include "plan_arguments.h"
 #include "runtime_cuda.h"
 
 namespace kda::binding {
@@ -44,8 +45,10 @@ Outputs chunk_fwd_cuda(ChunkFwdArguments args) {
   return run_plan(std::move(args), problem, plan);
 }
 
+constexpr const char* kPlanned = "kda::chunk_fwd_planned";
+
 [[noreturn]] void refuse(const char* argument, const std::string& what) {
-  throw std::runtime_error(std::string("kda::chunk_fwd_planned: argument `") + argument + "`: " + what);
+  refuse_plan_argument(kPlanned, argument, what);
 }
 
 // What no path can do is refused here, what the plan's path cannot do in check_plan().
@@ -62,18 +65,8 @@ ChunkFwdPlanOptions plan_options(const std::string& path, std::optional<int64_t>
   } else if (!path.empty()) {
     refuse("path", "expected stepwise, fused, staged or nothing, got " + path);
   }
-  if (segment_chunks && *segment_chunks < 0) {
-    refuse("segment_chunks", "expected at least 0, got " + std::to_string(*segment_chunks));
-  }
-  options.segment_chunks = segment_chunks;
-  if (value_tile) {
-    const bool known = *value_tile == 128 || *value_tile == 64;
-    if (!known || *value_tile > value_dim) {
-      refuse("value_tile",
-             "expected 64 or 128, at most V = " + std::to_string(value_dim) + ", got " + std::to_string(*value_tile));
-    }
-    options.value_tile = static_cast<int>(*value_tile);
-  }
+  options.segment_chunks = checked_segment_chunks(kPlanned, segment_chunks);
+  options.value_tile = checked_value_tile(kPlanned, value_tile, value_dim);
   if (clusters && *clusters < 1) refuse("clusters", "expected at least 1, got " + std::to_string(*clusters));
   options.clusters = clusters;
   return options;
@@ -99,7 +92,7 @@ void check_plan(const ChunkFwdPlan& plan, const ChunkFwdPlanOptions& options) {
 
 Outputs chunk_fwd_planned_cuda(ChunkFwdArguments args, const ChunkFwdPlanOptions& options) {
   if (const char* reason = composite_reason(args); *reason != '\0') {
-    throw std::runtime_error(std::string("kda::chunk_fwd_planned: no kernel covers this call: ") + reason);
+    throw std::runtime_error(std::string(kPlanned) + ": no kernel covers this call: " + reason);
   }
   const ChunkFwdProblem problem = problem_of(args, cuda_device(args.q.get_device_index()));
   const ChunkFwdPlan plan = plan_chunk_fwd(problem, options);
