@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from typing import Any
 
@@ -21,6 +22,22 @@ def backward(
         operator = torch.ops.kda.chunk_bwd_planned if planned else torch.ops.kda.chunk_bwd
         results = operator(do, dfinal_state, **backward_arguments(inputs), **planned)
     return dict(zip(DIFFERENTIABLE, results, strict=True))
+
+
+def saving(inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """(o, final_state, chunk_states, intermediates), by the kernels."""
+    with kernels_only():
+        return torch.ops.kda.chunk_fwd_saving(**inputs)
+
+
+def planned(inputs: dict[str, Any], saved: bool) -> dict[str, Any]:
+    """The planner's answer for a backward."""
+    (B, T, H, K), (HV, V) = inputs["q"].shape, inputs["v"].shape[2:]
+    packed = "cu_seqlens" in inputs
+    lengths = inputs["cu_seqlens"].diff().tolist() if packed else [T]
+    device = torch.cuda.get_device_properties(inputs["q"].device)
+    sizes = (lengths, B, H, HV, K, V, "bfloat16", packed, device.major * 10 + device.minor)
+    return json.loads(torch.ops.kda.plan_chunk_bwd(*sizes, device.multi_processor_count, True, saved))
 
 
 def composite_fp64(inputs: dict[str, Any], do: Tensor, dfinal_state: Tensor | None) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@ of any call, whatever the length of a segment."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from gpu_support import (
     needs_cuda,
     reference,
 )
-from gradient_support import assert_gradients, backward, composite_fp64
+from gradient_support import assert_gradients, backward, composite_fp64, planned, saving
 
 from kda_cuda.accuracy import GRADIENT_RELATIVE_RMSE, relative_rmse
 
@@ -114,14 +113,11 @@ def test_the_plan_cuts_few_heads(family: str) -> None:
     """A long sequence of two heads as the planner cuts it: the same bits twice, with and without what the forward has
     saved, which is cut likewise."""
     inputs = make_inputs(family, T=6000, H=2, K=128, V=128, with_state=True, device=DEVICE)
-    device = torch.cuda.get_device_properties(inputs["q"].device)
-    sizes = ([6000], 1, 2, 2, 128, 128, "bfloat16", False, device.major * 10 + device.minor)
-    assert json.loads(torch.ops.kda.plan_chunk_bwd(*sizes, device.multi_processor_count))["segment_chunks"] > 0
+    assert planned(inputs, saved=False)["segment_chunks"] > 0
     do, dstate = output_gradients(inputs)
     gradients = backward(inputs, do, dstate)
     assert_gradients_as_uncut(inputs, gradients, do, dstate)
-    with kernels_only():
-        *outputs, intermediates = torch.ops.kda.chunk_fwd_saving(**inputs)
+    *outputs, intermediates = saving(inputs)
     assert_contract(inputs, tuple(outputs), reference(inputs))
     again = backward(inputs, do, dstate)
     with kernels_only("chunk_bwd"):
