@@ -63,10 +63,9 @@ int choose_value_tile(const ChunkFwdProblem& p) {
 
 // Why a call that kernels cover takes the three stages; null if it does not.
 const char* reason_for_staged(const ChunkFwdProblem& p, std::optional<ChunkFwdPath> forced) {
-  constexpr int64_t kMaxCoordinate = (int64_t{1} << 31) - 2 * kChunkTokens;  // of the copy engine
   if (!p.aligned_inputs)
     return "rows of q, k, v or g are not multiples of 16 bytes apart, as the copy engine needs them";
-  if (p.tokens > kMaxCoordinate || p.batch > kMaxCoordinate) return "more tokens than the copy engine can address";
+  if (!copy_engine_reaches(p)) return "more tokens than the copy engine can address";
   return forced == ChunkFwdPath::kStaged ? "asked for" : nullptr;
 }
 

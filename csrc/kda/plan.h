@@ -33,6 +33,12 @@ struct ChunkFwdProblem {
   int sm_count = 0;                                // multiprocessors of the device
 };
 
+// Whether the copy engine can fetch rows of q, k, v and g.
+[[nodiscard]] inline bool copy_engine_reaches(const ChunkFwdProblem& problem) {
+  constexpr int64_t kMaxCoordinate = (int64_t{1} << 31) - 128;  // of a token or a batch row
+  return problem.aligned_inputs && problem.tokens <= kMaxCoordinate && problem.batch <= kMaxCoordinate;
+}
+
 enum class ChunkFwdPath : int32_t {
   kComposite = 0,  // no CUDA kernel: PyTorch operators, or the CPU kernels of a host tensor
   kStaged = 1,     // three kernels: intra-chunk solve, state recurrence, output GEMM; for inputs that are not aligned

@@ -289,7 +289,7 @@ struct BlockGradients : ValueGradients<Config> {
             x.at(block, 0, p) * gradients[i].at(block, 0, p) + x.at(block, 1, p) * gradients[i].at(block, 1, p);
       }
     }
-    const float dot = combine_rows<Add>(dots, lane);  // the one of index `row`
+    const float dot = sum_rows(dots, lane);  // the one of index `row`
     const int row = this->row;
     this->dot_parts(this->warp)[which * Config::kBlockTokens + this->token(row >> 2, row >> 1 & 1, row & 1)] = dot;
   }

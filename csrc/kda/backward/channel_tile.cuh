@@ -3,8 +3,13 @@
 // 1, 2 m + 8 and 2 m + 9 with m = lane % 4. Operand A and two adjacent accumulators have this same layout, so that what
 // scales an operand also scales a result, and nothing moves between lanes.
 //
-// Decay factors over blocks of 1, 2, 4, 8 and 16 tokens are products of alpha as in device/decay_tree.cuh: token bit 0
-// is the index in a pair, bits 1 and 2 are lane bits 0 and 1, and bit 3 is the block.
+// Decay factors over blocks of 1, 2, 4, 8 and 16 tokens are products of alpha = exp(g) <= 1. For a pair of tokens i > j whose indices
+// differ first (from the top) in bit h, with r the first token of the upper half-block:
+//   exp(G_i - G_j) = prod(alpha_r .. alpha_i) * prod(alpha_{j+1} .. alpha_{r-1}) = P_h[i] * R_h[j].
+// Nothing overflows, no difference of cumulative sums is taken, and a hard reset (g = -inf, alpha = 0) needs no special case. Blocks
+// double by one exchange between lanes:
+//   P_2h = P_h * (upper half ? total_h of the lower half : 1),   R_2h = R_h * (lower half ? total_h of the upper half : 1).
+// Token bit 0 is the index in a pair, bits 1 and 2 are lane bits 0 and 1, and bit 3 is the block.
 #pragma once
 
 #include "../device/elements.cuh"

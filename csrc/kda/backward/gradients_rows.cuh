@@ -39,7 +39,7 @@ struct GradientsRows : GradientsContext<Config> {
       if (vectorized) {
         ptx::cp_async_16(ptx::shared_address(to), elements, in_range ? 16 : 0);
       } else {
-        *reinterpret_cast<uint4*>(to) = in_range ? load_8x16bit<false>(elements) : uint4{0, 0, 0, 0};
+        *reinterpret_cast<uint4*>(to) = in_range ? load_8x16bit(elements) : uint4{0, 0, 0, 0};
       }
     }
   }

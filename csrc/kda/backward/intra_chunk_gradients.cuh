@@ -24,7 +24,7 @@
 // fragments, with 16 warps a multiprocessor, and 54 000 instructions a chunk and head.
 #pragma once
 
-#include "../device/decay_tree.cuh"
+#include "../device/sum_rows.cuh"
 #include "block_gradients.cuh"
 
 namespace kda {

@@ -26,7 +26,7 @@
 // Registers: 128 allowed (16 warps, one CTA a multiprocessor). Bound by latency.
 #pragma once
 
-#include "../device/decay_tree.cuh"
+#include "../device/sum_rows.cuh"
 #include "level_pairs.cuh"
 
 namespace kda {
@@ -206,7 +206,7 @@ struct LevelGradients : LevelPairGradients<Config> {
       dots[4 + i] =
           k.at(block, 0, parity) * sums.dk.at(block, 0, parity) + k.at(block, 1, parity) * sums.dk.at(block, 1, parity);
     }
-    const float dot = combine_rows<Add>(dots, lane);  // the one of index `row`
+    const float dot = sum_rows(dots, lane);  // the one of index `row`
     parts[(row >> 2) * C + token(tt, row >> 1 & 1, row & 1)] = dot;
     if (!this->tiny_beta) return;
 #pragma unroll

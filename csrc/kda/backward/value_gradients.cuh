@@ -73,7 +73,7 @@ struct ValueGradients : GradientsRows<Config> {
         Config::ValueTile::store_a_trans(pairs, address(Config::kY), 16 * tt, 16 * row_tile, lane);
         Config::ValueTile::store_a_trans(u.pair, address(Config::kU), 16 * tt, 16 * row_tile, lane);
       }
-      const float dot = combine_rows<Add>(dots, lane);  // the one of index `row`
+      const float dot = sum_rows(dots, lane);  // the one of index `row`
       parts[this->token(pair + (row >> 2), row >> 1 & 1, row & 1)] = dot;
     }
   }

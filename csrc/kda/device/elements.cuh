@@ -62,10 +62,8 @@ struct Packed2<Float16> {
   }
 };
 
-// Eight consecutive 16-bit elements. kVectorized: the address is a multiple of 16 bytes.
-template <bool kVectorized>
+// Eight consecutive 16-bit elements, wherever they are.
 __device__ __forceinline__ uint4 load_8x16bit(const void* source) {
-  if constexpr (kVectorized) return __ldg(static_cast<const uint4*>(source));
   const uint16_t* elements = static_cast<const uint16_t*>(source);
   uint32_t words[4];
 #pragma unroll
@@ -83,41 +81,6 @@ __device__ __forceinline__ void unpack_8(float (&values)[8], const uint4& packed
     values[2 * i + 1] = pair.y;
   }
 }
-
-// Eight consecutive elements of a tensor whose type is known at run time only, as they lie in memory. A load and the
-// use of its result are apart so that the load can be issued early.
-struct Raw8 {
-  uint4 low, high;  // `high` is used by fp32 only
-
-  template <bool kVectorized>
-  __device__ __forceinline__ void load(const void* base, int64_t offset, DataType type) {
-    if (type != DataType::kFloat32) {
-      low = load_8x16bit<kVectorized>(static_cast<const uint16_t*>(base) + offset);
-      return;
-    }
-    const float* source = static_cast<const float*>(base) + offset;
-    if constexpr (kVectorized) {
-      low = __ldg(reinterpret_cast<const uint4*>(source));
-      high = __ldg(reinterpret_cast<const uint4*>(source) + 1);
-    } else {
-      const uint32_t* words = reinterpret_cast<const uint32_t*>(source);
-      low = {words[0], words[1], words[2], words[3]};
-      high = {words[4], words[5], words[6], words[7]};
-    }
-  }
-
-  __device__ __forceinline__ void to_floats(float (&values)[8], DataType type) const {
-    if (type == DataType::kBFloat16) {
-      unpack_8<BFloat16>(values, low);
-    } else if (type == DataType::kFloat16) {
-      unpack_8<Float16>(values, low);
-    } else {
-      values[0] = __uint_as_float(low.x), values[1] = __uint_as_float(low.y), values[2] = __uint_as_float(low.z);
-      values[3] = __uint_as_float(low.w), values[4] = __uint_as_float(high.x), values[5] = __uint_as_float(high.y);
-      values[6] = __uint_as_float(high.z), values[7] = __uint_as_float(high.w);
-    }
-  }
-};
 
 // One element of a tensor whose type is known at run time only.
 __device__ __forceinline__ float load_1(const void* base, int64_t offset, DataType type) {

@@ -31,27 +31,4 @@ __device__ __forceinline__ float log1p_unit(float e) {
 // log(1 + e^x). The result is tiny, and must be accurate, where memory is long.
 __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.0f) + log1p_unit(ptx::ex2(-fabsf(x) * kLog2E)); }
 
-// The log-gate in base 2, log2(alpha), from elements of the tensor `g`.
-struct GateActivation {
-  GateKind kind;
-  float decay_rate;   // exp(A_log) of this head, or 1
-  float lower_bound;  // kSigmoid only
-
-  // Eight channels at once: the kind is the same for all, so it is looked at once.
-  __device__ __forceinline__ void log2_alpha(float (&values)[8], const float (&g)[8], const float (&dt_bias)[8]) const {
-    if (kind == GateKind::kSigmoid) {
-      const float bound = lower_bound * kLog2E;
-#pragma unroll
-      for (int c = 0; c < 8; ++c) values[c] = bound * sigmoid(decay_rate * (g[c] + dt_bias[c]));
-    } else if (kind == GateKind::kSoftplus) {
-      const float rate = -decay_rate * kLog2E;
-#pragma unroll
-      for (int c = 0; c < 8; ++c) values[c] = rate * softplus(g[c] + dt_bias[c]);
-    } else {
-#pragma unroll
-      for (int c = 0; c < 8; ++c) values[c] = g[c] * kLog2E;
-    }
-  }
-};
-
 }  // namespace kda

@@ -93,17 +93,4 @@ struct BlockedTile : TileOperands<BlockedTile<Rows>> {
   }
 };
 
-// Rows a fixed number of bytes apart, units in order. ldmatrix on 8 consecutive rows touches all banks once if the pitch is an odd
-// multiple of 16 bytes.
-template <int kPitchBytes>
-struct PitchedTile : TileOperands<PitchedTile<kPitchBytes>> {
-  static_assert(kPitchBytes / 16 % 2 == 1 && kPitchBytes % 16 == 0);
-
-  static __device__ __forceinline__ uint32_t unit_offset(int row, int unit) { return row * kPitchBytes + unit * 16; }
-
-  static __device__ __forceinline__ uint32_t unit_address(uint32_t tile, int row, int lane_row, int half, int column) {
-    return tile + unit_offset(row + lane_row, (column >> 3) + half);
-  }
-};
-
 }  // namespace kda

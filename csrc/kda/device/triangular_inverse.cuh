@@ -1,12 +1,10 @@
-// The inverse of a unit lower triangular 64 x 64 matrix I + A in shared memory, at fp32 accuracy, by one CTA of four
-// warps.
+// The inverse of a unit lower triangular matrix I + A in shared memory, 32 x 32 or 64 x 64, at fp32 accuracy.
 //
-// The four diagonal 16 x 16 blocks are inverted by forward substitution in fp32; off-diagonal blocks follow from
+// Blocks on the diagonal, of 8 or 16 rows, are inverted by forward substitution in fp32; off-diagonal blocks follow from
 //   [ L11  0  ]^-1   [  T11            0  ]
 //   [ A21 L22 ]    = [ -T22 A21 T11   T22 ]
-// first 16 x 16 into 32 x 32, then 32 x 32 into 64 x 64. The products run on tensor cores in tf32, each fp32 operand
-// split in two (x = high + low, three products), which keeps about 21 bits. Nothing is truncated and nothing assumes
-// normalised keys.
+// for larger and larger blocks. Products on tensor cores are in tf32, each fp32 operand split in two (x = high + low, three products),
+// which keeps about 21 bits. Nothing is truncated and nothing assumes normalised keys.
 #pragma once
 
 #include <cstdint>
@@ -72,8 +70,8 @@ __device__ __forceinline__ void store_16x16(Matrix block, const float (&acc)[2][
 }
 
 // Replaces a unit lower triangular 16 x 16 block by its inverse; entries on and above the diagonal are not read. Lane c
-// computes column c % 16; one warp. kTwoBlocks: the two halves of the warp are given different blocks.
-template <bool kTwoBlocks, typename Matrix>
+// computes column c % 16; one warp. The two halves of the warp may be given different blocks.
+template <typename Matrix>
 __device__ __forceinline__ void invert_16x16(Matrix block, int lane) {
   const int column = lane & 15;
   float x[16];
@@ -93,17 +91,15 @@ __device__ __forceinline__ void invert_16x16(Matrix block, int lane) {
     }
   }
   __syncwarp();
-  if (kTwoBlocks || lane < 16) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) block.at(i, column) = x[i];
-  }
+  for (int i = 0; i < 16; ++i) block.at(i, column) = x[i];
   __syncwarp();
 }
 
 // Replaces the strictly lower triangular A by T = (I + A)^-1, in place: the 16 x 16 blocks on and below the diagonal are written.
 // One warp.
 __device__ __forceinline__ void invert_unit_lower_32x32(SolveMatrix32 matrix, int lane) {
-  invert_16x16<true>(matrix.block(lane >> 4, lane >> 4), lane);
+  invert_16x16(matrix.block(lane >> 4, lane >> 4), lane);
   const SolveMatrix32 off_diagonal = matrix.block(1, 0);
   float y[2][4] = {};
   multiply_add_16x16(y, off_diagonal, matrix.block(0, 0), lane);
@@ -119,10 +115,10 @@ __device__ __forceinline__ void invert_unit_lower_32x32(SolveMatrix32 matrix, in
 // The same by a group of four warps, none of which waits for another for long. Blocks of 8, then of 16, then the whole:
 //   T_21 = -T_22 A_21 T_11,
 // of which a warp takes a few columns, so that A_21 T_11 stays in its registers. sync(): a barrier of the group; the result is there after one more.
-template <typename Sync>
-__device__ __forceinline__ void invert_unit_lower_32x32(SolveMatrix32 matrix, int warp, int lane, Sync sync) {
+template <typename Matrix, typename Sync>
+__device__ __forceinline__ void invert_unit_lower_32x32(Matrix matrix, int warp, int lane, Sync sync) {
   {  // lane c computes column c % 8 of a block on the diagonal
-    const SolveMatrix32 block = {&matrix.at(8 * warp, 8 * warp)};
+    const Matrix block = {&matrix.at(8 * warp, 8 * warp)};
     const int column = lane & 7;
     float x[8];
 #pragma unroll
@@ -150,7 +146,7 @@ __device__ __forceinline__ void invert_unit_lower_32x32(SolveMatrix32 matrix, in
   sync();
   const int row = lane >> 2;
   {  // two 8 x 8 blocks, of each four columns a warp: lane has element (row, lane % 4)
-    const SolveMatrix32 pair = {&matrix.at(16 * (warp >> 1), 16 * (warp >> 1))};
+    const Matrix pair = {&matrix.at(16 * (warp >> 1), 16 * (warp >> 1))};
     const int column = 4 * (warp & 1) + (lane & 3);
     float y = 0.0f, t = 0.0f;
 #pragma unroll
@@ -204,40 +200,50 @@ __device__ __forceinline__ void invert_unit_lower_32x32(SolveMatrix32 matrix, in
   matrix.at(24 + row, column) = t[1];
 }
 
-// Replaces the strictly lower triangular A by T = (I + A)^-1, in place: the whole lower triangle of 16 x 16 blocks is
-// written, the blocks above it are neither read nor written. Called by all 128 threads of the CTA after A is visible to
-// them; ends with a CTA barrier.
-__device__ __forceinline__ void invert_unit_lower_64x64(SolveMatrix matrix, int warp, int lane) {
-  invert_16x16<false>(matrix.block(warp, warp), lane);
-  __syncthreads();
+// acc (16 x 8) += a * b for a 16 x 8 block and an 8 x 8 block in shared memory; one warp. upper_is_zero: the upper eight rows of a are not read.
+template <typename Matrix>
+__device__ __forceinline__ void multiply_add_16x8(float (&acc)[4], Matrix a, Matrix b, bool upper_is_zero, int lane) {
+  const int group = lane >> 2, member = lane & 3;
+  const SplitTf32 a0(upper_is_zero ? 0.0f : a.at(group, member)), a1(a.at(group + 8, member));
+  const SplitTf32 a2(upper_is_zero ? 0.0f : a.at(group, member + 4)), a3(a.at(group + 8, member + 4));
+  const SplitTf32 b0(b.at(member, group)), b1(b.at(member + 4, group));
+  const uint32_t a_high[4] = {a0.high, a1.high, a2.high, a3.high}, a_low[4] = {a0.low, a1.low, a2.low, a3.low};
+  const uint32_t b_high[2] = {b0.high, b1.high}, b_low[2] = {b0.low, b1.low};
+  ptx::mma_m16n8k8_tf32(acc, a_low, b_high);
+  ptx::mma_m16n8k8_tf32(acc, a_high, b_low);
+  ptx::mma_m16n8k8_tf32(acc, a_high, b_high);
+}
 
-  if (warp & 1) {  // the 32 x 32 blocks on the diagonal
-    const SolveMatrix off_diagonal = matrix.block(warp, warp - 1);
-    float y[2][4] = {};
-    multiply_add_16x16(y, off_diagonal, matrix.block(warp - 1, warp - 1), lane);
-    __syncwarp();
-    store_16x16(off_diagonal, y, 1.0f, lane);
-    __syncwarp();
-    float t[2][4] = {};
-    multiply_add_16x16(t, matrix.block(warp, warp), off_diagonal, lane);
-    __syncwarp();
-    store_16x16(off_diagonal, t, -1.0f, lane);
+// Replaces the strictly lower triangular A by T = (I + A)^-1, in place: the 8 x 8 blocks on and below the diagonal are written, those above it are
+// neither read nor written. By eight warps, after a barrier of all of them. sync(): a barrier of all; the result is there after one more.
+template <typename Sync>
+__device__ __forceinline__ void invert_unit_lower_64x64(SolveMatrix matrix, int warp, int lane, Sync sync) {
+  const int half = warp >> 2;
+  invert_unit_lower_32x32(matrix.block(2 * half, 2 * half), warp & 3, lane, sync);
+  sync();
+  // The 32 x 32 block below: of each 16 rows eight columns a warp.
+  const auto eight = [&](int row, int column) { return SolveMatrix{&matrix.at(8 * row, 8 * column)}; };
+  const int row = 4 + 2 * half, column = warp & 3;  // in units of 8
+  const SolveMatrix mine = eight(row, column);
+  const auto store = [&](const float(&acc)[4], float sign) {
+    float* const place = &mine.at(lane >> 2, 2 * (lane & 3));
+    *reinterpret_cast<float2*>(place) = {sign * acc[0], sign * acc[1]};
+    *reinterpret_cast<float2*>(place + 8 * SolveMatrix::kStride) = {sign * acc[2], sign * acc[3]};
+  };
+  float y[4] = {}, t[4] = {};
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if (k >= column) multiply_add_16x8(y, eight(row, k), eight(k, column), false, lane);
   }
-  __syncthreads();
-
-  const int row = 2 + (warp >> 1), column = warp & 1;  // the 32 x 32 block below: one 16 x 16 block a warp
-  float y[2][4] = {};
-  multiply_add_16x16(y, matrix.block(row, 1), matrix.block(1, column), lane);
-  if (column == 0) multiply_add_16x16(y, matrix.block(row, 0), matrix.block(0, 0), lane);
-  __syncthreads();
-  store_16x16(matrix.block(row, column), y, 1.0f, lane);
-  __syncthreads();
-  float t[2][4] = {};
-  multiply_add_16x16(t, matrix.block(row, 2), matrix.block(2, column), lane);
-  if (row == 3) multiply_add_16x16(t, matrix.block(3, 3), matrix.block(3, column), lane);
-  __syncthreads();
-  store_16x16(matrix.block(row, column), t, -1.0f, lane);
-  __syncthreads();
+  sync();
+  store(y, 1.0f);
+  sync();
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if (k < 2 * (half + 1)) multiply_add_16x8(t, eight(row, 4 + k), eight(4 + k, column), k == 2 * half + 1, lane);
+  }
+  sync();
+  store(t, -1.0f);
 }
 
 }  // namespace kda

@@ -24,7 +24,7 @@ template <int K>
 cudaError_t run_steps(const ChunkFwdParams& call, const ChunkFwdPlan& plan, cudaStream_t stream) {
   StepKernelParams params = {};
   params.call = call;
-  const cudaError_t status = make_tensor_maps(params);
+  const cudaError_t status = make_tensor_maps(params.maps, params.call);
   if (status != cudaSuccess) return status;
   uint8_t* const base = static_cast<uint8_t*>(call.workspace);
   if (plan.path == ChunkFwdPath::kFused) {

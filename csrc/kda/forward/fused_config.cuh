@@ -20,7 +20,7 @@ struct FusedConfig : StepStage<K_, 64> {
   static constexpr int kCtas = V / kRows;
 
   // Registers of a thread after the roles have parted: those that all were launched with.
-  static constexpr int kProducerGroups = 2, kGroupThreads = 128;
+  static constexpr int kProducerGroups = 2, kGroupThreads = 128, kBarrierThreads = kGroupThreads;
   static constexpr int kThreads = (kProducerGroups + 1) * kGroupThreads;
   static constexpr int kProducerRegisters = 144, kConsumerRegisters = 216;
   static_assert(kProducerGroups * kProducerRegisters + kConsumerRegisters == (kProducerGroups + 1) * 168);

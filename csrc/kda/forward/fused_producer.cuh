@@ -39,11 +39,11 @@ struct FusedProducer : FusedRole {
     const uint32_t rows = ptx::shared_address(raw());
     const bool gate_is_fp32 = params.call.gate_type == DataType::kFloat32;
     ptx::mbarrier_arrive_expect_tx(barrier, (gate_is_fp32 ? 4 : 3) * Config::kKeyTileBytes);
-    ptx::cp_async_bulk_tensor_load(rows + Config::kRawQ, &params.q, 0, step.token, 0, step.key_head, step.batch,
+    ptx::cp_async_bulk_tensor_load(rows + Config::kRawQ, &params.maps.q, 0, step.token, 0, step.key_head, step.batch,
                                    barrier);
-    ptx::cp_async_bulk_tensor_load(rows + Config::kRawK, &params.k, 0, step.token, 0, step.key_head, step.batch,
+    ptx::cp_async_bulk_tensor_load(rows + Config::kRawK, &params.maps.k, 0, step.token, 0, step.key_head, step.batch,
                                    barrier);
-    ptx::cp_async_bulk_tensor_load(rows + Config::kRawG, &params.g, 0, step.token, 0, step.value_head, step.batch,
+    ptx::cp_async_bulk_tensor_load(rows + Config::kRawG, &params.maps.g, 0, step.token, 0, step.value_head, step.batch,
                                    barrier);
   }
 
@@ -59,12 +59,12 @@ struct FusedProducer : FusedRole {
       const int block = static_cast<int>(cta);  // of 64 columns
       if (cta == rank) {
         ptx::mbarrier_arrive_expect_tx(full, Config::kValueTileBytes);
-        ptx::cp_async_bulk_tensor_load(to, &params.v, 0, step.token, block, step.value_head, step.batch, full);
+        ptx::cp_async_bulk_tensor_load(to, &params.maps.v, 0, step.token, block, step.value_head, step.batch, full);
       } else {
         ptx::mbarrier_arrive_expect_tx_at_cta(ptx::map_to_cta(full, cta),
                                               Config::kValueTileBytes + Config::kImageBytes);
-        ptx::cp_async_bulk_tensor_load_multicast(to, &params.v, 0, step.token, block, step.value_head, step.batch, full,
-                                                 1u << cta);
+        ptx::cp_async_bulk_tensor_load_multicast(to, &params.maps.v, 0, step.token, block, step.value_head, step.batch,
+                                                 full, 1u << cta);
       }
     }
   }
@@ -88,7 +88,8 @@ struct FusedProducer : FusedRole {
     const uint32_t shared_base = ptx::shared_address(shared);
     const int stage_index = Config::stage_of(step.index);
     uint8_t* const stage = shared + stage_index * Config::kStageBytes;
-    const StepProducer<Config> make{params.call, raw(), stage, scratch(), step.tokens, kBarrier + group, thread, lane};
+    const StepProducer<Config> make{params.call,      raw(),  stage, scratch(), step.tokens, step.tokens,
+                                    kBarrier + group, thread, lane};
     // In turn, though the barrier at the end of a step would allow one place for both.
     const RowValues rows(scratch() + Config::kRowValues + turn % 2 * Config::kRowValuesBytes);
     const StepOperands<Config> operands = make.operands(constants);

@@ -51,7 +51,7 @@ struct ChunkFwdKernelParams {
   RecurrenceSegments segments;
 
   bool wants_output;  // stage 3 follows
-  bool vectorized;    // every 8-element group of q, k, v, g and dt_bias starts at a multiple of 16 bytes
+  bool vectorized;    // every 8-element group of q, k, v and g starts at a multiple of 16 bytes
 };
 
 // The parameters with the regions of a plan (ChunkFwdWorkspace, ChunkIntermediates) at `base`.

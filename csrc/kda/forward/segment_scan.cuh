@@ -88,7 +88,7 @@ struct StageRing {
       const int token = static_cast<int>(segment.first_token) + step * kStepTokens;
 #pragma unroll
       for (int block = 0; block < Config::kRows / 64; ++block) {
-        ptx::cp_async_bulk_tensor_load(to + Config::kValues + block * Config::ValueTile::kBlockBytes, &params.v, 0,
+        ptx::cp_async_bulk_tensor_load(to + Config::kValues + block * Config::ValueTile::kBlockBytes, &params.maps.v, 0,
                                        token, first_value_column / 64 + block, segment.value_head,
                                        static_cast<int>(segment.range.batch), barrier);
       }

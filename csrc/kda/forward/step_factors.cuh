@@ -20,7 +20,7 @@ struct StepFactorsConfig : StepTiles<K_> {
   using Tiles = StepTiles<K_>;
   using Tiles::C, Tiles::K, Tiles::kKeyTileBytes, Tiles::kPairTileBytes;
   using Element = Element_;
-  static constexpr int kGroupThreads = 32 * kWarps, kCtasPerSm = K == 128 ? 4 : 5;
+  static constexpr int kGroupThreads = 32 * kWarps, kBarrierThreads = kGroupThreads, kCtasPerSm = K == 128 ? 4 : 5;
 
   static constexpr int kRawQ = 0, kRawK = kKeyTileBytes, kRawG = 2 * kKeyTileBytes, kSecondGate = 3 * kKeyTileBytes;
   static constexpr int kGated = 4 * kKeyTileBytes;
@@ -71,12 +71,12 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
     const int token = static_cast<int>(location.first_token), batch = static_cast<int>(location.batch);
     const bool gate_is_fp32 = call.gate_type == DataType::kFloat32;
     ptx::mbarrier_arrive_expect_tx(loaded, (gate_is_fp32 ? 4 : 3) * Config::kKeyTileBytes);
-    ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawQ, &params.q, 0, token, 0, key_head, batch, loaded);
-    ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawK, &params.k, 0, token, 0, key_head, batch, loaded);
-    ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawG, &params.g, 0, token, 0, value_head, batch, loaded);
+    ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawQ, &params.maps.q, 0, token, 0, key_head, batch, loaded);
+    ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawK, &params.maps.k, 0, token, 0, key_head, batch, loaded);
+    ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawG, &params.maps.g, 0, token, 0, value_head, batch, loaded);
   }
-  const StepProducer<Config> make{call,       shared, shared, shared + Config::kScratch, location.tokens,
-                                  kBarrierId, thread, lane};
+  const StepProducer<Config> make{
+      call, shared, shared, shared + Config::kScratch, location.tokens, location.tokens, kBarrierId, thread, lane};
   const GateConstants constants(call, value_head, make.channel_of(thread));
   const uint32_t beta =
       BetaReader(call, location.batch, location.first_token, location.first_token + location.tokens, value_head, thread)

@@ -12,8 +12,10 @@ struct StepTiles {
   static constexpr int K = K_, C = kStepTokens;
   static constexpr int kKeyTileBytes = C * K * 2;
   using KeyTile = BlockedTile<C>;
-  using GatedTile = BlockedTile<2 * C>;  // rows of k, then rows of q: one operand
-  using PairTile = BlockedTile<C>;       // two matrices [C, C] side by side
+  using GatedTile = BlockedTile<2 * C>;          // rows of k, then rows of q: one operand
+  static constexpr int kGatedQueries = C * 128;  // bytes to the latter
+  static constexpr bool kNormalizes = false;
+  using PairTile = BlockedTile<C>;  // two matrices [C, C] side by side
   using ValueTile = BlockedTile<C>;
   static constexpr int kPairTileBytes = C * 128;
   static constexpr int kVectorBytes = K * 4 + 2 * C * 4;  // e^{G_C} [K]; |k|, or 1 [C]; scale / |q|, or scale [C]; fp32

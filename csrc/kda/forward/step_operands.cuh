@@ -15,14 +15,15 @@
 
 namespace kda {
 
-// Values of each token of the step, in shared memory [C] each.
+// Values of each token of the step, in shared memory [C] each. Config::kNormalizes: operands are made of q / |q| and k / |k|, not of q and k as they
+// came.
 struct RowValues {
   float* query_key;     // q·k of the same token, from q and k as they came
-  float* write;         // beta |k|^-2: beta for keys as they came and values over |k|
+  float* write;         // beta |k|^-2: beta for keys as they came and values over |k|; kNormalizes: beta
   float* query_power;   // power of two that scales q to about 1, for operands in fp16
   float* key_power;     // likewise k
-  float* key_norm;      // |k|, or 1
-  float* output_scale;  // scale / |q|, or scale
+  float* key_norm;      // |k|, or 1; kNormalizes: its inverse
+  float* output_scale;  // scale / |q|, or scale; kNormalizes: without scale
 
   __device__ __forceinline__ explicit RowValues(void* memory)
       : query_key(static_cast<float*>(memory)),
@@ -77,14 +78,26 @@ struct StepOperands {
     return reinterpret_cast<uint32_t*>(tile + Tile::pair_offset(t.n, permuted) + Tile::unit_offset(8, 0) / 8 * t.four);
   }
   __device__ __forceinline__ uint32_t* row_pair(int region, Token t) const { return pair<KeyTile>(raw + region, t); }
-  // Of the tile of gated keys (rows 0 .. C - 1) and queries.
+  // Of the tile of gated keys and that of queries.
   __device__ __forceinline__ uint32_t* gated_key(Token t) const { return pair<GatedTile>(stage + Config::kGated, t); }
   __device__ __forceinline__ uint32_t* gated_query(Token t) const {
-    return pair<GatedTile>(stage + Config::kGated + GatedTile::unit_offset(C, 0), t);
+    return pair<GatedTile>(stage + Config::kGated + Config::kGatedQueries, t);
   }
   __device__ __forceinline__ uint32_t* decayed_key(Token t) const {
     return pair<KeyTile>(stage + Config::kKeysDecayed, t);
   }
+
+  // Where gated operands go. Another class can take its place, and may scale q and k first (kScales: scaled_query() and scaled_key() exist). prepare():
+  // the four tokens from first() on come next.
+  struct ToStage {
+    static constexpr bool kScales = false;
+    const StepOperands& at;
+    template <typename First>
+    __device__ __forceinline__ void prepare(First) const {}
+    __device__ __forceinline__ void query(Token t, float2 x) const { *at.gated_query(t) = pack_bf16(x.x, x.y); }
+    __device__ __forceinline__ void key(Token t, float2 x) const { *at.gated_key(t) = pack_bf16(x.x, x.y); }
+    __device__ __forceinline__ void decayed_key(Token t, float2 x) const { *at.decayed_key(t) = pack_bf16(x.x, x.y); }
+  };
 
   // The gates of a pair of channels: two tiles, the first of which later takes the earlier tokens' k of the pair products. Each slot is
   // read and written by one thread.
@@ -213,7 +226,8 @@ struct StepOperands {
 
   // One reference for all pairs of the step. The pairs' operands are bf16: P q, P k in the place of q, k; R k in that of g.
   // A loop that is hardly unrolled: what is executed at every step has to stay in the instruction cache.
-  __device__ __forceinline__ void store_with_middle_reference() const {
+  template <typename Destination>
+  __device__ __forceinline__ void store_with_middle_reference(Destination destination) const {
     const float2 head = total_of(0, kGroups / 2), tail = total_of(kGroups / 2, kGroups);
     const float2 to_start = {ptx::ex2(head.x), ptx::ex2(head.y)}, to_end = {ptx::ex2(tail.x), ptx::ex2(tail.y)};
     // G_i - G_mid: what lies between the middle and the token, negative before the middle. At most kMidRange in magnitude, so a difference is exact
@@ -225,6 +239,7 @@ struct StepOperands {
       const auto token_of = [&](int n) { return Token{first_token() + first, n}; };
       uint32_t q_packed[kBatch], k_packed[kBatch];
       float2 gates[kBatch];
+      destination.prepare([&] { return first_token() + first; });
 #pragma unroll
       for (int n = 0; n < kBatch; ++n) {
         gates[n] = gate(token_of(n));
@@ -235,39 +250,45 @@ struct StepOperands {
         const Token t = token_of(n);
         add(sum, gates[n]);
         const float2 P = {ptx::ex2(sum.x), ptx::ex2(sum.y)}, R = {ptx::ex2(-sum.x), ptx::ex2(-sum.y)};
-        const float2 q = Packed2<Element>::to_float2(q_packed[n]), k = Packed2<Element>::to_float2(k_packed[n]);
+        float2 q = Packed2<Element>::to_float2(q_packed[n]), k = Packed2<Element>::to_float2(k_packed[n]);
+        if constexpr (Destination::kScales) q = destination.scaled_query(t, q), k = destination.scaled_key(t, k);
         const float2 qP = {q.x * P.x, q.y * P.y}, kP = {k.x * P.x, k.y * P.y}, kR = {k.x * R.x, k.y * R.y};
         *row_pair(Config::kRawQ, t) = pack_bf16(qP.x, qP.y);
         *row_pair(Config::kRawK, t) = pack_bf16(kP.x, kP.y);
         *row_pair(Config::kRawG, t) = pack_bf16(kR.x, kR.y);
-        *gated_query(t) = pack_bf16(qP.x * to_start.x, qP.y * to_start.y);
-        *gated_key(t) = pack_bf16(kP.x * to_start.x, kP.y * to_start.y);
-        *decayed_key(t) = pack_bf16(kR.x * to_end.x, kR.y * to_end.y);
+        destination.query(t, {qP.x * to_start.x, qP.y * to_start.y});
+        destination.key(t, {kP.x * to_start.x, kP.y * to_start.y});
+        destination.decayed_key(t, {kR.x * to_end.x, kR.y * to_end.y});
       }
     }
   }
 
   // The consumers' operands by sums from the start and from the end of the step, whatever the gates are.
-  __device__ __forceinline__ void store_state_operands() const {
+  template <typename Destination>
+  __device__ __forceinline__ void store_state_operands(Destination destination) const {
     float2 sum = total_of(0, group);
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       const Token t = token(i);
+      if (t.n == 0) destination.prepare([&] { return t.four; });
       add(sum, gate(t));
       const float2 factor = {ptx::ex2(sum.x), ptx::ex2(sum.y)};
-      const float2 q = Packed2<Element>::to_float2(*row_pair(Config::kRawQ, t));
-      const float2 k = Packed2<Element>::to_float2(*row_pair(Config::kRawK, t));
-      *gated_query(t) = pack_bf16(q.x * factor.x, q.y * factor.y);
-      *gated_key(t) = pack_bf16(k.x * factor.x, k.y * factor.y);
+      float2 q = Packed2<Element>::to_float2(*row_pair(Config::kRawQ, t));
+      float2 k = Packed2<Element>::to_float2(*row_pair(Config::kRawK, t));
+      if constexpr (Destination::kScales) q = destination.scaled_query(t, q), k = destination.scaled_key(t, k);
+      destination.query(t, {q.x * factor.x, q.y * factor.y});
+      destination.key(t, {k.x * factor.x, k.y * factor.y});
     }
     sum = total_of(group + 1, kGroups);
 #pragma unroll
     for (int i = kTokens - 1; i >= 0; --i) {
       const Token t = token(i);
+      if (t.n == 3) destination.prepare([&] { return t.four; });
       const float2 factor = {ptx::ex2(sum.x), ptx::ex2(sum.y)};
       add(sum, gate(t));
-      const float2 k = Packed2<Element>::to_float2(*row_pair(Config::kRawK, t));
-      *decayed_key(t) = pack_bf16(k.x * factor.x, k.y * factor.y);
+      float2 k = Packed2<Element>::to_float2(*row_pair(Config::kRawK, t));
+      if constexpr (Destination::kScales) k = destination.scaled_key(t, k);
+      destination.decayed_key(t, {k.x * factor.x, k.y * factor.y});
     }
   }
 

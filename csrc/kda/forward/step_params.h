@@ -7,10 +7,14 @@
 
 namespace kda {
 
-// The maps describe the tensors as encode_tensor_map() does, for copies of a step of one head; every row of 16 bytes is aligned.
+// They describe the tensors of a call as encode_tensor_map() does, for copies of a step of one head; every row of 16 bytes is aligned.
+struct TensorMaps {
+  CUtensorMap q, k, g, v;
+};
+
 struct StepKernelParams {
   ChunkFwdParams call;
-  CUtensorMap q, k, g, v;
+  TensorMaps maps;
 
   // Of the fused path:
   int64_t clusters;  // of the grid
@@ -28,8 +32,7 @@ struct StepKernelParams {
   int64_t segment_slots;   // of a cut; else the number of sequences
 };
 
-// Tensor maps of the call.
-[[nodiscard]] cudaError_t make_tensor_maps(StepKernelParams& params);
+[[nodiscard]] cudaError_t make_tensor_maps(TensorMaps& maps, const ChunkFwdParams& call);
 
 // Launches for one K, 64 or 128; each is instantiated in a file of its own. Each returns the error of its launch.
 template <int K>

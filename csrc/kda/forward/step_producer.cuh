@@ -79,7 +79,8 @@ struct StepProducer {
   uint8_t* const stage;    // what a consumer needs of it, to be filled
   uint8_t* const scratch;  // the group's own memory
   const int tokens;        // of the step
-  const int barrier;       // of the group
+  const int least_tokens;  // of a step whose threads the barrier holds
+  const int barrier;       // of the group, or of groups that go through the same steps of work
   const int thread, lane;
 
   // The warp's rows are 8 row_warp() .. + 7.
@@ -87,7 +88,7 @@ struct StepProducer {
   __device__ __forceinline__ bool is_second() const { return kSharesRows && thread >= 128; }
   __device__ __forceinline__ int row_group() const { return lane >> 2; }
   __device__ __forceinline__ int member() const { return lane & 3; }
-  __device__ __forceinline__ void sync() const { ptx::barrier_sync(barrier, kThreads); }
+  __device__ __forceinline__ void sync() const { ptx::barrier_sync(barrier, Config::kBarrierThreads); }
   __device__ __forceinline__ SolveMatrix32 solve_matrix() const {
     return {reinterpret_cast<float*>(scratch + Config::kSolve)};
   }
@@ -152,12 +153,12 @@ struct StepProducer {
       norm_k = (squares_k + kL2NormEpsilon) * inverse_k;
     }
     rows.query_key[token] = odd ? with_k[1] : with_k[0];
-    rows.write[token] = beta * inverse_k * inverse_k;
+    rows.write[token] = Config::kNormalizes ? beta : beta * inverse_k * inverse_k;
     const auto power_of_two = [](float x) { return __uint_as_float(__float_as_uint(x) & 0x7f800000u); };
     rows.query_power[token] = power_of_two(inverse_q);  // 1 if q and k are not normalised
     rows.key_power[token] = power_of_two(inverse_k);
-    rows.key_norm[token] = norm_k;
-    rows.output_scale[token] = call.scale * inverse_q;
+    rows.key_norm[token] = Config::kNormalizes ? inverse_k : norm_k;
+    rows.output_scale[token] = Config::kNormalizes ? inverse_q : call.scale * inverse_q;
     constexpr float kLimit = static_cast<float>(1 << static_cast<int>(2 * kMaxNormLog2));
     return !(squares_q <= kLimit && squares_k <= kLimit);
   }
@@ -249,7 +250,7 @@ struct StepProducer {
     const bool half = call.qk_l2norm;  // operands are at most 1
     using Tile = typename Config::GatedTile;
     const uint32_t keys = ptx::shared_address(operands.stage) + Config::kGated;
-    const PairTiles<Tile> tiles{keys + Tile::unit_offset(C, 0), keys, keys};
+    const PairTiles<Tile> tiles{keys + Config::kGatedQueries, keys, keys};
 #pragma unroll 1
     for (int block = C / 2; block > 0; block /= 2) {
       sync();  // the operands of the level before have been read
@@ -381,7 +382,7 @@ struct StepProducer {
   // Activates the gates. Returns whether the step's tokens are too far apart for one reference; a barrier of the group.
   __device__ __forceinline__ bool prepare(const StepOperands<Config>& operands, const GateConstants& constants,
                                           const RowValues& rows, uint32_t beta_bits) const {
-    if (tokens < C) {
+    if (least_tokens < C) {
       operands.clear_rows_past_end();
       sync();
     }
@@ -392,21 +393,22 @@ struct StepProducer {
     // all, pairs in bf16 would miss the contract of accuracy.
     far_apart |= call.gate != GateKind::kSigmoid && beta > 1.0f;
     far_apart |= operands.activate(call, constants.decay_rate, constants.bias, [&] { sync(); });
-    return ptx::barrier_any(barrier, kThreads, far_apart);
+    return ptx::barrier_any(barrier, Config::kBarrierThreads, far_apart);
   }
 
   // The gated operands into the stage, and the products of pairs.
   __device__ __forceinline__ void multiply_pairs(Products& products, const StepOperands<Config>& operands,
                                                  const RowValues& rows, bool far_apart) const {
+    using ToStage = typename StepOperands<Config>::ToStage;
     operands.store_step_decay();
     if (!far_apart) {
-      operands.store_with_middle_reference();
+      operands.store_with_middle_reference(ToStage{operands});
       sync();
       multiply_with_middle_reference(products);
     } else {
       multiply_by_levels(products, operands, rows);
       sync();  // the last level's operands have been read
-      operands.store_state_operands();
+      operands.store_state_operands(ToStage{operands});
       sync();  // totals have been read
     }
   }
