@@ -10,24 +10,34 @@ struct IntraChunkGradientsConfig {
   static constexpr int K = K_, V = V_, C = kChunkTokens;
   using Element = Element_;
   static constexpr int kTiles = C / 16;  // of tokens
-  static constexpr int kBlockTokens = 32;
-  static constexpr int kGroups = K / 16;  // of 16 channels, one a warp
-  static constexpr int kWarps = kGroups, kThreads = 32 * kWarps;
+  static constexpr int kBlocks = 2, kBlockTiles = kTiles / kBlocks, kBlockTokens = 16 * kBlockTiles;
+  static constexpr int kGroups = K / 16;    // of 16 channels
+  static constexpr int kRowTiles = V / 16;  // of V
+  static constexpr int kWarps = kGroups * kBlocks, kThreads = 32 * kWarps;
 
   using KeyTile = SwizzledTile<K>;    // [C][K]
   using ValueTile = SwizzledTile<V>;  // [C][V]
   using PairTile = SwizzledTile<C>;   // [C][C]
-  static constexpr int kKeyTileBytes = C * K * 2, kValueTileBytes = C * V * 2, kPairTileBytes = C * C * 2;
+  static constexpr int kKeyTileBytes = C * K * 2, kValueTileBytes = C * V * 2, kPairTileBytes = C * C * 2,
+                       kStateBytes = K * V * 2, kGateTileBytes = C * K * 4, kFragmentBytes = 32 * 16;
 
-  static constexpr int kOutputGradient = 0;                     // dO
-  static constexpr int kY = kOutputGradient + kValueTileBytes;  // Y
-  static constexpr int kU = kY + kValueTileBytes;               // U
-  static constexpr int kQuery = kU + kValueTileBytes;           // q, then dq
-  static constexpr int kKey = kQuery + kKeyTileBytes;           // k, then dk
-  static constexpr int kDqk = kKey + kKeyTileBytes;             // see store_pairs()
-  static constexpr int kDkk = kDqk + kPairTileBytes;            // likewise
-  static constexpr int kInverse = kDqk;                         // before them
-  static constexpr int kTokens = kDkk + kPairTileBytes;         // arrays over tokens, below
+  // What is copied from memory, in the order of the groups of copies (see intra_chunk_gradients.cuh).
+  static constexpr int kGates = 0;                              // g, see gate_offset()
+  static constexpr int kY = kGates + kGateTileBytes;            // dU as in memory, then Y
+  static constexpr int kU = kY + kValueTileBytes;               // U as in memory, then a tile of it
+  static constexpr int kInverse = kU + kValueTileBytes;         // A^-1
+  static constexpr int kState = kInverse + kPairTileBytes;      // S as in memory
+  static constexpr int kDState = kState + kStateBytes;          // dS' as in memory
+  static constexpr int kOutputGradient = kDState + kStateBytes;  // dO
+  static constexpr int kQuery = kOutputGradient + kValueTileBytes;  // q, then dq
+  static constexpr int kKey = kQuery + kKeyTileBytes;               // k, then dk
+  // Operands that a block of tokens leaves to the other one, when all have read the states: for each group of channels those of k_X, q_P, k_P.
+  static constexpr int kExchange = kState, kExchanged = 3 * kBlockTiles;
+  static_assert(kGroups * kExchanged * kFragmentBytes <= 2 * kStateBytes, "over S and dS'");
+
+  static constexpr int kDqk = kKey + kKeyTileBytes;      // see store_pairs()
+  static constexpr int kDkk = kDqk + kPairTileBytes;     // likewise
+  static constexpr int kTokens = kDkk + kPairTileBytes;  // arrays over tokens, below
 
   // Arrays [C] of fp32.
   enum TokenArray {
@@ -35,32 +45,48 @@ struct IntraChunkGradientsConfig {
     kBetaBound,     // the same here
     kQueryNorm,     // 1 / |q|, or 1
     kKeyNorm,       // 1 / |k|, or 1
-    kAskScale,      // what scales dO S^T, Y S^T and U dS'^T of a token
-    kPredictScale,  //
-    kWriteScale,    //
     kDiagonal,      // the diagonal of Dqk
     kQueryRadial,   // what of q and k the normalisation takes off dq and dk
     kKeyRadial,
     kTokenArrays,
   };
   static constexpr int kBetaParts = kTokens + kTokenArrays * C * 4;  // [V / 16][C]
-  static constexpr int kDotParts = kBetaParts + V / 16 * C * 4;      // [kWarps][2][kBlockTokens]: of q . dq and k . dk
+  static constexpr int kDotParts = kBetaParts + kRowTiles * C * 4;   // [kWarps][2][kBlockTokens]: of q . dq and k . dk
   static constexpr int kDotBytes = 2 * kBlockTokens * 4;             // of a warp
   static constexpr int kTotals = kDotParts + kWarps * kDotBytes;     // [kTiles][K]: log2 of the decay over each tile
-  static constexpr int kLargest = kTotals + kTiles * K * 4;  // [kWarps]: the largest pair in magnitude; and one word
-  static constexpr int kKept = kLargest + (kWarps + 4) * 4;  // see kept_sums()
-  // Sums of the second block, private to a lane, one tile each: over rows of dO and Y of that block, if they are as large.
-  static constexpr int kKeptBytes = kThreads * 32;
-  static constexpr bool kKeepsInRows = kValueTileBytes / 2 >= kKeptBytes;
-  static constexpr int kept_offset(int i) {
-    return kKeepsInRows ? (i == 0 ? kOutputGradient : kY) + kValueTileBytes / 2 : kKept + i * kKeptBytes;
-  }
-  static constexpr int kSharedBytes = kKept + (kKeepsInRows ? 0 : 2 * kKeptBytes);
+  static constexpr int kChannels = kTotals + kTiles * K * 4;         // arrays over channels, below
+
+  // Arrays [kBlocks][K] of fp32: sums over the tokens of a block.
+  enum ChannelArray {
+    kCrossing,   // what its tokens write that crosses the chunk
+    kGradient,   // of the gradient of G inside the block
+    kOfRate,     // for dA_log
+    kOfBias,     // for ddt_bias
+    kChannelArrays,
+  };
+  static constexpr int kLargest = kChannels + kChannelArrays * kBlocks * K * 4;  // [kWarps]: the largest pair in magnitude; and one word
+  static constexpr int kPlaces = kLargest + (kWarps + 4) * 4;  // [2] of ChunkPlace
+  static constexpr int kSharedBytes = kPlaces + 2 * 48;
+  static_assert(kSharedBytes <= 227 * 1024);
   static constexpr int kMostCtas = 512 / kThreads,
                        kCtasThatFit = 228 * 1024 / (kSharedBytes + 1024);  // 128 registers a thread
   static constexpr int kCtasPerSm = kMostCtas < kCtasThatFit ? kMostCtas : kCtasThatFit;
-  static_assert(kCtasPerSm >= 2);
+
+  // Byte offset of the 16-byte unit of a token in the tile of g. Units are permuted so that lanes with two tokens less or more and the
+  // same channels meet other banks; unit_channels: 4 of fp32, or 8.
+  static __device__ __forceinline__ uint32_t gate_offset(int token, int unit, int unit_channels) {
+    const int turn = (token >> 1 & 3) * (unit_channels == 4 ? 2 : 1);
+    return (token * (K / unit_channels) + (unit ^ turn)) * 16;
+  }
 };
+
+// Where a tile's chunk is, found once for a CTA.
+struct ChunkPlace {
+  ChunkLocation location;
+  int64_t tile, slot;
+  int value_head;
+};
+static_assert(sizeof(ChunkPlace) <= 48);
 
 // log2 range on either side of the middle of a block: 64 sums of pairs of at most 1 times q or k of at most 2^8 stay in fp32.
 inline constexpr float kMaxLog2Range = 112.0f;

@@ -1,5 +1,5 @@
 // The second part of the gradients inside a chunk: what the states and the pairs of tokens bring to dq, dk and the
-// gradient of the cumulative log-gate of a block of 32 tokens. A warp owns 16 channels.
+// gradient of the cumulative log-gate of a block of 32 tokens. A warp owns 16 channels of one block.
 //
 // Two references serve all pairs. With G_mid the sum of the log-gates up to the middle of a block,
 //   P_i = exp(G_i - G_mid),   R_j = exp(G_mid - G_j)   inside a block, both within 2^±kMaxLog2Range, and
@@ -17,8 +17,9 @@ struct BlockGradients : ValueGradients<Config> {
   using Element = typename Config::Element;
   using Values::address, Values::channel, Values::group, Values::lane, Values::load_tokens, Values::member,
       Values::params, Values::tile, Values::totals;
-  static constexpr int K = Config::K, V = Config::V, kTiles = Config::kTiles, kBlockTiles = 2;
-  using Values::kFragmentStride, Values::multiply_state, Values::state_fragments;
+  static constexpr int K = Config::K, V = Config::V, kTiles = Config::kTiles,
+                       kBlockTiles = Config::kBlockTiles;
+  using Values::multiply_state;
 
   using Block = ChannelTile[kBlockTiles];
 
@@ -73,183 +74,181 @@ struct BlockGradients : ValueGradients<Config> {
     operand.multiply(acc.value[1], b[2], b[3]);
   }
 
-  static constexpr int kRound = 4;  // of them that are loaded at once
+  // The block of the warp, and its first tile.
+  __device__ __forceinline__ int block() const { return this->warp / Config::kGroups; }
+  __device__ __forceinline__ bool is_second() const { return block() > 0; }
+  __device__ __forceinline__ int first_tile() const { return block() * kBlockTiles; }
 
   // What a block collects, in units of 2^-exponent of the chunk (see store_pairs()). cumulative: the gradient of G.
   struct Sums {
     Block dq, dk, cumulative;
   };
-  // Operands of the tokens as the later ones, P q and P k.
-  struct LaterOperands {
-    ChannelOperand q[kBlockTiles], k[kBlockTiles];
+  // P q and P k of tokens as the later ones of their pairs, R k as the earlier ones.
+  struct Operands {
+    ChannelOperand q_P[kBlockTiles], k_P[kBlockTiles], k_R[kBlockTiles];
   };
 
-  // Both blocks go through the same code, as it has to stay in the instruction cache. first: the block's first tile.
+  // The fragment of the warp's channels and 16 of V, of S or dS'.
+  __device__ __forceinline__ uint4 state_fragment(int offset, int kt) const {
+    return *reinterpret_cast<const uint4*>(this->shared + offset +
+                                           ((kt * Config::kGroups + group()) * 32 + lane) * 16);
+  }
 
-  // The terms of dk in which the block's tokens are the earlier ones of their pairs, or write to the state at the exit. k_R: leaves
-  // R k. crossing: adds what they write, and in the second block what crosses the whole chunk, e^{G_C} (S . dS') over V, for the lane's part of
-  // tokens and of V. second_block: operands of that, for the first.
-  __device__ __forceinline__ void add_as_earlier(Sums& sums, float (&crossing)[2], ChannelOperand (&k_R)[kBlockTiles],
-                                                 const Block& exponent, const LaterOperands& second_block,
-                                                 int first) const {
-    const bool is_second = first > 0;
-    Block written = {zeros(), zeros()};  // U dS'^T
-    {
-      const uint4* const exit_fragments = state_fragments(params.dstate);
-      const uint4* const entry_fragments = state_fragments(params.forward.state);
-      float dots[2][4] = {};  // rows of S against those of dS': of the lower 8 channels, and of the upper
-#pragma unroll 1
-      for (int round = 0; round < V / 16; round += kRound) {
-        uint4 exits[kRound], entries[kRound] = {};
-#pragma unroll
-        for (int i = 0; i < kRound; ++i) exits[i] = exit_fragments[(round + i) * kFragmentStride];
-        if (is_second) {
-#pragma unroll
-          for (int i = 0; i < kRound; ++i) entries[i] = entry_fragments[(round + i) * kFragmentStride];
-        }
-#pragma unroll
-        for (int r = 0; r < kRound; ++r) {
-          const ChannelOperand exit = to_operand(exits[r]);
-#pragma unroll
-          for (int i = 0; i < kBlockTiles; ++i) multiply_state(written[i], exit, Config::kU, first + i, round + r);
-        }
-        if (is_second) {
-#pragma unroll
-          for (int r = 0; r < kRound; ++r) {
-            const ChannelOperand entry = to_operand(entries[r]);
-            entry.multiply(dots[0], exits[r].x, exits[r].z);
-            entry.multiply(dots[1], exits[r].y, exits[r].w);
-          }
-        }
-      }
-      if (is_second) {
-        float chunk[2];
-        decay_over(chunk, 0, kTiles);
-#pragma unroll
-        for (int hi = 0; hi < 2; ++hi) {  // the diagonal
-          const float dot = this->row & 1 ? dots[hi][2 * hi + 1] : dots[hi][2 * hi];
-          if (member == this->row >> 1) crossing[hi] += ptx::ex2(chunk[hi]) * (this->unit() * dot);
-        }
-      }
+  // What crosses the whole chunk, e^{G_C} (S . dS') over a half of V for each block's warp, on the lane that has it. unit: 2^-exponent.
+  __device__ __forceinline__ void add_crossing_state(float (&crossing)[2], float unit) const {
+    float dots[2][4] = {};  // rows of S against those of dS', of the lower 8 channels and of the upper
+#pragma unroll 2
+    for (int i = 0; i < V / 32; ++i) {
+      const int kt = block() * (V / 32) + i;
+      const ChannelOperand entry = to_operand(state_fragment(Config::kState, kt));
+      const uint4 exit = state_fragment(Config::kDState, kt);
+      entry.multiply(dots[0], exit.x, exit.z);
+      entry.multiply(dots[1], exit.y, exit.w);
     }
+    float chunk[2];
+    decay_over(chunk, 0, kTiles);
+#pragma unroll
+    for (int hi = 0; hi < 2; ++hi) {  // the diagonal
+      const float dot = this->row & 1 ? dots[hi][2 * hi + 1] : dots[hi][2 * hi];
+      if (member == this->row >> 1) crossing[hi] += ptx::ex2(chunk[hi]) * (unit * dot);
+    }
+  }
+
+  // What the block's tokens write to the state at the exit: in dk, in crossing, and what of it crosses the tokens of the block.
+  __device__ __forceinline__ void add_written(Sums& sums, float (&crossing)[2], Operands& operands, const Block& exponent,
+                                              float unit) const {
+    const int first = first_tile();
     float to_exit[2];
     decay_over(to_exit, first + 1, kTiles);
 #pragma unroll
-    for (int hi = 0; hi < 2; ++hi) to_exit[hi] = ptx::ex2(to_exit[hi]);
+    for (int hi = 0; hi < 2; ++hi) to_exit[hi] = unit * ptx::ex2(to_exit[hi]);
+    Block written = {zeros(), zeros()};  // U dS'^T
+#pragma unroll 2
+    for (int kt = 0; kt < V / 16; ++kt) {
+      const ChannelOperand exit = to_operand(state_fragment(Config::kDState, kt));
+#pragma unroll
+      for (int i = 0; i < kBlockTiles; ++i) multiply_state(written[i], exit, Config::kU, first + i, kt);
+    }
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
-      float scale[4];
-      load_tokens(scale, Config::kWriteScale, first + i);
+      float norms[4];
+      load_tokens(norms, Config::kKeyNorm, first + i);
       const ChannelTile R = inverse_power(exponent[i]);
-      k_R[i] = scaled_values(Config::kKey, first + i, R);
-      const ChannelTile rounded = k_R[i].template unpack<BFloat16>();
+      operands.k_R[i] = scaled_values(Config::kKey, first + i, R);
+      const ChannelTile rounded = operands.k_R[i].template unpack<BFloat16>();
       sums.dk[i].for_each([&](float& dk, int block, int hi, int p) {
-        const float x = written[i].at(block, hi, p) * (to_exit[hi] * scale[token_index(block, p)]);
+        const float x = written[i].at(block, hi, p) * (to_exit[hi] * norms[token_index(block, p)]);
         dk = R.at(block, hi, p) * x;
         const float term = __fmul_rn(rounded.at(block, hi, p), x);  // cancels in what the token itself does not cross
         crossing[hi] += term;
         sums.cumulative[i].value[block][2 * hi + p] = -term;
       });
-      written[i] = zeros();  // from here on the sums over pairs
-    }
-#pragma unroll
-    for (int other = 0; other < kBlockTiles; ++other) {
-      const ChannelTile P = power(exponent[other]);
-      const ChannelOperand q_P = scaled_values(Config::kQuery, first + other, P);
-      const ChannelOperand k_P = scaled_values(Config::kKey, first + other, P);
-#pragma unroll
-      for (int i = 0; i <= other; ++i) {
-        multiply_later(written[i], q_P, Config::kDqk, first + i, first + other);
-        multiply_later(written[i], k_P, Config::kDkk, first + i, first + other);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kBlockTiles; ++i) {
-      const ChannelTile R = inverse_power(exponent[i]), rounded = k_R[i].template unpack<BFloat16>();
-      sums.dk[i].for_each([&](float& dk, int block, int hi, int p) {
-        const float x = written[i].at(block, hi, p);
-        dk += R.at(block, hi, p) * x;
-        sums.cumulative[i].value[block][2 * hi + p] -= rounded.at(block, hi, p) * x;
-      });
-    }
-    if (is_second) return;
-    // Pairs with the second block.
-    float middle[2];
-    decay_over(middle, 1, 1 + kBlockTiles);
-#pragma unroll
-    for (int i = 0; i < kBlockTiles; ++i) {
-      ChannelTile across = zeros();
-#pragma unroll
-      for (int other = 0; other < kBlockTiles; ++other) {
-        multiply_later(across, second_block.q[other], Config::kDqk, i, kBlockTiles + other);
-        multiply_later(across, second_block.k[other], Config::kDkk, i, kBlockTiles + other);
-      }
-      const ChannelTile X = power_to(middle, exponent[i]);
-      const ChannelTile rounded = scaled_values(Config::kKey, i, X).template unpack<BFloat16>();
-      sums.dk[i].for_each([&](float& dk, int block, int hi, int p) {
-        const float x = across.at(block, hi, p);
-        dk += X.at(block, hi, p) * x;
-        sums.cumulative[i].value[block][2 * hi + p] -= rounded.at(block, hi, p) * x;
-      });
     }
   }
 
-  // The terms of dq and dk in which they are the later ones, or read the state at the entry. other_exponent: log2 of P of the first block, for the
-  // second. Leaves the operands in `operands`.
-  __device__ __forceinline__ void add_as_later(Sums& sums, LaterOperands& operands,
-                                               const ChannelOperand (&k_R)[kBlockTiles], const Block& exponent,
-                                               const Block& other_exponent, int first) const {
-    Block queries = {zeros(), zeros()}, keys = {zeros(), zeros()};
-    const uint4* const entry_fragments = state_fragments(params.forward.state);
-#pragma unroll 1
-    for (int round = 0; round < V / 16; round += kRound) {
-      uint4 entries[kRound];
-#pragma unroll
-      for (int r = 0; r < kRound; ++r) entries[r] = entry_fragments[(round + r) * kFragmentStride];
-#pragma unroll
-      for (int r = 0; r < kRound; ++r) {
-        const ChannelOperand entry = to_operand(entries[r]);
-#pragma unroll
-        for (int i = 0; i < kBlockTiles; ++i) {
-          multiply_state(queries[i], entry, Config::kOutputGradient, first + i, round + r);
-          multiply_state(keys[i], entry, Config::kY, first + i, round + r);
-        }
-      }
-    }
+  // What the block's tokens read of the state at the entry, and the pairs of a token with itself.
+  __device__ __forceinline__ void add_read(Sums& sums, Operands& operands, const Block& exponent, float unit) const {
+    const int first = first_tile();
     float from_entry[2];
     decay_over(from_entry, 0, first + 1);
 #pragma unroll
-    for (int hi = 0; hi < 2; ++hi) from_entry[hi] = ptx::ex2(from_entry[hi]);
+    for (int hi = 0; hi < 2; ++hi) from_entry[hi] = unit * ptx::ex2(from_entry[hi]);
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
+      ChannelTile queries = zeros(), keys = zeros();  // dO S^T and Y S^T
+#pragma unroll 2
+      for (int kt = 0; kt < V / 16; ++kt) {
+        const ChannelOperand entry = to_operand(state_fragment(Config::kState, kt));
+        multiply_state(queries, entry, Config::kOutputGradient, first + i, kt);
+        multiply_state(keys, entry, Config::kY, first + i, kt);
+      }
       float asks[4], predicts[4], diagonal[4];
-      load_tokens(asks, Config::kAskScale, first + i);
-      load_tokens(predicts, Config::kPredictScale, first + i);
-      load_tokens(diagonal, Config::kDiagonal, first + i);
+      {
+        float betas[4];
+        load_tokens(asks, Config::kQueryNorm, first + i);
+        load_tokens(predicts, Config::kKeyNorm, first + i);
+        load_tokens(betas, Config::kBeta, first + i);
+        load_tokens(diagonal, Config::kDiagonal, first + i);
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+          asks[t] *= this->call().scale, predicts[t] *= -betas[t];
+          diagonal[t] *= unit;
+        }
+      }
       const ChannelTile P = power(exponent[i]);
       const ChannelTile q = load_values(Config::kQuery, first + i), k = load_values(Config::kKey, first + i);
-      operands.q[i] = ChannelOperand::scaled(q, P), operands.k[i] = ChannelOperand::scaled(k, P);
+      operands.q_P[i] = ChannelOperand::scaled(q, P), operands.k_P[i] = ChannelOperand::scaled(k, P);
       sums.dq[i].for_each([&](float& dq, int block, int hi, int p) {
         const int e = 2 * hi + p, t = token_index(block, p);
         const float decay = P.value[block][e] * from_entry[hi];
-        const float query = decay * asks[t] * queries[i].value[block][e];
-        const float key = decay * predicts[t] * keys[i].value[block][e];
+        const float query = decay * asks[t] * queries.value[block][e];
+        const float key = decay * predicts[t] * keys.value[block][e];
         dq = query + diagonal[t] * k.value[block][e];
         sums.dk[i].value[block][e] += key + diagonal[t] * q.value[block][e];
         sums.cumulative[i].value[block][e] += q.value[block][e] * query + k.value[block][e] * key;
       });
     }
+  }
 
-    // The pairs' sums apart from those of the states, next to which they might be lost, or not cancel.
-    float middle[2];
+  // dk and the gradient of G of tile i from a sum over later tokens, where `factor` is that of the earlier ones and `operand` the rounded k times
+  // it. Sums over pairs go apart from those of the states, next to which they might be lost, or not cancel.
+  static __device__ __forceinline__ void add_earlier(Sums& sums, int i, const ChannelTile& sum, const ChannelTile& factor,
+                                                     const ChannelOperand& operand) {
+    const ChannelTile rounded = operand.template unpack<BFloat16>();
+    sums.dk[i].for_each([&](float& dk, int block, int hi, int p) {
+      const float x = sum.at(block, hi, p);
+      dk += factor.at(block, hi, p) * x;
+      sums.cumulative[i].value[block][2 * hi + p] -= rounded.at(block, hi, p) * x;
+    });
+  }
+
+  // Pairs inside the block in which tokens are the earlier ones.
+  __device__ __forceinline__ void add_pairs_as_earlier(Sums& sums, const Operands& operands, const Block& exponent) const {
+    const int first = first_tile();
+#pragma unroll
+    for (int i = 0; i < kBlockTiles; ++i) {
+      ChannelTile sum = zeros();
+#pragma unroll
+      for (int other = i; other < kBlockTiles; ++other) {
+        multiply_later(sum, operands.q_P[other], Config::kDqk, first + i, first + other);
+        multiply_later(sum, operands.k_P[other], Config::kDkk, first + i, first + other);
+      }
+      add_earlier(sums, i, sum, inverse_power(exponent[i]), operands.k_R[i]);
+    }
+  }
+
+  // What a block leaves to the other: the first k_X, the second q_P and k_P. Private to a lane of the two warps of these channels.
+  __device__ __forceinline__ uint4& exchanged(int i) const {
+    return *reinterpret_cast<uint4*>(this->shared + Config::kExchange +
+                                     ((group() * Config::kExchanged + i) * 32 + lane) * 16);
+  }
+  static __device__ __forceinline__ uint4 to_fragment(const ChannelOperand& operand) {
+    return {operand.pair[0], operand.pair[1], operand.pair[2], operand.pair[3]};
+  }
+  __device__ __forceinline__ void middle_of_second(float (&middle)[2]) const {
     decay_over(middle, 1, 1 + kBlockTiles);
-    ChannelOperand k_X[kBlockTiles];
-    if (first > 0) {
+  }
+
+  __device__ __forceinline__ void leave_operands(const Operands& operands, const Block& exponent) const {
+    if (is_second()) {
 #pragma unroll
       for (int i = 0; i < kBlockTiles; ++i) {
-        k_X[i] = scaled_values(Config::kKey, i, power_to(middle, other_exponent[i]));
+        exchanged(kBlockTiles + i) = to_fragment(operands.q_P[i]);
+        exchanged(2 * kBlockTiles + i) = to_fragment(operands.k_P[i]);
+      }
+    } else {
+      float middle[2];
+      middle_of_second(middle);
+#pragma unroll
+      for (int i = 0; i < kBlockTiles; ++i) {
+        exchanged(i) = to_fragment(scaled_values(Config::kKey, i, power_to(middle, exponent[i])));
       }
     }
+  }
+
+  // Pairs in which tokens are the later ones, inside the block and, in the second, with the first.
+  __device__ __forceinline__ void add_pairs_as_later(Sums& sums, const Operands& operands, const Block& exponent) const {
+    const int first = first_tile();
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
       ChannelTile query = zeros(), key = zeros();
@@ -257,15 +256,15 @@ struct BlockGradients : ValueGradients<Config> {
         multiply_earlier(query, earlier, Config::kDqk, first + i, other);
         multiply_earlier(key, earlier, Config::kDkk, first + i, other);
       };
-      if (first > 0) {
+      if (is_second()) {
 #pragma unroll
-        for (int other = 0; other < kBlockTiles; ++other) add(k_X[other], other);
+        for (int other = 0; other < kBlockTiles; ++other) add(to_operand(exchanged(other)), other);
       }
 #pragma unroll
-      for (int other = 0; other <= i; ++other) add(k_R[other], first + other);
+      for (int other = 0; other <= i; ++other) add(operands.k_R[other], first + other);
       const ChannelTile P = power(exponent[i]);
-      const ChannelTile q_P = operands.q[i].template unpack<BFloat16>();
-      const ChannelTile k_P = operands.k[i].template unpack<BFloat16>();
+      const ChannelTile q_P = operands.q_P[i].template unpack<BFloat16>();
+      const ChannelTile k_P = operands.k_P[i].template unpack<BFloat16>();
       sums.dq[i].for_each([&](float& dq, int block, int hi, int p) {
         const int e = 2 * hi + p;
         dq += P.value[block][e] * query.value[block][e];
@@ -276,12 +275,29 @@ struct BlockGradients : ValueGradients<Config> {
     }
   }
 
+  // Pairs of tokens of the first block with the second's.
+  __device__ __forceinline__ void add_pairs_across(Sums& sums, const Block& exponent) const {
+    if (is_second()) return;
+    float middle[2];
+    middle_of_second(middle);
+#pragma unroll
+    for (int i = 0; i < kBlockTiles; ++i) {
+      ChannelTile sum = zeros();
+#pragma unroll
+      for (int other = 0; other < kBlockTiles; ++other) {
+        multiply_later(sum, to_operand(exchanged(kBlockTiles + other)), Config::kDqk, i, kBlockTiles + other);
+        multiply_later(sum, to_operand(exchanged(2 * kBlockTiles + other)), Config::kDkk, i, kBlockTiles + other);
+      }
+      add_earlier(sums, i, sum, power_to(middle, exponent[i]), to_operand(exchanged(i)));
+    }
+  }
+
   // Parts over the warp's channels of the products of q with dq, or of k with dk (which: 0, 1), for the tokens of the block.
-  __device__ __forceinline__ void store_dots(const Block& gradients, int which, int first) const {
+  __device__ __forceinline__ void store_dots(const Block& gradients, int which) const {
     float dots[8];
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
-      const ChannelTile x = load_values(which == 0 ? Config::kQuery : Config::kKey, first + i);
+      const ChannelTile x = load_values(which == 0 ? Config::kQuery : Config::kKey, first_tile() + i);
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
         const int block = t >> 1, p = t & 1;
@@ -294,28 +310,30 @@ struct BlockGradients : ValueGradients<Config> {
     this->dot_parts(this->warp)[which * Config::kBlockTokens + this->token(row >> 2, row >> 1 & 1, row & 1)] = dot;
   }
 
-  // Sums the parts of the warps, in their order; times |x|^-2, what the normalisation takes away of q or k.
-  __device__ __forceinline__ void sum_dots(int first) const {
+  // Sums the parts of the warps of a block, in their order; times |x|^-2, what the normalisation takes away of q or k.
+  __device__ __forceinline__ void sum_dots() const {
     const int index = threadIdx.x;
-    if (index >= 2 * Config::kBlockTokens) return;
+    if (index >= 2 * Config::C) return;
+    const bool is_key = index >= Config::C;
+    const int t = index % Config::C, block = t / Config::kBlockTokens;
     float sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < Config::kWarps; ++w) sum += this->dot_parts(w)[index];
-    const bool is_key = index >= Config::kBlockTokens;
-    const int t = 16 * first + index % Config::kBlockTokens;
+    for (int w = 0; w < Config::kGroups; ++w) {
+      sum += this->dot_parts(block * Config::kGroups + w)[is_key * Config::kBlockTokens + t % Config::kBlockTokens];
+    }
     const float norm = this->tokens(is_key ? Config::kKeyNorm : Config::kQueryNorm)[t];
     this->tokens(is_key ? Config::kKeyRadial : Config::kQueryRadial)[t] = sum * norm * norm;
   }
 
   // dq or dk of the block, without what lies along q or k: as parts of the value head, or over the warp's channels of the
   // rows of q or k in shared memory.
-  __device__ __forceinline__ void finish(Block& gradients, int which, int first) const {
+  __device__ __forceinline__ void finish(Block& gradients, int which) const {
     const float size = this->inverse_unit();
     const int offset = which == 0 ? Config::kQuery : Config::kKey;
     float* const parts = which == 0 ? params.dq_parts : params.dk_parts;
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
-      const int tt = first + i;
+      const int tt = first_tile() + i;
       ChannelTile& gradient = gradients[i];
       if (this->call().qk_l2norm) {
         const ChannelTile x = load_values(offset, tt);

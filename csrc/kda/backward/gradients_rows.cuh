@@ -57,18 +57,23 @@ struct GradientsRows : GradientsContext<Config> {
     }
   }
 
+  // beta of a token as it came, one a thread, and 0 past the end.
+  __device__ __forceinline__ float raw_beta() const {
+    const int token = threadIdx.x;
+    if (token >= location.tokens) return 0.0f;
+    const ChunkFwdParams& c = call();
+    return load_1(c.beta,
+                  location.batch * c.beta_stride.batch + (location.first_token + token) * c.beta_stride.token +
+                      value_head * c.beta_stride.head,
+                  c.beta_type);
+  }
+
   // Returns whether a token of the chunk has beta below kSmallestBeta, or `mine` holds in any thread. A barrier.
-  __device__ __forceinline__ bool load_beta(bool mine) const {
+  __device__ __forceinline__ bool store_beta(float beta, bool mine) const {
     if (threadIdx.x < C) {
       const int token = threadIdx.x;
-      const ChunkFwdParams& c = call();
-      float beta = 0.0f;
       if (token < location.tokens) {
-        beta = load_1(c.beta,
-                      location.batch * c.beta_stride.batch + (location.first_token + token) * c.beta_stride.token +
-                          value_head * c.beta_stride.head,
-                      c.beta_type);
-        if (c.beta_sigmoid) beta = c.beta_scale * sigmoid(beta);
+        if (call().beta_sigmoid) beta = call().beta_scale * sigmoid(beta);
         mine |= fabsf(beta) < kSmallestBeta;
       }
       tokens(Config::kBeta)[token] = beta;
@@ -77,7 +82,12 @@ struct GradientsRows : GradientsContext<Config> {
     return __syncthreads_or(mine);
   }
 
-  __device__ __forceinline__ void load() const {
+  __device__ __forceinline__ void load_output_gradient() const {
+    load_rows<V>(Config::kOutputGradient, static_cast<const Element*>(params.dO) + value_row(0) * V,
+                 int64_t{call().problem.value_heads} * V, true);
+  }
+
+  __device__ __forceinline__ void load_queries_and_keys() const {
     const ChunkFwdParams& c = call();
     const int key_head = this->key_head();
     const auto rows_of = [&](const void* base, const TokenStrides& stride) {
@@ -85,10 +95,11 @@ struct GradientsRows : GradientsContext<Config> {
              key_head * stride.head;
     };
     const bool vectorized = params.forward.vectorized;
-    load_rows<V>(Config::kOutputGradient, static_cast<const Element*>(params.dO) + value_row(0) * V,
-                 int64_t{c.problem.value_heads} * V, true);
     load_rows<K>(Config::kQuery, rows_of(c.q, c.q_stride), c.q_stride.token, vectorized);
     load_rows<K>(Config::kKey, rows_of(c.k, c.k_stride), c.k_stride.token, vectorized);
+  }
+
+  __device__ __forceinline__ void load_inverse() const {
     const uint8_t* inverse = params.forward.inverse + tile * Config::kPairTileBytes;
     for (int i = threadIdx.x; i < C * (C / 8);
          i += Config::kThreads) {  // blocks of 16 above the diagonal are not there
@@ -98,11 +109,17 @@ struct GradientsRows : GradientsContext<Config> {
     }
   }
 
-  // See load_beta().
-  __device__ __forceinline__ bool wait_for_loads(bool mine) const {
+  __device__ __forceinline__ void load() const {
+    load_output_gradient();
+    load_queries_and_keys();
+    load_inverse();
+  }
+
+  // Returns whether a token of the chunk has beta below kSmallestBeta. A barrier.
+  __device__ __forceinline__ bool wait_for_loads() const {
     ptx::cp_async_wait_all();
     if constexpr (!std::is_same_v<Element, BFloat16>) convert_output_gradient();
-    return load_beta(mine);
+    return store_beta(raw_beta(), false);
   }
 
   // 1 / |x| of the rows of q and k: four lanes a row, eight rows of one of them a warp. Returns the largest |x|^2 that the

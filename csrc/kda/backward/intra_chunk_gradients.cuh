@@ -36,22 +36,120 @@ struct IntraChunkGradients : BlockGradients<Config> {
   using Element = typename Config::Element;
   using Sums = typename Blocks::Sums;
   using Block = typename Blocks::Block;
-  using Blocks::call, Blocks::channel, Blocks::keep, Blocks::kept, Blocks::lane, Blocks::location, Blocks::member,
-      Blocks::params, Blocks::shared, Blocks::tile, Blocks::token, Blocks::totals, Blocks::value_row;
+  using Blocks::address, Blocks::block, Blocks::call, Blocks::channel, Blocks::first_tile, Blocks::is_second,
+      Blocks::lane, Blocks::location, Blocks::member, Blocks::params, Blocks::shared, Blocks::tile, Blocks::token,
+      Blocks::totals, Blocks::value_head;
   static constexpr int K = Config::K, V = Config::V, C = Config::C, kTiles = Config::kTiles,
-                       kBlockTiles = Blocks::kBlockTiles;
+                       kBlockTiles = Config::kBlockTiles;
 
-  // From elements of g to log2 of P, in their place; the totals of the tiles into shared memory. Returns whether the tokens of a
-  // block are too far apart for one reference.
-  __device__ __forceinline__ bool activate(Block& block, int first_tile, const GateOfTile& activation) const {
+  // ---- Copies from memory, in four groups ----
+
+  // g into the tile at kGates; zeros past the end.
+  template <typename Gate>
+  __device__ __forceinline__ void copy_gates_of() const {
+    constexpr int kUnitChannels = 16 / sizeof(Gate), kUnits = K / kUnitChannels,
+                  kRowsAtOnce = Config::kThreads / kUnits;
+    static_assert(kRowsAtOnce % 8 == 0 && C % kRowsAtOnce == 0, "the order of a thread's units is the same");
+    const ChunkFwdParams& c = call();
+    const int row = threadIdx.x / kUnits, unit = threadIdx.x % kUnits;
+    const Gate* const first =
+        static_cast<const Gate*>(c.g) + (location.batch * c.g_stride.batch + location.first_token * c.g_stride.token +
+                                         value_head * c.g_stride.head + unit * kUnitChannels);
+    const Gate* const source = first + row * c.g_stride.token;
+    uint8_t* const destination = shared + Config::kGates + Config::gate_offset(row, unit, kUnitChannels);
+#pragma unroll
+    for (int i = 0; i < C / kRowsAtOnce; ++i) {
+      const bool in_range = row + i * kRowsAtOnce < location.tokens;
+      const Gate* const gates = in_range ? source + i * kRowsAtOnce * c.g_stride.token : first;
+      uint8_t* const to = destination + i * kRowsAtOnce * K * sizeof(Gate);
+      if (params.forward.vectorized) {
+        ptx::cp_async_16(ptx::shared_address(to), gates, in_range ? 16 : 0);
+      } else {
+#pragma unroll
+        for (int e = 0; e < kUnitChannels; ++e) reinterpret_cast<Gate*>(to)[e] = in_range ? gates[e] : Gate(0.0f);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void copy_gates() const {
+    if (location.tokens > 0) {
+      if (call().gate_type == DataType::kFloat32) {
+        copy_gates_of<float>();
+      } else if (call().gate_type == DataType::kBFloat16) {
+        copy_gates_of<BFloat16>();
+      } else {
+        copy_gates_of<Float16>();
+      }
+    }
+    ptx::cp_async_commit_group();
+  }
+
+  // A whole number of 16-byte units for each thread, as they are in memory.
+  template <int kBytes>
+  __device__ __forceinline__ void copy_units(int offset, const uint4* units) const {
+    constexpr int kUnits = kBytes / 16;
+    const uint4* const source = units + tile * kUnits + threadIdx.x;
+    const uint32_t destination = address(offset) + threadIdx.x * 16;
+#pragma unroll
+    for (int i = 0; i < kUnits; i += Config::kThreads) {
+      if (i + static_cast<int>(threadIdx.x) < kUnits) ptx::cp_async_16(destination + i * 16, source + i, 16);
+    }
+  }
+
+  __device__ __forceinline__ void copy_values() const {
+    if (location.tokens > 0) {
+      copy_units<Config::kValueTileBytes>(Config::kY, params.dU);
+      copy_units<Config::kValueTileBytes>(Config::kU, params.forward.U_rounded);
+      this->load_inverse();
+    }
+    ptx::cp_async_commit_group();
+  }
+
+  __device__ __forceinline__ void copy_states() const {
+    if (location.tokens > 0) {
+      copy_units<Config::kStateBytes>(Config::kState, params.forward.state);
+      copy_units<Config::kStateBytes>(Config::kDState, params.dstate);
+      this->load_output_gradient();
+    }
+    ptx::cp_async_commit_group();
+  }
+
+  __device__ __forceinline__ void copy_keys() const {
+    if (location.tokens > 0) this->load_queries_and_keys();
+    ptx::cp_async_commit_group();
+  }
+
+  // ---- Gates ----
+
+  // g of the lane's elements of a tile.
+  __device__ __forceinline__ ChannelTile copied_gate(int tt) const {
+    const auto load = [&](auto element) {
+      using Gate = decltype(element);
+      constexpr int kUnitChannels = 16 / sizeof(Gate);
+      return ChannelTile::make([&](int b, int hi, int p) {
+        const int c = channel(hi);
+        const uint8_t* const unit =
+            shared + Config::kGates + Config::gate_offset(token(tt, b, p), c / kUnitChannels, kUnitChannels);
+        return to_float(reinterpret_cast<const Gate*>(unit)[c % kUnitChannels]);
+      });
+    };
+    if (call().gate_type == DataType::kFloat32) return load(0.0f);
+    return call().gate_type == DataType::kBFloat16 ? load(BFloat16()) : load(Float16());
+  }
+
+  // log2 of P of the block's tokens; the totals of its tiles into shared memory. Returns whether the tokens are too far apart for one
+  // reference.
+  __device__ __forceinline__ bool activate(Block& exponent) const {
+    const GateOfTile activation = this->gate();
     bool far_apart = false;
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
-      ChannelTile& x = block[i];
-      x = activation.log2_alpha(x);
+      const int tt = first_tile() + i;
+      ChannelTile& x = exponent[i];
+      x = activation.log2_alpha(copied_gate(tt));
       if (location.tokens < C) {
         x.for_each([&](float& gate, int b, int, int p) {
-          if (token(first_tile + i, b, p) >= location.tokens) gate = 0.0f;
+          if (token(tt, b, p) >= location.tokens) gate = 0.0f;
         });
       }
       float total[2];
@@ -59,157 +157,229 @@ struct IntraChunkGradients : BlockGradients<Config> {
 #pragma unroll
       for (int hi = 0; hi < 2; ++hi) {
         far_apart |= !(total[hi] >= -kMaxLog2Range);
-        if (member == 0) totals(first_tile + i)[channel(hi)] = total[hi];
+        if (member == 0) totals(tt)[channel(hi)] = total[hi];
       }
       if (i == 0) x.for_each([&](float& sum, int, int hi, int) { sum -= total[hi]; });
     }
     return far_apart;
   }
 
-  __device__ __forceinline__ float4* kept_sums(int i) const {
-    return reinterpret_cast<float4*>(shared + Config::kept_offset(i)) + this->warp * 2 * 32 + lane;
+  __device__ __forceinline__ float& channel_sum(typename Config::ChannelArray array, int block, int hi) const {
+    return reinterpret_cast<float*>(shared + Config::kChannels)[(array * Config::kBlocks + block) * K + channel(hi)];
   }
 
-  // From gradients of G inside the block to sums up to the end of the chunk, without what crosses it.
-  __device__ __forceinline__ void add_later(Block& cumulative, float (&after)[2]) const {
+  // From gradients of G to sums up to the end of the block; leaves what the other block needs of them.
+  __device__ __forceinline__ void leave_channel_sums(Block& cumulative, const float (&crossing)[2]) const {
+    float after[2] = {};
 #pragma unroll
     for (int i = kBlockTiles - 1; i >= 0; --i) suffix_sums(cumulative[i], after, lane);
-  }
-
-  // What both blocks do once their products are there.
-  __device__ __forceinline__ void finish_block(Sums& sums, int first) const {
-    if (call().qk_l2norm) {
-      this->store_dots(sums.dq, 0, first);
-      this->store_dots(sums.dk, 1, first);
-    }
-    __syncthreads();  // all have read dO, Y and U of the block, too
-    if (call().qk_l2norm) {
-      this->sum_dots(first);
-      __syncthreads();
-    }
-#pragma unroll 1
-    for (int which = 0; which < 2; ++which) {
-      this->finish(sums.dq, which, first);
 #pragma unroll
-      for (int i = 0; i < kBlockTiles; ++i) sums.dq[i] = sums.dk[i];
+    for (int hi = 0; hi < 2; ++hi) {
+      const float sum = sum_tokens(crossing[hi]);
+      if (member == 0) {
+        channel_sum(Config::kCrossing, block(), hi) = sum;
+        channel_sum(Config::kGradient, block(), hi) = after[hi];
+      }
     }
   }
 
-  // dg of a block, and the sums for the gate's parameters.
-  __device__ __forceinline__ void store_gates(Block& cumulative, int first_tile, const float (&crossing)[2],
-                                              const GateOfTile& activation, float (&dA_log)[2],
-                                              float (&ddt_bias)[2]) const {
+  // dg of the block, and its sums for the gate's parameters.
+  __device__ __forceinline__ void store_gates(Block& cumulative) const {
+    const GateOfTile activation = this->gate();
     const float size = this->inverse_unit();
+    float outside[2];  // what crosses the whole block
+#pragma unroll
+    for (int hi = 0; hi < 2; ++hi) {
+      outside[hi] = channel_sum(Config::kCrossing, 0, hi) + channel_sum(Config::kCrossing, 1, hi);
+    }
+    float later[2] = {};
+    if (!is_second()) later[0] = channel_sum(Config::kGradient, 1, 0), later[1] = channel_sum(Config::kGradient, 1, 1);
+    float of_rate[2] = {}, of_bias[2] = {};
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
-      const int tt = first_tile + i;
-      cumulative[i].for_each([&](float& x, int, int hi, int) { x = size * (x + crossing[hi]); });
+      const int tt = first_tile() + i;
+      cumulative[i].for_each([&](float& x, int, int hi, int) { x = size * ((x + later[hi]) + outside[hi]); });
       this->clear_rows_past_end(cumulative[i], tt);
       if (activation.kind != GateKind::kLog) {  // a log-gate in range of one reference has a gradient, whatever it is
-        activation.differentiate(cumulative[i], this->load_gate(tt), dA_log, ddt_bias);
+        activation.differentiate(cumulative[i], this->load_gate(tt), of_rate, of_bias);
       }
       this->store_gate_gradient(cumulative[i], tt);
     }
-  }
-
-  __device__ __forceinline__ void leave_to_levels(bool wanted) const {
-    if (threadIdx.x == 0) params.by_levels[tile] = wanted;
-  }
-
-  static __device__ __forceinline__ void copy(Block& to, const Block& from) {
+    if (params.dA_log_parts == nullptr) return;
 #pragma unroll
-    for (int i = 0; i < kBlockTiles; ++i) to[i] = from[i];
-  }
-
-  __device__ __forceinline__ void run() const {
-    ChannelTile gates[kTiles];
-    this->load_gates(gates, 0);
-    const GateOfTile activation = this->gate();
-    this->load();
-    typename Values::SolveOperands operands;
-    this->load_operands(operands, this->warp);
-    Block exponent = {gates[0], gates[1]},
-          other_exponent;  // log2 of P, of the block that is next and of the one after it
-    bool far_apart = false;
-#pragma unroll 1
-    for (int first = 0; first < kTiles; first += kBlockTiles) {
-      far_apart |= activate(exponent, first, activation);
-      if (first > 0) break;
-      copy(other_exponent, exponent);
-#pragma unroll
-      for (int i = 0; i < kBlockTiles; ++i) exponent[i] = gates[kBlockTiles + i];
-    }
-    if (this->wait_for_loads(far_apart)) return leave_to_levels(true);
-    if (threadIdx.x == 0) {  // now that what comes first is there
-      constexpr int kStateUnits = V * K / 8;
-      ptx::prefetch_to_l2(params.dstate + tile * kStateUnits, kStateUnits * 16);
-      ptx::prefetch_to_l2(params.forward.state + tile * kStateUnits, kStateUnits * 16);
-    }
-    const float largest_square = this->store_norms();
-    this->solve(operands);
-    if (__syncthreads_or(!(largest_square <= kMaxSquaredNorm))) return leave_to_levels(true);
-    leave_to_levels(false);
-    this->store_pairs();
-    this->beta_gradient();
-
-    float crossing[2] = {}, after[2] = {};
-    typename Blocks::LaterOperands later;
-    Sums sums;
-#pragma unroll 1
-    for (int first = kBlockTiles; first >= 0; first -= kBlockTiles) {
-      ChannelOperand k_R[kBlockTiles];
-      this->add_as_earlier(sums, crossing, k_R, exponent, later, first);
-      this->add_as_later(sums, later, k_R, exponent, other_exponent, first);
-      copy(exponent, other_exponent);
-      finish_block(sums, first);
-      add_later(sums.cumulative, after);
-      if (first == 0) break;
-#pragma unroll
-      for (int i = 0; i < kBlockTiles; ++i) keep(kept_sums(i), sums.cumulative[i]);
-    }
-
-#pragma unroll
-    for (int hi = 0; hi < 2; ++hi) crossing[hi] = sum_tokens(crossing[hi]);
-    float dA_log[2] = {}, ddt_bias[2] = {};
-#pragma unroll 1
-    for (int first = 0; first < kTiles; first += kBlockTiles) {
-      store_gates(sums.cumulative, first, crossing, activation, dA_log, ddt_bias);
-#pragma unroll
-      for (int i = 0; i < kBlockTiles; ++i) sums.cumulative[i] = kept(kept_sums(i));
-    }
-    if (params.dA_log_parts != nullptr) {
-#pragma unroll
-      for (int hi = 0; hi < 2; ++hi) {
-        const float of_rate = sum_tokens(dA_log[hi]), of_bias = sum_tokens(ddt_bias[hi]);
-        if (member == 0) {
-          params.dA_log_parts[tile * K + channel(hi)] = of_rate;
-          params.ddt_bias_parts[tile * K + channel(hi)] = of_bias;
-        }
+    for (int hi = 0; hi < 2; ++hi) {
+      const float rate = sum_tokens(of_rate[hi]), bias = sum_tokens(of_bias[hi]);
+      if (member == 0) {
+        channel_sum(Config::kOfRate, block(), hi) = rate;
+        channel_sum(Config::kOfBias, block(), hi) = bias;
       }
     }
+  }
+
+  __device__ __forceinline__ void store_gate_parameters() const {
+    if (params.dA_log_parts == nullptr || is_second() || member != 0) return;
+#pragma unroll
+    for (int hi = 0; hi < 2; ++hi) {
+      params.dA_log_parts[tile * K + channel(hi)] =
+          channel_sum(Config::kOfRate, 0, hi) + channel_sum(Config::kOfRate, 1, hi);
+      params.ddt_bias_parts[tile * K + channel(hi)] =
+          channel_sum(Config::kOfBias, 0, hi) + channel_sum(Config::kOfBias, 1, hi);
+    }
+  }
+
+  __device__ __forceinline__ void store_gradient_rows() const {
     if (params.dq_parts != nullptr) return;
-    __syncthreads();
     this->template store_rows<K>(params.dq, Config::kQuery, this->key_row(0), call().problem.heads);
     this->template store_rows<K>(params.dk, Config::kKey, this->key_row(0), call().problem.heads);
+  }
+
+  // ---- One chunk ----
+
+  enum class Result {
+    kDone,
+    kLeft,          // to the levels; none of the next chunk's copies are on their way
+    kLeftWithGates  // only the first group
+  };
+
+  __device__ __forceinline__ Result leave_to_levels(Result result) const {
+    if (threadIdx.x == 0) params.by_levels[tile] = result != Result::kDone;
+    return result;
+  }
+
+  // here(), next(): this chunk, and the one to copy from memory meanwhile, looked up in shared memory again by each part, as there are few
+  // registers. raw_beta: of this chunk, then of the next.
+  template <typename Here, typename Next>
+  static __device__ __forceinline__ Result run(float& raw_beta, Here here, Next next) {
+    Block exponent;
+    bool far_apart = here().activate(exponent);
+    ptx::cp_async_wait_group<2>();
+    if (here().store_beta(raw_beta, far_apart)) return here().leave_to_levels(Result::kLeft);
+    raw_beta = next().raw_beta();
+    {
+      typename Values::SolveOperands operands;
+      here().load_operands(operands);
+      ptx::cp_async_wait_group<1>();
+      if constexpr (!std::is_same_v<Element, BFloat16>) here().convert_output_gradient();
+      __syncthreads();
+      next().copy_gates();
+      here().solve(operands);
+    }
+    ptx::cp_async_wait_group<1>();
+    __syncthreads();
+
+    Sums sums;
+    float crossing[2] = {};
+    typename Blocks::Operands operands;
+    {
+      const float largest_square = here().store_norms();
+      typename Values::Pairs pairs;
+      here().multiply_pairs(pairs);
+      if (__syncthreads_or(!(largest_square <= kMaxSquaredNorm))) return here().leave_to_levels(Result::kLeftWithGates);
+      here().leave_to_levels(Result::kDone);
+      here().scale_pairs(pairs);
+      here().beta_gradient();
+      here().store_value_gradient();
+      __syncthreads();
+      const float unit = here().store_pairs(pairs);
+      here().add_crossing_state(crossing, unit);
+      here().add_written(sums, crossing, operands, exponent, unit);
+      here().add_read(sums, operands, exponent, unit);
+    }
+    __syncthreads();
+    next().copy_values();
+    here().leave_operands(operands, exponent);
+    here().add_pairs_as_earlier(sums, operands, exponent);
+    __syncthreads();
+    here().add_pairs_as_later(sums, operands, exponent);
+    here().add_pairs_across(sums, exponent);
+    if (here().call().qk_l2norm) {
+      here().store_dots(sums.dq, 0);
+      here().store_dots(sums.dk, 1);
+    }
+    here().leave_channel_sums(sums.cumulative, crossing);
+    __syncthreads();
+    next().copy_states();
+    if (here().call().qk_l2norm) {
+      here().sum_dots();
+      __syncthreads();
+    }
+    here().finish(sums.dq, 0);
+    here().finish(sums.dk, 1);
+    here().store_gates(sums.cumulative);
+    ptx::cp_async_wait_group<2>();
+    __syncthreads();
+    here().store_gate_parameters();
+    here().store_gradient_rows();
+    __syncthreads();
+    next().copy_keys();
+    return Result::kDone;
   }
 };
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
-    intra_chunk_gradients_kernel(const __grid_constant__ ChunkBwdKernelParams params) {
+    intra_chunk_gradients_kernel(const __grid_constant__ ChunkBwdKernelParams params, int64_t slots) {
+  using Gradients = IntraChunkGradients<Config>;
+  using Result = typename Gradients::Result;
   extern __shared__ __align__(1024) uint8_t shared[];
   const int value_heads = params.forward.call.problem.value_heads;
-  const int64_t tile = blockIdx.x, slot = blockIdx.x / static_cast<unsigned>(value_heads);
-  const int value_head = static_cast<int>(blockIdx.x % static_cast<unsigned>(value_heads));
+  const int64_t tiles = slots * value_heads;
   const int warp = ptx::opaque(threadIdx.x >> 5), lane = ptx::opaque(threadIdx.x & 31);
-  const ChunkLocation location = locate_chunk(params.forward.call, slot, lane);
-  if (location.tokens == 0 || slot >= params.forward.chunk_slots) {
-    if (slot < params.forward.chunk_slots && threadIdx.x == 0) params.by_levels[tile] = 0;
-    clear_unused_slot<Config>(params, slot, value_head);
-    return;
+  ChunkPlace* const places = reinterpret_cast<ChunkPlace*>(shared + Config::kPlaces);
+
+  // One warp looks for the place of a tile; past the last one it has no tokens.
+  const auto find = [&](int64_t tile, int turn) {
+    if (warp != Config::kWarps - 1) return;
+    ChunkPlace place = {{0, 0, 0}, tile, 0, 0};
+    if (tile < tiles) {  // fewer than 2^31
+      place.slot = static_cast<uint32_t>(tile) / static_cast<uint32_t>(value_heads);
+      place.value_head = static_cast<int>(static_cast<uint32_t>(tile) % static_cast<uint32_t>(value_heads));
+      if (place.slot < params.forward.chunk_slots) place.location = locate_chunk(params.forward.call, place.slot, lane);
+    }
+    if (lane == 0) places[turn] = place;
+  };
+  const auto at = [&](int turn) -> Gradients {
+    const ChunkPlace& place = places[turn];
+    return {{{{{params, shared, warp, lane, lane >> 2, lane & 3, place.location, place.value_head, place.tile}}}}};
+  };
+
+  int64_t tile = blockIdx.x;
+  find(tile, 0);
+  __syncthreads();
+  at(0).copy_gates();
+  at(0).copy_values();
+  at(0).copy_states();
+  at(0).copy_keys();
+  float raw_beta = at(0).raw_beta();
+  ptx::cp_async_wait_group<3>();
+  __syncthreads();
+#pragma unroll 1
+  for (int turn = 0; tile < tiles; turn ^= 1) {
+    tile += gridDim.x;
+    find(tile, turn ^ 1);
+    const auto here = [&] { return at(turn); };
+    const auto next = [&] { return at(turn ^ 1); };
+    Result result = Result::kLeft;
+    const ChunkPlace& place = places[turn];
+    if (place.location.tokens > 0) {
+      result = Gradients::run(raw_beta, here, next);
+    } else {
+      if (place.slot < params.forward.chunk_slots && threadIdx.x == 0) params.by_levels[place.tile] = 0;
+      clear_unused_slot<Config>(params, place.slot, place.value_head);
+    }
+    if (result == Result::kDone) continue;
+    ptx::cp_async_wait_all();
+    __syncthreads();
+    if (result == Result::kLeft) {
+      raw_beta = next().raw_beta();
+      next().copy_gates();
+    }
+    next().copy_values();
+    next().copy_states();
+    next().copy_keys();
+    ptx::cp_async_wait_group<3>();
+    __syncthreads();
   }
-  GradientsContext<Config> context{params, shared, warp, lane, lane >> 2, lane & 3, location, value_head, tile};
-  IntraChunkGradients<Config>{{{{context}}}}.run();
 }
 
 }  // namespace kda

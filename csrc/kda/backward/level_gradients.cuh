@@ -335,7 +335,7 @@ struct LevelGradients : LevelPairGradients<Config> {
   __device__ __forceinline__ void run() {
     typename Values::SolveOperands operands;
     load_and_activate(operands);
-    this->tiny_beta = this->wait_for_loads(false);
+    this->tiny_beta = this->wait_for_loads();
     this->solve(operands);
     __syncthreads();
     this->template store_rows<V>(params.dv, Config::kValueGradient, value_row(0), call().problem.value_heads);

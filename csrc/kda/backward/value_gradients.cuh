@@ -1,6 +1,9 @@
 // The first part of the gradients inside a chunk, in which a warp owns rows of V or of pairs:
-//   solve        Y = A^{-T} dU, and the part of dbeta in Y; norms of q and k
-//   store_pairs  the gradients of the pairs of tokens, from dO U^T and Y U^T;   dV = beta Y
+//   solve        Y = A^{-T} dU, and the part of dbeta in Y
+//   multiply_pairs, scale_pairs, store_pairs
+//                the gradients of the pairs of tokens, from dO U^T and Y U^T
+//   store_value_gradient
+//                dV = beta Y
 #pragma once
 
 #include "block_config.cuh"
@@ -25,65 +28,69 @@ struct ValueGradients : GradientsRows<Config> {
     return reinterpret_cast<float*>(shared + Config::kLargest);
   }
 
-  // dU and U of 16 rows of V, from the fragments of the recurrences. Those of U in turn.
+  // Fragments that the recurrences left, [V / 16][C / 16] of them, as they are copied to where Y and U come.
+  __device__ __forceinline__ ChannelOperand copied_fragment(int offset, int row_tile, int tt) const {
+    const uint8_t* const at = shared + offset + ((row_tile * kTiles + tt) * 32 + lane) * 16;
+    return to_operand(*reinterpret_cast<const uint4*>(at));
+  }
+
+  // A warp solves for 16 rows of V and kSolveTiles tiles of tokens, so that all have about as many products.
+  static constexpr int kSolveParts = Config::kWarps / Config::kRowTiles, kSolveTiles = kTiles / kSolveParts;
+  static_assert(kSolveParts * Config::kRowTiles == Config::kWarps && kSolveParts * kSolveTiles == kTiles);
+  __device__ __forceinline__ int solved_rows() const { return warp % Config::kRowTiles; }
+  __device__ __forceinline__ int solved_tile(int i) const {
+    const int part = warp / Config::kRowTiles;
+    return kSolveTiles == 2 && i == 1 ? kTiles - 1 - part : part + i;
+  }
+
   struct SolveOperands {
-    uint4 dU[kTiles], U[2];
+    ChannelOperand dU[kTiles], U[kSolveTiles];
   };
-  __device__ __forceinline__ void load_operands(SolveOperands& operands, int row_tile) const {
-    if (row_tile >= V / 16) return;
-    const int64_t first = (tile * (V / 16) + row_tile) * kTiles * 32 + lane;
+  __device__ __forceinline__ void load_operands(SolveOperands& operands) const {
 #pragma unroll
-    for (int tt = 0; tt < kTiles; ++tt) operands.dU[tt] = params.dU[first + tt * 32];
+    for (int tt = 0; tt < kTiles; ++tt) operands.dU[tt] = copied_fragment(Config::kY, solved_rows(), tt);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) operands.U[i] = params.forward.U_rounded[first + i * 32];
+    for (int i = 0; i < kSolveTiles; ++i) operands.U[i] = copied_fragment(Config::kU, solved_rows(), solved_tile(i));
   }
 
-  // Y^T = dU^T A^{-1} of 16 rows of V; Y and U into shared memory, and over these rows Y_i . U_i, which is the gradient of beta_i times
-  // beta_i.
-  __device__ __forceinline__ void solve_rows(SolveOperands& operands, int row_tile) const {
+  // Y^T = dU^T A^{-1} of 16 rows of V; Y and U into shared memory, over what all have loaded, and over these rows Y_i . U_i, which is the
+  // gradient of beta_i times beta_i.
+  __device__ __forceinline__ void solve(const SolveOperands& operands) const {
+    constexpr int kTilesOfSum = 2;
+    const int row_tile = solved_rows();
     float* const parts = reinterpret_cast<float*>(shared + Config::kBetaParts) + row_tile * C;
-    const uint4* const U = params.forward.U_rounded + (tile * (V / 16) + row_tile) * kTiles * 32 + lane;
-#pragma unroll 1
-    for (int pair = 0; pair < kTiles; pair += 2) {
-      float dots[8];
+    float dots[4 * kTilesOfSum];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int tt = pair + i;
-        ChannelTile y = ChannelTile::make([](int, int, int) { return 0.0f; });  // rows of V for channels
+    for (int i = 0; i < 4 * kTilesOfSum; ++i) dots[i] = 0.0f;
 #pragma unroll
-        for (int kt = i; kt < kTiles; ++kt) {
-          if (kt < tt) continue;
-          uint32_t b[4];
-          Config::PairTile::load_b_trans(b, address(Config::kInverse), 16 * kt, 16 * tt, lane);
-          const ChannelOperand operand = to_operand(operands.dU[kt]);
-          operand.multiply(y.value[0], b[0], b[1]);
-          operand.multiply(y.value[1], b[2], b[3]);
-        }
-        const ChannelOperand u = to_operand(operands.U[i]);
-        if (tt + 2 < kTiles) operands.U[i] = U[(tt + 2) * 32];
-        const ChannelTile values = u.template unpack<BFloat16>();
-        uint32_t pairs[4];
+    for (int i = 0; i < kSolveTiles; ++i) {
+      const int tt = solved_tile(i);
+      ChannelTile y = ChannelTile::make([](int, int, int) { return 0.0f; });  // rows of V for channels
 #pragma unroll
-        for (int j = 0; j < 4; ++j) pairs[j] = pack_bf16(y.at(j >> 1, j & 1, 0), y.at(j >> 1, j & 1, 1));
-#pragma unroll
-        for (int t = 0; t < 4; ++t) {
-          const int block = t >> 1, p = t & 1;
-          dots[4 * i + t] = y.at(block, 0, p) * values.at(block, 0, p) + y.at(block, 1, p) * values.at(block, 1, p);
-        }
-        Config::ValueTile::store_a_trans(pairs, address(Config::kY), 16 * tt, 16 * row_tile, lane);
-        Config::ValueTile::store_a_trans(u.pair, address(Config::kU), 16 * tt, 16 * row_tile, lane);
+      for (int kt = 0; kt < kTiles; ++kt) {
+        if (kt < tt) continue;
+        uint32_t b[4];
+        Config::PairTile::load_b_trans(b, address(Config::kInverse), 16 * kt, 16 * tt, lane);
+        operands.dU[kt].multiply(y.value[0], b[0], b[1]);
+        operands.dU[kt].multiply(y.value[1], b[2], b[3]);
       }
+      const ChannelOperand& u = operands.U[i];
+      const ChannelTile values = u.template unpack<BFloat16>();
+      uint32_t pairs[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) pairs[j] = pack_bf16(y.at(j >> 1, j & 1, 0), y.at(j >> 1, j & 1, 1));
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        const int block = t >> 1, p = t & 1;
+        dots[4 * (i % kTilesOfSum) + t] =
+            y.at(block, 0, p) * values.at(block, 0, p) + y.at(block, 1, p) * values.at(block, 1, p);
+      }
+      Config::ValueTile::store_a_trans(pairs, address(Config::kY), 16 * tt, 16 * row_tile, lane);
+      Config::ValueTile::store_a_trans(u.pair, address(Config::kU), 16 * tt, 16 * row_tile, lane);
+      if (i % kTilesOfSum != kTilesOfSum - 1 && i != kSolveTiles - 1) continue;
       const float dot = sum_rows(dots, lane);  // the one of index `row`
-      parts[this->token(pair + (row >> 2), row >> 1 & 1, row & 1)] = dot;
-    }
-  }
-
-  // operands: those of the warp's first rows.
-  __device__ __forceinline__ void solve(SolveOperands& operands) const {
-#pragma unroll 1
-    for (int row_tile = warp; row_tile < V / 16; row_tile += Config::kWarps) {
-      solve_rows(operands, row_tile);
-      load_operands(operands, row_tile + Config::kWarps);
+      const int first = i / kTilesOfSum * kTilesOfSum, j = first + (row >> 2);
+      if (j < kSolveTiles) parts[this->token(solved_tile(j), row >> 1 & 1, row & 1)] = dot;
     }
   }
 
@@ -123,34 +130,42 @@ struct ValueGradients : GradientsRows<Config> {
   // k as they are:
   //   Dqk[i,j] = scale (dO U^T)[i,j] / (|q_i| |k_j|)          Dkk[i,j] = -beta_i (Y U^T)[i,j] / (|k_i| |k_j|)
   // for i > j; the diagonal of Dqk, over which nothing decays, goes by itself, in fp32. A warp has rows of 16 of one of the two.
-  static constexpr int kPairJobs = 2 * kTiles / Config::kWarps;  // of a warp
+  static constexpr int kPairParts = Config::kWarps / (2 * kTiles), kPairTiles = kTiles / kPairParts;
   struct Pairs {
-    float acc[kTiles][2][4];
+    float acc[kPairTiles][2][4];
   };
   __device__ __forceinline__ bool has_queries() const { return warp & 1; }
-  __device__ __forceinline__ int pair_rows(int job) const { return job == 0 ? kTiles - 1 - (warp >> 1) : warp >> 1; }
+  __device__ __forceinline__ int pair_row_tile() const { return kTiles - 1 - (warp >> 1) / kPairParts; }
+  __device__ __forceinline__ int first_pair_tile() const { return (warp >> 1) % kPairParts * kPairTiles; }
 
-  // Returns the largest in magnitude that the lane has.
-  __device__ __forceinline__ float multiply_pairs(Pairs& pairs, int r) const {
-    const bool is_query = has_queries();
+  __device__ __forceinline__ void multiply_pairs(Pairs& pairs) const {
+    const int r = pair_row_tile(), first = first_pair_tile();
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+    for (int n = 0; n < kPairTiles; ++n) {
 #pragma unroll
       for (int e = 0; e < 8; ++e) pairs.acc[n][e >> 2][e & 3] = 0.0f;
     }
-#pragma unroll 1
+    if (first > r) return;
+#pragma unroll 2
     for (int kt = 0; kt < V / 16; ++kt) {
       uint32_t a[4];
-      Config::ValueTile::load_a(a, address(is_query ? Config::kOutputGradient : Config::kY), 16 * r, 16 * kt, lane);
+      Config::ValueTile::load_a(a, address(has_queries() ? Config::kOutputGradient : Config::kY), 16 * r, 16 * kt,
+                                lane);
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        if (n > r) continue;
+      for (int n = 0; n < kPairTiles; ++n) {
+        if (first + n > r) continue;
         uint32_t b[4];
-        Config::ValueTile::load_b(b, address(Config::kU), 16 * n, 16 * kt, lane);
+        Config::ValueTile::load_b(b, address(Config::kU), 16 * (first + n), 16 * kt, lane);
         ptx::mma_m16n8k16_bf16(pairs.acc[n][0], a[0], a[1], a[2], a[3], b[0], b[1]);
         ptx::mma_m16n8k16_bf16(pairs.acc[n][1], a[0], a[1], a[2], a[3], b[2], b[3]);
       }
     }
+  }
+
+  // Leaves the largest in magnitude of the warp in shared memory.
+  __device__ __forceinline__ void scale_pairs(Pairs& pairs) const {
+    const bool is_query = has_queries();
+    const int r = pair_row_tile(), first = first_pair_tile();
     float largest = 0.0f;
 #pragma unroll
     for (int hi = 0; hi < 2; ++hi) {
@@ -158,11 +173,11 @@ struct ValueGradients : GradientsRows<Config> {
       const float factor = is_query ? call().scale * tokens(Config::kQueryNorm)[i]
                                     : -tokens(Config::kBeta)[i] * tokens(Config::kKeyNorm)[i];
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        if (n > r) continue;
+      for (int n = 0; n < kPairTiles; ++n) {
+        if (first + n > r) continue;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int j = 16 * n + 8 * half + 2 * member;
+          const int j = 16 * (first + n) + 8 * half + 2 * member;
           const float2 norms = *reinterpret_cast<const float2*>(tokens(Config::kKeyNorm) + j);
           float& even = pairs.acc[n][half][2 * hi];
           float& odd = pairs.acc[n][half][2 * hi + 1];
@@ -174,7 +189,8 @@ struct ValueGradients : GradientsRows<Config> {
         }
       }
     }
-    return largest;
+    largest = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(largest)));
+    if (lane == 0) largest_pairs()[warp] = largest;
   }
 
   // 2^e and 2^-e: sums are in units of 2^e, where no pair is larger than 2^e in magnitude, so that P and R at the end of their range
@@ -185,7 +201,6 @@ struct ValueGradients : GradientsRows<Config> {
   static __device__ __forceinline__ float inverse_unit(uint32_t exponent) { return __uint_as_float(exponent << 23); }
   static __device__ __forceinline__ float unit(uint32_t exponent) { return __uint_as_float((254 - exponent) << 23); }
   __device__ __forceinline__ float inverse_unit() const { return inverse_unit(unit_exponent()); }
-  __device__ __forceinline__ float unit() const { return unit(unit_exponent()); }
 
   __device__ __forceinline__ uint32_t choose_unit() const {
     float largest = 0.0f;
@@ -196,46 +211,27 @@ struct ValueGradients : GradientsRows<Config> {
     return exponent < kLeast ? kLeast : exponent > kMost ? kMost : exponent;
   }
 
-  __device__ __forceinline__ void store_pair_rows(const Pairs& pairs, int r, float size) const {
+  // The pairs, in units of 2^e; the largest pairs of all warps are there. Returns 2^-e.
+  __device__ __forceinline__ float store_pairs(const Pairs& pairs) const {
+    const uint32_t exponent = choose_unit();
+    const float size = unit(exponent);
+    const int r = pair_row_tile(), first = first_pair_tile();
     uint8_t* const destination = shared + (has_queries() ? Config::kDqk : Config::kDkk);
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      if (n > r) continue;
+    for (int n = 0; n < kPairTiles; ++n) {
+      if (first + n > r) continue;
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int half = e >> 1, hi = e & 1;
         const float even = pairs.acc[n][half][2 * hi], odd = pairs.acc[n][half][2 * hi + 1];
-        *reinterpret_cast<uint32_t*>(
-            destination + Config::PairTile::pair_offset(16 * r + row + 8 * hi, 16 * n + 8 * half + 2 * member)) =
+        *reinterpret_cast<uint32_t*>(destination +
+                                     Config::PairTile::pair_offset(16 * r + row + 8 * hi,
+                                                                   16 * (first + n) + 8 * half + 2 * member)) =
             pack_bf16(size * even, size * odd);
       }
     }
-  }
-
-  // Ends with a barrier.
-  __device__ __forceinline__ void store_pairs() const {
-    Pairs pairs[kPairJobs];
-    float largest = 0.0f;
-#pragma unroll
-    for (int job = 0; job < kPairJobs; ++job) largest = fmaxf(largest, multiply_pairs(pairs[job], pair_rows(job)));
-    largest = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(largest)));
-    if (lane == 0) largest_pairs()[warp] = largest;
-    store_value_gradient();
-    __syncthreads();
-    const uint32_t exponent = choose_unit();
-    const float size = unit(exponent);
-#pragma unroll
-    for (int job = 0; job < kPairJobs; ++job) store_pair_rows(pairs[job], pair_rows(job), size);
-    const int t = threadIdx.x;
-    if (t == 0) unit_exponent() = exponent;
-    if (t < C) {
-      const float key = size * tokens(Config::kKeyNorm)[t];
-      tokens(Config::kAskScale)[t] = size * (call().scale * tokens(Config::kQueryNorm)[t]);
-      tokens(Config::kPredictScale)[t] = -tokens(Config::kBeta)[t] * key;
-      tokens(Config::kWriteScale)[t] = key;
-      tokens(Config::kDiagonal)[t] *= size;
-    }
-    __syncthreads();
+    if (threadIdx.x == 0) unit_exponent() = exponent;
+    return size;
   }
 };
 

@@ -121,6 +121,15 @@ __device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(uint32_t mbarrier
 
 __device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Copies of this thread since the last call become a group; groups arrive in their order.
+__device__ __forceinline__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// All groups but the last kPending have arrived.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait_group() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // ---- Bulk copies by the copy engine; addresses and sizes are multiples of 16 bytes ----
 
 __device__ __forceinline__ void cp_async_bulk_load(uint32_t destination, const void* source, uint32_t bytes,
