@@ -16,7 +16,7 @@ struct IntraChunkGradientsConfig {
   static constexpr int kWarps = kGroups * kBlocks, kThreads = 32 * kWarps;
 
   using KeyTile = SwizzledTile<K>;    // [C][K]
-  using ValueTile = SwizzledTile<V>;  // [C][V]
+  using ValueTile = BlockedTile<C>;   // [C][V]
   using PairTile = SwizzledTile<C>;   // [C][C]
   static constexpr int kKeyTileBytes = C * K * 2, kValueTileBytes = C * V * 2, kPairTileBytes = C * C * 2,
                        kStateBytes = K * V * 2, kGateTileBytes = C * K * 4, kFragmentBytes = 32 * 16;
@@ -66,7 +66,8 @@ struct IntraChunkGradientsConfig {
   };
   static constexpr int kLargest = kChannels + kChannelArrays * kBlocks * K * 4;  // [kWarps]: the largest pair in magnitude; and one word
   static constexpr int kPlaces = kLargest + (kWarps + 4) * 4;  // [2] of ChunkPlace
-  static constexpr int kSharedBytes = kPlaces + 2 * 48;
+  static constexpr int kBarriers = kPlaces + 2 * 48;  // [2]: of copies of values and of states
+  static constexpr int kSharedBytes = kBarriers + 2 * 8;
   static_assert(kSharedBytes <= 227 * 1024);
   static constexpr int kMostCtas = 512 / kThreads,
                        kCtasThatFit = 228 * 1024 / (kSharedBytes + 1024);  // 128 registers a thread

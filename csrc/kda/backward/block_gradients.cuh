@@ -19,7 +19,6 @@ struct BlockGradients : ValueGradients<Config> {
       Values::params, Values::tile, Values::totals;
   static constexpr int K = Config::K, V = Config::V, kTiles = Config::kTiles,
                        kBlockTiles = Config::kBlockTiles;
-  using Values::multiply_state;
 
   using Block = ChannelTile[kBlockTiles];
 
@@ -94,6 +93,37 @@ struct BlockGradients : ValueGradients<Config> {
                                            ((kt * Config::kGroups + group()) * 32 + lane) * 16);
   }
 
+  // Sums over V of a state's rows with those of dO, Y or U, for the block's tokens.
+  __device__ __forceinline__ void multiply_state(Block& sums, int state, int values) const {
+    constexpr int kRound = 4;  // fragments that are loaded at once
+    static_assert(kBlockTiles == 2);
+    const uint64_t rows = this->value_descriptor(values, first_tile());
+    float acc[4][4];
+#pragma unroll
+    for (int round = 0; round < V / 16; round += kRound) {
+      uint32_t fragments[kRound][4];
+#pragma unroll
+      for (int r = 0; r < kRound; ++r) {
+        const uint4 fragment = state_fragment(state, round + r);
+        fragments[r][0] = fragment.x, fragments[r][1] = fragment.y;
+        fragments[r][2] = fragment.z, fragments[r][3] = fragment.w;
+      }
+      wgmma::fence();
+#pragma unroll
+      for (int r = 0; r < kRound; ++r) {
+        wgmma::m64n32k16_bf16<false>(acc, fragments[r], Values::value_operand(rows, round + r), round + r > 0);
+      }
+      wgmma::commit_group();
+      wgmma::wait_group<0>();
+      wgmma::pin(acc);
+    }
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[n / 2].value[n % 2][e] = acc[n][e];
+    }
+  }
+
   // What crosses the whole chunk, e^{G_C} (S . dS') over a half of V for each block's warp, on the lane that has it. unit: 2^-exponent.
   __device__ __forceinline__ void add_crossing_state(float (&crossing)[2], float unit) const {
     float dots[2][4] = {};  // rows of S against those of dS', of the lower 8 channels and of the upper
@@ -122,13 +152,8 @@ struct BlockGradients : ValueGradients<Config> {
     decay_over(to_exit, first + 1, kTiles);
 #pragma unroll
     for (int hi = 0; hi < 2; ++hi) to_exit[hi] = unit * ptx::ex2(to_exit[hi]);
-    Block written = {zeros(), zeros()};  // U dS'^T
-#pragma unroll 2
-    for (int kt = 0; kt < V / 16; ++kt) {
-      const ChannelOperand exit = to_operand(state_fragment(Config::kDState, kt));
-#pragma unroll
-      for (int i = 0; i < kBlockTiles; ++i) multiply_state(written[i], exit, Config::kU, first + i, kt);
-    }
+    Block written;  // U dS'^T
+    multiply_state(written, Config::kDState, Config::kU);
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
       float norms[4];
@@ -153,15 +178,11 @@ struct BlockGradients : ValueGradients<Config> {
     decay_over(from_entry, 0, first + 1);
 #pragma unroll
     for (int hi = 0; hi < 2; ++hi) from_entry[hi] = unit * ptx::ex2(from_entry[hi]);
+    Block queries, keys;  // dO S^T and Y S^T
+    multiply_state(queries, Config::kState, Config::kOutputGradient);
+    multiply_state(keys, Config::kState, Config::kY);
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
-      ChannelTile queries = zeros(), keys = zeros();  // dO S^T and Y S^T
-#pragma unroll 2
-      for (int kt = 0; kt < V / 16; ++kt) {
-        const ChannelOperand entry = to_operand(state_fragment(Config::kState, kt));
-        multiply_state(queries, entry, Config::kOutputGradient, first + i, kt);
-        multiply_state(keys, entry, Config::kY, first + i, kt);
-      }
       float asks[4], predicts[4], diagonal[4];
       {
         float betas[4];
@@ -181,8 +202,8 @@ struct BlockGradients : ValueGradients<Config> {
       sums.dq[i].for_each([&](float& dq, int block, int hi, int p) {
         const int e = 2 * hi + p, t = token_index(block, p);
         const float decay = P.value[block][e] * from_entry[hi];
-        const float query = decay * asks[t] * queries.value[block][e];
-        const float key = decay * predicts[t] * keys.value[block][e];
+        const float query = decay * asks[t] * queries[i].value[block][e];
+        const float key = decay * predicts[t] * keys[i].value[block][e];
         dq = query + diagonal[t] * k.value[block][e];
         sums.dk[i].value[block][e] += key + diagonal[t] * q.value[block][e];
         sums.cumulative[i].value[block][e] += q.value[block][e] * query + k.value[block][e] * key;
@@ -312,7 +333,7 @@ struct BlockGradients : ValueGradients<Config> {
 
   // Sums the parts of the warps of a block, in their order; times |x|^-2, what the normalisation takes away of q or k.
   __device__ __forceinline__ void sum_dots() const {
-    const int index = threadIdx.x;
+    const int index = this->thread;
     if (index >= 2 * Config::C) return;
     const bool is_key = index >= Config::C;
     const int t = index % Config::C, block = t / Config::kBlockTokens;

@@ -31,7 +31,7 @@ struct GradientsContext {
 
   const ChunkBwdKernelParams& params;
   uint8_t* const shared;
-  const int warp, lane, row, member;  // row = lane / 4: channel; member = lane % 4: tokens
+  const int thread, warp, lane, row, member;  // row = lane / 4: channel; member = lane % 4: tokens
   const ChunkLocation location;
   const int value_head;
   const int64_t tile;  // slot * HV + value_head

@@ -22,20 +22,20 @@ struct GradientsRows : GradientsContext<Config> {
     return {c.gate, rate, c.lower_bound, {bias ? bias[0] : 0.0f, bias ? bias[8] : 0.0f}};
   }
 
-  // Rows of `Columns` elements into a swizzled tile; rows past the end are zero.
-  template <int Columns>
+  // Rows of `Columns` elements into a tile; rows past the end are zero.
+  template <typename Tile, int Columns>
   __device__ __forceinline__ void load_rows(int offset, const Element* first, int64_t row_stride,
                                             bool vectorized) const {
     constexpr int kUnits = Columns / 8, kRowsAtOnce = Config::kThreads / kUnits;
     static_assert(kRowsAtOnce % 8 == 0 && C % kRowsAtOnce == 0, "the swizzle of a thread's rows is the same");
-    const int row = threadIdx.x / kUnits, unit = threadIdx.x % kUnits;
+    const int row = this->thread / kUnits, unit = this->thread % kUnits;
     const Element* const source = first + row * row_stride + 8 * unit;
-    uint8_t* const destination = shared + offset + SwizzledTile<Columns>::unit_offset(row, unit);
+    uint8_t* const destination = shared + offset + Tile::unit_offset(row, unit);
 #pragma unroll
     for (int i = 0; i < C / kRowsAtOnce; ++i) {
       const bool in_range = row + i * kRowsAtOnce < location.tokens;
       const Element* const elements = in_range ? source + i * kRowsAtOnce * row_stride : first;
-      uint8_t* const to = destination + i * kRowsAtOnce * Columns * 2;
+      uint8_t* const to = destination + i * kRowsAtOnce * Tile::kRowBytes;
       if (vectorized) {
         ptx::cp_async_16(ptx::shared_address(to), elements, in_range ? 16 : 0);
       } else {
@@ -47,7 +47,7 @@ struct GradientsRows : GradientsContext<Config> {
   // dO to bf16, each thread what it has loaded.
   __device__ __forceinline__ void convert_output_gradient() const {
     constexpr int kUnits = V / 8;
-    for (int i = threadIdx.x; i < C * kUnits; i += Config::kThreads) {
+    for (int i = this->thread; i < C * kUnits; i += Config::kThreads) {
       uint4* unit = reinterpret_cast<uint4*>(shared + Config::kOutputGradient +
                                              Config::ValueTile::unit_offset(i / kUnits, i % kUnits));
       float values[8];
@@ -59,7 +59,7 @@ struct GradientsRows : GradientsContext<Config> {
 
   // beta of a token as it came, one a thread, and 0 past the end.
   __device__ __forceinline__ float raw_beta() const {
-    const int token = threadIdx.x;
+    const int token = this->thread;
     if (token >= location.tokens) return 0.0f;
     const ChunkFwdParams& c = call();
     return load_1(c.beta,
@@ -70,8 +70,8 @@ struct GradientsRows : GradientsContext<Config> {
 
   // Returns whether a token of the chunk has beta below kSmallestBeta, or `mine` holds in any thread. A barrier.
   __device__ __forceinline__ bool store_beta(float beta, bool mine) const {
-    if (threadIdx.x < C) {
-      const int token = threadIdx.x;
+    if (this->thread < C) {
+      const int token = this->thread;
       if (token < location.tokens) {
         if (call().beta_sigmoid) beta = call().beta_scale * sigmoid(beta);
         mine |= fabsf(beta) < kSmallestBeta;
@@ -83,7 +83,7 @@ struct GradientsRows : GradientsContext<Config> {
   }
 
   __device__ __forceinline__ void load_output_gradient() const {
-    load_rows<V>(Config::kOutputGradient, static_cast<const Element*>(params.dO) + value_row(0) * V,
+    load_rows<typename Config::ValueTile, V>(Config::kOutputGradient, static_cast<const Element*>(params.dO) + value_row(0) * V,
                  int64_t{call().problem.value_heads} * V, true);
   }
 
@@ -95,13 +95,13 @@ struct GradientsRows : GradientsContext<Config> {
              key_head * stride.head;
     };
     const bool vectorized = params.forward.vectorized;
-    load_rows<K>(Config::kQuery, rows_of(c.q, c.q_stride), c.q_stride.token, vectorized);
-    load_rows<K>(Config::kKey, rows_of(c.k, c.k_stride), c.k_stride.token, vectorized);
+    load_rows<typename Config::KeyTile, K>(Config::kQuery, rows_of(c.q, c.q_stride), c.q_stride.token, vectorized);
+    load_rows<typename Config::KeyTile, K>(Config::kKey, rows_of(c.k, c.k_stride), c.k_stride.token, vectorized);
   }
 
   __device__ __forceinline__ void load_inverse() const {
     const uint8_t* inverse = params.forward.inverse + tile * Config::kPairTileBytes;
-    for (int i = threadIdx.x; i < C * (C / 8);
+    for (int i = this->thread; i < C * (C / 8);
          i += Config::kThreads) {  // blocks of 16 above the diagonal are not there
       const int row = i / (C / 8), unit = i % (C / 8);
       const uint32_t offset = Config::PairTile::unit_offset(row, unit);
@@ -154,7 +154,7 @@ struct GradientsRows : GradientsContext<Config> {
   template <int Columns>
   __device__ __forceinline__ void store_rows(void* destination, int offset, int64_t first_row, int row_stride) const {
     constexpr int kUnits = Columns / 8, kRowsAtOnce = Config::kThreads / kUnits;
-    const int row = threadIdx.x / kUnits, unit = threadIdx.x % kUnits;
+    const int row = this->thread / kUnits, unit = this->thread % kUnits;
     Element* const to =
         static_cast<Element*>(destination) + (first_row + int64_t{row} * row_stride) * Columns + 8 * unit;
     const uint8_t* const from = shared + offset + SwizzledTile<Columns>::unit_offset(row, unit);

@@ -42,7 +42,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
   static constexpr int K = Config::K, V = Config::V, C = Config::C, kTiles = Config::kTiles,
                        kBlockTiles = Config::kBlockTiles;
 
-  // ---- Copies from memory, in four groups ----
+  // ---- Copies from memory ----
 
   // g into the tile at kGates; zeros past the end.
   template <typename Gate>
@@ -51,7 +51,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
                   kRowsAtOnce = Config::kThreads / kUnits;
     static_assert(kRowsAtOnce % 8 == 0 && C % kRowsAtOnce == 0, "the order of a thread's units is the same");
     const ChunkFwdParams& c = call();
-    const int row = threadIdx.x / kUnits, unit = threadIdx.x % kUnits;
+    const int row = this->thread / kUnits, unit = this->thread % kUnits;
     const Gate* const first =
         static_cast<const Gate*>(c.g) + (location.batch * c.g_stride.batch + location.first_token * c.g_stride.token +
                                          value_head * c.g_stride.head + unit * kUnitChannels);
@@ -84,34 +84,42 @@ struct IntraChunkGradients : BlockGradients<Config> {
     ptx::cp_async_commit_group();
   }
 
-  // A whole number of 16-byte units for each thread, as they are in memory.
+  // Copies by the copy engine, which barriers count: of values and of states. One thread asks for them.
+  enum class Copies { kValues, kStates };
+  __device__ __forceinline__ uint32_t barrier(Copies copies) const {
+    return address(Config::kBarriers + static_cast<int>(copies) * 8);
+  }
   template <int kBytes>
-  __device__ __forceinline__ void copy_units(int offset, const uint4* units) const {
-    constexpr int kUnits = kBytes / 16;
-    const uint4* const source = units + tile * kUnits + threadIdx.x;
-    const uint32_t destination = address(offset) + threadIdx.x * 16;
-#pragma unroll
-    for (int i = 0; i < kUnits; i += Config::kThreads) {
-      if (i + static_cast<int>(threadIdx.x) < kUnits) ptx::cp_async_16(destination + i * 16, source + i, 16);
-    }
+  __device__ __forceinline__ void copy_tile(Copies copies, int offset, const void* tiles) const {
+    ptx::cp_async_bulk_load(address(offset), static_cast<const uint8_t*>(tiles) + tile * kBytes, kBytes,
+                            barrier(copies));
   }
 
   __device__ __forceinline__ void copy_values() const {
-    if (location.tokens > 0) {
-      copy_units<Config::kValueTileBytes>(Config::kY, params.dU);
-      copy_units<Config::kValueTileBytes>(Config::kU, params.forward.U_rounded);
-      this->load_inverse();
-    }
-    ptx::cp_async_commit_group();
+    if (this->thread != 0) return;
+    const bool is_used = location.tokens > 0;
+    ptx::mbarrier_arrive_expect_tx(barrier(Copies::kValues),
+                                   is_used ? 2 * Config::kValueTileBytes + Config::kPairTileBytes : 0);
+    if (!is_used) return;
+    copy_tile<Config::kValueTileBytes>(Copies::kValues, Config::kY, params.dU);
+    copy_tile<Config::kValueTileBytes>(Copies::kValues, Config::kU, params.forward.U_rounded);
+    copy_tile<Config::kPairTileBytes>(Copies::kValues, Config::kInverse, params.forward.inverse);
   }
 
   __device__ __forceinline__ void copy_states() const {
-    if (location.tokens > 0) {
-      copy_units<Config::kStateBytes>(Config::kState, params.forward.state);
-      copy_units<Config::kStateBytes>(Config::kDState, params.dstate);
-      this->load_output_gradient();
-    }
+    if (location.tokens > 0) this->load_output_gradient();
     ptx::cp_async_commit_group();
+    if (this->thread != 0) return;
+    const bool is_used = location.tokens > 0;
+    ptx::mbarrier_arrive_expect_tx(barrier(Copies::kStates), is_used ? 2 * Config::kStateBytes : 0);
+    if (!is_used) return;
+    copy_tile<Config::kStateBytes>(Copies::kStates, Config::kState, params.forward.state);
+    copy_tile<Config::kStateBytes>(Copies::kStates, Config::kDState, params.dstate);
+  }
+
+  // turn: of the chunk, modulo 2.
+  __device__ __forceinline__ void wait_for(Copies copies, int turn) const {
+    ptx::mbarrier_wait_parity(barrier(copies), turn);
   }
 
   __device__ __forceinline__ void copy_keys() const {
@@ -238,33 +246,33 @@ struct IntraChunkGradients : BlockGradients<Config> {
   enum class Result {
     kDone,
     kLeft,          // to the levels; none of the next chunk's copies are on their way
-    kLeftWithGates  // only the first group
+    kLeftWithGates  // those of its gates are
   };
 
   __device__ __forceinline__ Result leave_to_levels(Result result) const {
-    if (threadIdx.x == 0) params.by_levels[tile] = result != Result::kDone;
+    if (this->thread == 0) params.by_levels[tile] = result != Result::kDone;
     return result;
   }
 
   // here(), next(): this chunk, and the one to copy from memory meanwhile, looked up in shared memory again by each part, as there are few
   // registers. raw_beta: of this chunk, then of the next.
   template <typename Here, typename Next>
-  static __device__ __forceinline__ Result run(float& raw_beta, Here here, Next next) {
+  static __device__ __forceinline__ Result run(float& raw_beta, int turn, Here here, Next next) {
     Block exponent;
     bool far_apart = here().activate(exponent);
-    ptx::cp_async_wait_group<2>();
     if (here().store_beta(raw_beta, far_apart)) return here().leave_to_levels(Result::kLeft);
     raw_beta = next().raw_beta();
     {
       typename Values::SolveOperands operands;
+      here().wait_for(Copies::kValues, turn);
       here().load_operands(operands);
-      ptx::cp_async_wait_group<1>();
-      if constexpr (!std::is_same_v<Element, BFloat16>) here().convert_output_gradient();
       __syncthreads();
       next().copy_gates();
       here().solve(operands);
     }
     ptx::cp_async_wait_group<1>();
+    if constexpr (!std::is_same_v<Element, BFloat16>) here().convert_output_gradient();
+    ptx::fence_proxy_async_shared();  // Y, U and dO, before the products that read them
     __syncthreads();
 
     Sums sums;
@@ -281,6 +289,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
       here().store_value_gradient();
       __syncthreads();
       const float unit = here().store_pairs(pairs);
+      here().wait_for(Copies::kStates, turn);
       here().add_crossing_state(crossing, unit);
       here().add_written(sums, crossing, operands, exponent, unit);
       here().add_read(sums, operands, exponent, unit);
@@ -289,6 +298,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
     next().copy_values();
     here().leave_operands(operands, exponent);
     here().add_pairs_as_earlier(sums, operands, exponent);
+    ptx::fence_proxy_async_shared();  // what is exchanged, before states are copied there
     __syncthreads();
     here().add_pairs_as_later(sums, operands, exponent);
     here().add_pairs_across(sums, exponent);
@@ -306,7 +316,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
     here().finish(sums.dq, 0);
     here().finish(sums.dk, 1);
     here().store_gates(sums.cumulative);
-    ptx::cp_async_wait_group<2>();
+    ptx::cp_async_wait_group<1>();  // g of the next chunk
     __syncthreads();
     here().store_gate_parameters();
     here().store_gradient_rows();
@@ -324,12 +334,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   extern __shared__ __align__(1024) uint8_t shared[];
   const int value_heads = params.forward.call.problem.value_heads;
   const int64_t tiles = slots * value_heads;
-  const int warp = ptx::opaque(threadIdx.x >> 5), lane = ptx::opaque(threadIdx.x & 31);
   ChunkPlace* const places = reinterpret_cast<ChunkPlace*>(shared + Config::kPlaces);
 
   // One warp looks for the place of a tile; past the last one it has no tokens.
   const auto find = [&](int64_t tile, int turn) {
-    if (warp != Config::kWarps - 1) return;
+    const int thread = ptx::opaque(threadIdx.x), lane = thread & 31;
+    if (thread >> 5 != Config::kWarps - 1) return;
     ChunkPlace place = {{0, 0, 0}, tile, 0, 0};
     if (tile < tiles) {  // fewer than 2^31
       place.slot = static_cast<uint32_t>(tile) / static_cast<uint32_t>(value_heads);
@@ -340,18 +350,25 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   };
   const auto at = [&](int turn) -> Gradients {
     const ChunkPlace& place = places[turn];
-    return {{{{{params, shared, warp, lane, lane >> 2, lane & 3, place.location, place.value_head, place.tile}}}}};
+    const int thread = ptx::opaque(threadIdx.x), lane = thread & 31;  // what follows from it is not kept
+    return {{{{{params, shared, thread, thread >> 5, lane, lane >> 2, lane & 3, place.location, place.value_head,
+                place.tile}}}}};
   };
 
   int64_t tile = blockIdx.x;
   find(tile, 0);
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(at(0).barrier(Gradients::Copies::kValues), 1);
+    ptx::mbarrier_init(at(0).barrier(Gradients::Copies::kStates), 1);
+    ptx::fence_mbarrier_init();
+  }
   __syncthreads();
   at(0).copy_gates();
   at(0).copy_values();
   at(0).copy_states();
   at(0).copy_keys();
   float raw_beta = at(0).raw_beta();
-  ptx::cp_async_wait_group<3>();
+  ptx::cp_async_wait_group<2>();
   __syncthreads();
 #pragma unroll 1
   for (int turn = 0; tile < tiles; turn ^= 1) {
@@ -362,13 +379,15 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     Result result = Result::kLeft;
     const ChunkPlace& place = places[turn];
     if (place.location.tokens > 0) {
-      result = Gradients::run(raw_beta, here, next);
+      result = Gradients::run(raw_beta, turn, here, next);
     } else {
       if (place.slot < params.forward.chunk_slots && threadIdx.x == 0) params.by_levels[place.tile] = 0;
       clear_unused_slot<Config>(params, place.slot, place.value_head);
     }
     if (result == Result::kDone) continue;
     ptx::cp_async_wait_all();
+    here().wait_for(Gradients::Copies::kValues, turn);
+    here().wait_for(Gradients::Copies::kStates, turn);
     __syncthreads();
     if (result == Result::kLeft) {
       raw_beta = next().raw_beta();
@@ -377,7 +396,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     next().copy_values();
     next().copy_states();
     next().copy_keys();
-    ptx::cp_async_wait_group<3>();
+    ptx::cp_async_wait_group<2>();
     __syncthreads();
   }
 }

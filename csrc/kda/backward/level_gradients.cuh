@@ -390,7 +390,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     __syncthreads();  // all have read where to begin; shared memory is free
     if (threadIdx.x == 0) next = static_cast<unsigned>(tile) + gridDim.x;
     GradientsContext<Config> context{
-        params, shared, warp, lane, lane >> 2, lane & 3, location, static_cast<int>(tile % value_heads), tile};
+        params, shared, thread, warp, lane, lane >> 2, lane & 3, location, static_cast<int>(tile % value_heads), tile};
     LevelGradients<Config>{{{{{{context}}}, false}}}.run();
     __syncthreads();
   }

@@ -6,6 +6,7 @@
 //                dV = beta Y
 #pragma once
 
+#include "../device/wgmma.cuh"
 #include "block_config.cuh"
 
 namespace kda {
@@ -95,7 +96,7 @@ struct ValueGradients : GradientsRows<Config> {
   }
 
   __device__ __forceinline__ void beta_gradient() const {
-    const int t = threadIdx.x;
+    const int t = this->thread;
     if (t >= location.tokens) return;
     const float* const parts = reinterpret_cast<const float*>(shared + Config::kBetaParts);
     float gradient = 0.0f;
@@ -111,7 +112,7 @@ struct ValueGradients : GradientsRows<Config> {
   __device__ __forceinline__ void store_value_gradient() const {
     constexpr int kUnits = V / 8;
 #pragma unroll 2
-    for (int i = threadIdx.x; i < C * kUnits; i += Config::kThreads) {
+    for (int i = this->thread; i < C * kUnits; i += Config::kThreads) {
       const int t = i / kUnits, unit = i % kUnits;
       if (t >= location.tokens) break;
       const float beta = tokens(Config::kBeta)[t];
@@ -134,30 +135,43 @@ struct ValueGradients : GradientsRows<Config> {
   struct Pairs {
     float acc[kPairTiles][2][4];
   };
-  __device__ __forceinline__ bool has_queries() const { return warp & 1; }
-  __device__ __forceinline__ int pair_row_tile() const { return kTiles - 1 - (warp >> 1) / kPairParts; }
-  __device__ __forceinline__ int first_pair_tile() const { return (warp >> 1) % kPairParts * kPairTiles; }
+  // A warpgroup has all rows of one of the two, and a part of the columns.
+  __device__ __forceinline__ bool has_queries() const { return warp >> 2 & 1; }
+  __device__ __forceinline__ int pair_row_tile() const { return warp & 3; }
+  __device__ __forceinline__ int first_pair_tile() const { return (warp >> 3) * kPairTiles; }
+
+  // The operands of 16 of V of a tile of dO, Y or U, for rows from that of tile tt on.
+  __device__ __forceinline__ uint64_t value_descriptor(int offset, int tt) const {
+    return wgmma::descriptor(address(offset) + tt * 16 * Config::ValueTile::kRowBytes, Config::ValueTile::kBlockBytes);
+  }
+  static __device__ __forceinline__ uint64_t value_operand(uint64_t descriptor, int kt) {
+    return wgmma::advance(descriptor, (kt >> 2) * Config::ValueTile::kBlockBytes + (kt & 3) * 32);
+  }
 
   __device__ __forceinline__ void multiply_pairs(Pairs& pairs) const {
-    const int r = pair_row_tile(), first = first_pair_tile();
+    constexpr int kHalves = kPairTiles / 2;  // products of 32 columns
+    float acc[kHalves][4][4];
+    const uint64_t rows = value_descriptor(has_queries() ? Config::kOutputGradient : Config::kY, 0);
+    const uint64_t columns = value_descriptor(Config::kU, first_pair_tile());
+    wgmma::fence();
 #pragma unroll
-    for (int n = 0; n < kPairTiles; ++n) {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) pairs.acc[n][e >> 2][e & 3] = 0.0f;
-    }
-    if (first > r) return;
-#pragma unroll 2
     for (int kt = 0; kt < V / 16; ++kt) {
-      uint32_t a[4];
-      Config::ValueTile::load_a(a, address(has_queries() ? Config::kOutputGradient : Config::kY), 16 * r, 16 * kt,
-                                lane);
 #pragma unroll
-      for (int n = 0; n < kPairTiles; ++n) {
-        if (first + n > r) continue;
-        uint32_t b[4];
-        Config::ValueTile::load_b(b, address(Config::kU), 16 * (first + n), 16 * kt, lane);
-        ptx::mma_m16n8k16_bf16(pairs.acc[n][0], a[0], a[1], a[2], a[3], b[0], b[1]);
-        ptx::mma_m16n8k16_bf16(pairs.acc[n][1], a[0], a[1], a[2], a[3], b[2], b[3]);
+      for (int half = 0; half < kHalves; ++half) {
+        wgmma::m64n32k16_bf16<false>(
+            acc[half], value_operand(rows, kt),
+            wgmma::advance(value_operand(columns, kt), half * 32 * Config::ValueTile::kRowBytes), kt > 0);
+      }
+    }
+    wgmma::commit_group();
+    wgmma::wait_group<0>();
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      wgmma::pin(acc[half]);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) pairs.acc[2 * half + n / 2][n % 2][e] = acc[half][n][e];
       }
     }
   }
@@ -230,7 +244,7 @@ struct ValueGradients : GradientsRows<Config> {
             pack_bf16(size * even, size * odd);
       }
     }
-    if (threadIdx.x == 0) unit_exponent() = exponent;
+    if (this->thread == 0) unit_exponent() = exponent;
     return size;
   }
 };

@@ -83,7 +83,7 @@ struct SwizzledTile : TileOperands<SwizzledTile<Columns>> {
 // tensor copies with 128-byte swizzle write, and what ldmatrix and wgmma read without bank conflicts.
 template <int Rows>
 struct BlockedTile : TileOperands<BlockedTile<Rows>> {
-  static constexpr int kBlockBytes = Rows * 128;
+  static constexpr int kRowBytes = 128, kBlockBytes = Rows * kRowBytes;
   static __device__ __forceinline__ uint32_t unit_offset(int row, int unit) {
     return (unit >> 3) * kBlockBytes + row * 128 + (((unit & 7) ^ (row & 7)) << 4);
   }

@@ -66,6 +66,23 @@ __device__ __forceinline__ void m64n32k16_bf16(float (&d)[4][4], const uint32_t 
         "n"(kTransposed ? 1 : 0));
 }
 
+// The same with A in shared memory, K-major: rows are m.
+template <bool kTransposed>
+__device__ __forceinline__ void m64n32k16_bf16(float (&d)[4][4], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred accumulate;\n"
+      "setp.ne.b32 accumulate, %18, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "%16, %17, accumulate, 1, 1, 0, %19;\n"
+      "}\n"
+      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
+        "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
+        "+f"(d[3][2]), "+f"(d[3][3])
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransposed ? 1 : 0));
+}
+
 // D (64 x 64) = (accumulate ? D : 0) + A (64 x 16) B (16 x 64); kTransposed: B is MN-major.
 template <bool kTransposed>
 __device__ __forceinline__ void m64n64k16_bf16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
