@@ -22,7 +22,7 @@ struct IntraChunkGradientsConfig {
                        kStateBytes = K * V * 2, kGateTileBytes = C * K * 4, kFragmentBytes = 32 * 16;
 
   // What is copied from memory, in the order of the groups of copies (see intra_chunk_gradients.cuh).
-  static constexpr int kGates = 0;                              // g, see gate_offset()
+  static constexpr int kGates = 0;                              // g, see gate_offset(); then log2 of P, see exponents()
   static constexpr int kY = kGates + kGateTileBytes;            // dU as in memory, then Y
   static constexpr int kU = kY + kValueTileBytes;               // U as in memory, then a tile of it
   static constexpr int kInverse = kU + kValueTileBytes;         // A^-1
@@ -31,10 +31,6 @@ struct IntraChunkGradientsConfig {
   static constexpr int kOutputGradient = kDState + kStateBytes;  // dO
   static constexpr int kQuery = kOutputGradient + kValueTileBytes;  // q, then dq
   static constexpr int kKey = kQuery + kKeyTileBytes;               // k, then dk
-  // Operands that a block of tokens leaves to the other one, when all have read the states: for each group of channels those of k_X, q_P, k_P.
-  static constexpr int kExchange = kState, kExchanged = 3 * kBlockTiles;
-  static_assert(kGroups * kExchanged * kFragmentBytes <= 2 * kStateBytes, "over S and dS'");
-
   static constexpr int kDqk = kKey + kKeyTileBytes;      // see store_pairs()
   static constexpr int kDkk = kDqk + kPairTileBytes;     // likewise
   static constexpr int kTokens = kDkk + kPairTileBytes;  // arrays over tokens, below
@@ -66,8 +62,17 @@ struct IntraChunkGradientsConfig {
   };
   static constexpr int kLargest = kChannels + kChannelArrays * kBlocks * K * 4;  // [kWarps]: the largest pair in magnitude; and one word
   static constexpr int kPlaces = kLargest + (kWarps + 4) * 4;  // [2] of ChunkPlace
-  static constexpr int kBarriers = kPlaces + 2 * 48;  // [2]: of copies of values and of states
-  static constexpr int kSharedBytes = kBarriers + 2 * 8;
+  static constexpr int kBarriers = kPlaces + 2 * 48;   // [2]: of copies of values and of states
+  static constexpr int kEnd = kBarriers + 2 * 8;
+
+  // Operands of pairs, when all have read the states: of each warp P q and P k, and of each group of channels X k.
+  static constexpr int kOperands = kState, kOwnOperands = 2 * kBlockTiles,
+                       kOwnOperandBytes = kWarps * kOwnOperands * kFragmentBytes,
+                       kCrossOperandBytes = kGroups * kBlockTiles * kFragmentBytes;
+  static_assert(kOwnOperandBytes <= 2 * kStateBytes);
+  static constexpr bool kCrossOperandsFit = kOwnOperandBytes + kCrossOperandBytes <= 2 * kStateBytes;
+  static constexpr int kCrossOperands = kCrossOperandsFit ? kOperands + kOwnOperandBytes : kEnd;
+  static constexpr int kSharedBytes = kEnd + (kCrossOperandsFit ? 0 : kCrossOperandBytes);
   static_assert(kSharedBytes <= 227 * 1024);
   static constexpr int kMostCtas = 512 / kThreads,
                        kCtasThatFit = 228 * 1024 / (kSharedBytes + 1024);  // 128 registers a thread

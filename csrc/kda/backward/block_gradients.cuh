@@ -82,9 +82,31 @@ struct BlockGradients : ValueGradients<Config> {
   struct Sums {
     Block dq, dk, cumulative;
   };
-  // P q and P k of tokens as the later ones of their pairs, R k as the earlier ones.
-  struct Operands {
-    ChannelOperand q_P[kBlockTiles], k_P[kBlockTiles], k_R[kBlockTiles];
+  // What a lane keeps in shared memory, as registers are few: log2 of P of a tile of the block, and operands of its tokens as the later
+  // ones of their pairs, P q (which: 0) and P k (1), of a block of tokens; and X k of the first block.
+  __device__ __forceinline__ float4* exponents(int i) const {
+    return reinterpret_cast<float4*>(this->shared + Config::kGates) + (this->warp * kBlockTiles + i) * 2 * 32 + lane;
+  }
+  __device__ __forceinline__ ChannelTile exponent(int i) const { return this->kept(exponents(i)); }
+  __device__ __forceinline__ uint4& later_operand(int which, int block, int i) const {
+    const int warp = block * Config::kGroups + group();
+    return *reinterpret_cast<uint4*>(this->shared + Config::kOperands +
+                                     ((warp * Config::kOwnOperands + which * kBlockTiles + i) * 32 + lane) * 16);
+  }
+  __device__ __forceinline__ uint4& cross_operand(int i) const {
+    return *reinterpret_cast<uint4*>(this->shared + Config::kCrossOperands +
+                                     ((group() * kBlockTiles + i) * 32 + lane) * 16);
+  }
+  static __device__ __forceinline__ uint4 to_fragment(const ChannelOperand& operand) {
+    return {operand.pair[0], operand.pair[1], operand.pair[2], operand.pair[3]};
+  }
+
+  // Operands in registers: P q and P k until they are left in shared memory, and R k.
+  struct LaterOperands {
+    ChannelOperand q_P[kBlockTiles], k_P[kBlockTiles];
+  };
+  struct EarlierOperands {
+    ChannelOperand k_R[kBlockTiles];
   };
 
   // The fragment of the warp's channels and 16 of V, of S or dS'.
@@ -144,35 +166,8 @@ struct BlockGradients : ValueGradients<Config> {
     }
   }
 
-  // What the block's tokens write to the state at the exit: in dk, in crossing, and what of it crosses the tokens of the block.
-  __device__ __forceinline__ void add_written(Sums& sums, float (&crossing)[2], Operands& operands, const Block& exponent,
-                                              float unit) const {
-    const int first = first_tile();
-    float to_exit[2];
-    decay_over(to_exit, first + 1, kTiles);
-#pragma unroll
-    for (int hi = 0; hi < 2; ++hi) to_exit[hi] = unit * ptx::ex2(to_exit[hi]);
-    Block written;  // U dS'^T
-    multiply_state(written, Config::kDState, Config::kU);
-#pragma unroll
-    for (int i = 0; i < kBlockTiles; ++i) {
-      float norms[4];
-      load_tokens(norms, Config::kKeyNorm, first + i);
-      const ChannelTile R = inverse_power(exponent[i]);
-      operands.k_R[i] = scaled_values(Config::kKey, first + i, R);
-      const ChannelTile rounded = operands.k_R[i].template unpack<BFloat16>();
-      sums.dk[i].for_each([&](float& dk, int block, int hi, int p) {
-        const float x = written[i].at(block, hi, p) * (to_exit[hi] * norms[token_index(block, p)]);
-        dk = R.at(block, hi, p) * x;
-        const float term = __fmul_rn(rounded.at(block, hi, p), x);  // cancels in what the token itself does not cross
-        crossing[hi] += term;
-        sums.cumulative[i].value[block][2 * hi + p] = -term;
-      });
-    }
-  }
-
   // What the block's tokens read of the state at the entry, and the pairs of a token with itself.
-  __device__ __forceinline__ void add_read(Sums& sums, Operands& operands, const Block& exponent, float unit) const {
+  __device__ __forceinline__ void add_read(Sums& sums, LaterOperands& operands, float unit) const {
     const int first = first_tile();
     float from_entry[2];
     decay_over(from_entry, 0, first + 1);
@@ -196,7 +191,7 @@ struct BlockGradients : ValueGradients<Config> {
           diagonal[t] *= unit;
         }
       }
-      const ChannelTile P = power(exponent[i]);
+      const ChannelTile P = power(exponent(i));
       const ChannelTile q = load_values(Config::kQuery, first + i), k = load_values(Config::kKey, first + i);
       operands.q_P[i] = ChannelOperand::scaled(q, P), operands.k_P[i] = ChannelOperand::scaled(k, P);
       sums.dq[i].for_each([&](float& dq, int block, int hi, int p) {
@@ -205,8 +200,33 @@ struct BlockGradients : ValueGradients<Config> {
         const float query = decay * asks[t] * queries[i].value[block][e];
         const float key = decay * predicts[t] * keys[i].value[block][e];
         dq = query + diagonal[t] * k.value[block][e];
-        sums.dk[i].value[block][e] += key + diagonal[t] * q.value[block][e];
-        sums.cumulative[i].value[block][e] += q.value[block][e] * query + k.value[block][e] * key;
+        sums.dk[i].value[block][e] = key + diagonal[t] * q.value[block][e];
+        sums.cumulative[i].value[block][e] = q.value[block][e] * query + k.value[block][e] * key;
+      });
+    }
+  }
+
+  // What the block's tokens write to the state at the exit: in dk, in crossing, and what of it crosses the tokens of the block. written: U dS'^T.
+  __device__ __forceinline__ void add_written(Sums& sums, float (&crossing)[2], EarlierOperands& operands,
+                                              const Block& written, float unit) const {
+    const int first = first_tile();
+    float to_exit[2];
+    decay_over(to_exit, first + 1, kTiles);
+#pragma unroll
+    for (int hi = 0; hi < 2; ++hi) to_exit[hi] = unit * ptx::ex2(to_exit[hi]);
+#pragma unroll
+    for (int i = 0; i < kBlockTiles; ++i) {
+      float norms[4];
+      load_tokens(norms, Config::kKeyNorm, first + i);
+      const ChannelTile R = inverse_power(exponent(i));
+      operands.k_R[i] = scaled_values(Config::kKey, first + i, R);
+      const ChannelTile rounded = operands.k_R[i].template unpack<BFloat16>();
+      sums.dk[i].for_each([&](float& dk, int block, int hi, int p) {
+        const float x = written[i].at(block, hi, p) * (to_exit[hi] * norms[token_index(block, p)]);
+        dk += R.at(block, hi, p) * x;
+        const float term = __fmul_rn(rounded.at(block, hi, p), x);  // cancels in what the token itself does not cross
+        crossing[hi] += term;
+        sums.cumulative[i].value[block][2 * hi + p] -= term;
       });
     }
   }
@@ -224,51 +244,41 @@ struct BlockGradients : ValueGradients<Config> {
   }
 
   // Pairs inside the block in which tokens are the earlier ones.
-  __device__ __forceinline__ void add_pairs_as_earlier(Sums& sums, const Operands& operands, const Block& exponent) const {
+  __device__ __forceinline__ void add_pairs_as_earlier(Sums& sums, const EarlierOperands& operands) const {
     const int first = first_tile();
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
       ChannelTile sum = zeros();
 #pragma unroll
       for (int other = i; other < kBlockTiles; ++other) {
-        multiply_later(sum, operands.q_P[other], Config::kDqk, first + i, first + other);
-        multiply_later(sum, operands.k_P[other], Config::kDkk, first + i, first + other);
+        multiply_later(sum, to_operand(later_operand(0, block(), other)), Config::kDqk, first + i, first + other);
+        multiply_later(sum, to_operand(later_operand(1, block(), other)), Config::kDkk, first + i, first + other);
       }
-      add_earlier(sums, i, sum, inverse_power(exponent[i]), operands.k_R[i]);
+      add_earlier(sums, i, sum, inverse_power(exponent(i)), operands.k_R[i]);
     }
   }
 
-  // What a block leaves to the other: the first k_X, the second q_P and k_P. Private to a lane of the two warps of these channels.
-  __device__ __forceinline__ uint4& exchanged(int i) const {
-    return *reinterpret_cast<uint4*>(this->shared + Config::kExchange +
-                                     ((group() * Config::kExchanged + i) * 32 + lane) * 16);
-  }
-  static __device__ __forceinline__ uint4 to_fragment(const ChannelOperand& operand) {
-    return {operand.pair[0], operand.pair[1], operand.pair[2], operand.pair[3]};
-  }
   __device__ __forceinline__ void middle_of_second(float (&middle)[2]) const {
     decay_over(middle, 1, 1 + kBlockTiles);
   }
 
-  __device__ __forceinline__ void leave_operands(const Operands& operands, const Block& exponent) const {
-    if (is_second()) {
+  __device__ __forceinline__ void leave_operands(const LaterOperands& operands) const {
 #pragma unroll
-      for (int i = 0; i < kBlockTiles; ++i) {
-        exchanged(kBlockTiles + i) = to_fragment(operands.q_P[i]);
-        exchanged(2 * kBlockTiles + i) = to_fragment(operands.k_P[i]);
-      }
-    } else {
-      float middle[2];
-      middle_of_second(middle);
+    for (int i = 0; i < kBlockTiles; ++i) {
+      later_operand(0, block(), i) = to_fragment(operands.q_P[i]);
+      later_operand(1, block(), i) = to_fragment(operands.k_P[i]);
+    }
+    if (is_second()) return;
+    float middle[2];
+    middle_of_second(middle);
 #pragma unroll
-      for (int i = 0; i < kBlockTiles; ++i) {
-        exchanged(i) = to_fragment(scaled_values(Config::kKey, i, power_to(middle, exponent[i])));
-      }
+    for (int i = 0; i < kBlockTiles; ++i) {
+      cross_operand(i) = to_fragment(scaled_values(Config::kKey, i, power_to(middle, exponent(i))));
     }
   }
 
   // Pairs in which tokens are the later ones, inside the block and, in the second, with the first.
-  __device__ __forceinline__ void add_pairs_as_later(Sums& sums, const Operands& operands, const Block& exponent) const {
+  __device__ __forceinline__ void add_pairs_as_later(Sums& sums, const EarlierOperands& operands) const {
     const int first = first_tile();
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
@@ -279,13 +289,13 @@ struct BlockGradients : ValueGradients<Config> {
       };
       if (is_second()) {
 #pragma unroll
-        for (int other = 0; other < kBlockTiles; ++other) add(to_operand(exchanged(other)), other);
+        for (int other = 0; other < kBlockTiles; ++other) add(to_operand(cross_operand(other)), other);
       }
 #pragma unroll
       for (int other = 0; other <= i; ++other) add(operands.k_R[other], first + other);
-      const ChannelTile P = power(exponent[i]);
-      const ChannelTile q_P = operands.q_P[i].template unpack<BFloat16>();
-      const ChannelTile k_P = operands.k_P[i].template unpack<BFloat16>();
+      const ChannelTile P = power(exponent(i));
+      const ChannelTile q_P = to_operand(later_operand(0, block(), i)).template unpack<BFloat16>();
+      const ChannelTile k_P = to_operand(later_operand(1, block(), i)).template unpack<BFloat16>();
       sums.dq[i].for_each([&](float& dq, int block, int hi, int p) {
         const int e = 2 * hi + p;
         dq += P.value[block][e] * query.value[block][e];
@@ -297,7 +307,7 @@ struct BlockGradients : ValueGradients<Config> {
   }
 
   // Pairs of tokens of the first block with the second's.
-  __device__ __forceinline__ void add_pairs_across(Sums& sums, const Block& exponent) const {
+  __device__ __forceinline__ void add_pairs_across(Sums& sums) const {
     if (is_second()) return;
     float middle[2];
     middle_of_second(middle);
@@ -306,10 +316,10 @@ struct BlockGradients : ValueGradients<Config> {
       ChannelTile sum = zeros();
 #pragma unroll
       for (int other = 0; other < kBlockTiles; ++other) {
-        multiply_later(sum, to_operand(exchanged(kBlockTiles + other)), Config::kDqk, i, kBlockTiles + other);
-        multiply_later(sum, to_operand(exchanged(2 * kBlockTiles + other)), Config::kDkk, i, kBlockTiles + other);
+        multiply_later(sum, to_operand(later_operand(0, 1, other)), Config::kDqk, i, kBlockTiles + other);
+        multiply_later(sum, to_operand(later_operand(1, 1, other)), Config::kDkk, i, kBlockTiles + other);
       }
-      add_earlier(sums, i, sum, power_to(middle, exponent[i]), to_operand(exchanged(i)));
+      add_earlier(sums, i, sum, power_to(middle, exponent(i)), to_operand(cross_operand(i)));
     }
   }
 

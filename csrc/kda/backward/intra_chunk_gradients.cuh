@@ -172,6 +172,11 @@ struct IntraChunkGradients : BlockGradients<Config> {
     return far_apart;
   }
 
+  __device__ __forceinline__ void keep_exponents(const Block& exponent) const {
+#pragma unroll
+    for (int i = 0; i < kBlockTiles; ++i) this->keep(this->exponents(i), exponent[i]);
+  }
+
   __device__ __forceinline__ float& channel_sum(typename Config::ChannelArray array, int block, int hi) const {
     return reinterpret_cast<float*>(shared + Config::kChannels)[(array * Config::kBlocks + block) * K + channel(hi)];
   }
@@ -245,8 +250,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
 
   enum class Result {
     kDone,
-    kLeft,          // to the levels; none of the next chunk's copies are on their way
-    kLeftWithGates  // those of its gates are
+    kLeft  // to the levels; none of the next chunk's copies are on their way
   };
 
   __device__ __forceinline__ Result leave_to_levels(Result result) const {
@@ -258,56 +262,59 @@ struct IntraChunkGradients : BlockGradients<Config> {
   // registers. raw_beta: of this chunk, then of the next.
   template <typename Here, typename Next>
   static __device__ __forceinline__ Result run(float& raw_beta, int turn, Here here, Next next) {
-    Block exponent;
-    bool far_apart = here().activate(exponent);
-    if (here().store_beta(raw_beta, far_apart)) return here().leave_to_levels(Result::kLeft);
-    raw_beta = next().raw_beta();
+    {
+      Block exponent;
+      const bool far_apart = here().activate(exponent);
+      if (here().store_beta(raw_beta, far_apart)) return here().leave_to_levels(Result::kLeft);
+      raw_beta = next().raw_beta();
+      here().keep_exponents(exponent);
+    }
     {
       typename Values::SolveOperands operands;
       here().wait_for(Copies::kValues, turn);
       here().load_operands(operands);
       __syncthreads();
-      next().copy_gates();
       here().solve(operands);
     }
-    ptx::cp_async_wait_group<1>();
+    ptx::cp_async_wait_all();
     if constexpr (!std::is_same_v<Element, BFloat16>) here().convert_output_gradient();
     ptx::fence_proxy_async_shared();  // Y, U and dO, before the products that read them
     __syncthreads();
 
+    typename Values::Pairs pairs;
+    here().multiply_pairs(pairs);
+    if (__syncthreads_or(!(here().store_norms() <= kMaxSquaredNorm))) return here().leave_to_levels(Result::kLeft);
+    here().leave_to_levels(Result::kDone);
+    here().scale_pairs(pairs);
+    here().beta_gradient();
+    here().store_value_gradient();
+    __syncthreads();
+    const float unit = here().store_pairs(pairs);
+    here().wait_for(Copies::kStates, turn);
     Sums sums;
     float crossing[2] = {};
-    typename Blocks::Operands operands;
-    {
-      const float largest_square = here().store_norms();
-      typename Values::Pairs pairs;
-      here().multiply_pairs(pairs);
-      if (__syncthreads_or(!(largest_square <= kMaxSquaredNorm))) return here().leave_to_levels(Result::kLeftWithGates);
-      here().leave_to_levels(Result::kDone);
-      here().scale_pairs(pairs);
-      here().beta_gradient();
-      here().store_value_gradient();
-      __syncthreads();
-      const float unit = here().store_pairs(pairs);
-      here().wait_for(Copies::kStates, turn);
-      here().add_crossing_state(crossing, unit);
-      here().add_written(sums, crossing, operands, exponent, unit);
-      here().add_read(sums, operands, exponent, unit);
-    }
+    Block written;
+    typename Blocks::LaterOperands later_operands;
+    here().add_crossing_state(crossing, unit);
+    here().multiply_state(written, Config::kDState, Config::kU);
+    here().add_read(sums, later_operands, unit);
     __syncthreads();
     next().copy_values();
-    here().leave_operands(operands, exponent);
-    here().add_pairs_as_earlier(sums, operands, exponent);
+    here().leave_operands(later_operands);
+    typename Blocks::EarlierOperands operands;
+    here().add_written(sums, crossing, operands, written, unit);
+    here().add_pairs_as_earlier(sums, operands);
     ptx::fence_proxy_async_shared();  // what is exchanged, before states are copied there
     __syncthreads();
-    here().add_pairs_as_later(sums, operands, exponent);
-    here().add_pairs_across(sums, exponent);
+    here().add_pairs_as_later(sums, operands);
+    here().add_pairs_across(sums);
     if (here().call().qk_l2norm) {
       here().store_dots(sums.dq, 0);
       here().store_dots(sums.dk, 1);
     }
     here().leave_channel_sums(sums.cumulative, crossing);
     __syncthreads();
+    next().copy_gates();
     next().copy_states();
     if (here().call().qk_l2norm) {
       here().sum_dots();
@@ -389,10 +396,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     here().wait_for(Gradients::Copies::kValues, turn);
     here().wait_for(Gradients::Copies::kStates, turn);
     __syncthreads();
-    if (result == Result::kLeft) {
-      raw_beta = next().raw_beta();
-      next().copy_gates();
-    }
+    raw_beta = next().raw_beta();
+    next().copy_gates();
     next().copy_values();
     next().copy_states();
     next().copy_keys();
