@@ -44,6 +44,7 @@ struct IntraChunkGradientsConfig {
     kDiagonal,      // the diagonal of Dqk
     kQueryRadial,   // what of q and k the normalisation takes off dq and dk
     kKeyRadial,
+    kNextBeta,  // of the next chunk, as it came
     kTokenArrays,
   };
   static constexpr int kBetaParts = kTokens + kTokenArrays * C * 4;  // [V / 16][C]

@@ -115,34 +115,41 @@ struct BlockGradients : ValueGradients<Config> {
                                            ((kt * Config::kGroups + group()) * 32 + lane) * 16);
   }
 
-  // Sums over V of a state's rows with those of dO, Y or U, for the block's tokens.
-  __device__ __forceinline__ void multiply_state(Block& sums, int state, int values) const {
-    constexpr int kRound = 4;  // fragments that are loaded at once
+  // Sums over V of a state's rows with those of kOperands of dO, Y and U, for the block's tokens. beside(): what does not need them.
+  template <int kOperands, typename Beside>
+  __device__ __forceinline__ void multiply_state(Block* const (&sums)[kOperands], int state,
+                                                 const int (&values)[kOperands], Beside beside) const {
     static_assert(kBlockTiles == 2);
-    const uint64_t rows = this->value_descriptor(values, first_tile());
-    float acc[4][4];
+    uint32_t fragments[V / 16][4];
 #pragma unroll
-    for (int round = 0; round < V / 16; round += kRound) {
-      uint32_t fragments[kRound][4];
-#pragma unroll
-      for (int r = 0; r < kRound; ++r) {
-        const uint4 fragment = state_fragment(state, round + r);
-        fragments[r][0] = fragment.x, fragments[r][1] = fragment.y;
-        fragments[r][2] = fragment.z, fragments[r][3] = fragment.w;
-      }
-      wgmma::fence();
-#pragma unroll
-      for (int r = 0; r < kRound; ++r) {
-        wgmma::m64n32k16_bf16<false>(acc, fragments[r], Values::value_operand(rows, round + r), round + r > 0);
-      }
-      wgmma::commit_group();
-      wgmma::wait_group<0>();
-      wgmma::pin(acc);
+    for (int kt = 0; kt < V / 16; ++kt) {
+      const uint4 fragment = state_fragment(state, kt);
+      fragments[kt][0] = fragment.x, fragments[kt][1] = fragment.y;
+      fragments[kt][2] = fragment.z, fragments[kt][3] = fragment.w;
     }
+    float acc[kOperands][4][4];
+    uint64_t rows[kOperands];
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
+    for (int i = 0; i < kOperands; ++i) rows[i] = this->value_descriptor(values[i], first_tile());
+    wgmma::fence();
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sums[n / 2].value[n % 2][e] = acc[n][e];
+    for (int kt = 0; kt < V / 16; ++kt) {
+#pragma unroll
+      for (int i = 0; i < kOperands; ++i) {
+        wgmma::m64n32k16_bf16<false>(acc[i], fragments[kt], Values::value_operand(rows[i], kt), kt > 0);
+      }
+    }
+    wgmma::commit_group();
+    beside();
+    wgmma::wait_group<0>();
+#pragma unroll
+    for (int i = 0; i < kOperands; ++i) {
+      wgmma::pin(acc[i]);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) (*sums[i])[n / 2].value[n % 2][e] = acc[i][n][e];
+      }
     }
   }
 
@@ -166,16 +173,14 @@ struct BlockGradients : ValueGradients<Config> {
     }
   }
 
-  // What the block's tokens read of the state at the entry, and the pairs of a token with itself.
-  __device__ __forceinline__ void add_read(Sums& sums, LaterOperands& operands, float unit) const {
+  // What the block's tokens read of the state at the entry, and the pairs of a token with itself. queries, keys: dO S^T and Y S^T.
+  __device__ __forceinline__ void add_read(Sums& sums, LaterOperands& operands, const Block& queries,
+                                           const Block& keys, float unit) const {
     const int first = first_tile();
     float from_entry[2];
     decay_over(from_entry, 0, first + 1);
 #pragma unroll
     for (int hi = 0; hi < 2; ++hi) from_entry[hi] = unit * ptx::ex2(from_entry[hi]);
-    Block queries, keys;  // dO S^T and Y S^T
-    multiply_state(queries, Config::kState, Config::kOutputGradient);
-    multiply_state(keys, Config::kState, Config::kY);
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
       float asks[4], predicts[4], diagonal[4];

@@ -149,21 +149,44 @@ struct GradientsRows : GradientsContext<Config> {
     return largest;
   }
 
-  // Rows of a [C, Columns] tile to a contiguous tensor, in which the first token has row `first_row` and the next are
-  // `row_stride` rows further each.
+  // Rows of a [C, Columns] tile, a thread's units of them, on the way to a contiguous tensor, in which the first token has row `first_row`
+  // and the next are `row_stride` rows further each.
   template <int Columns>
-  __device__ __forceinline__ void store_rows(void* destination, int offset, int64_t first_row, int row_stride) const {
-    constexpr int kUnits = Columns / 8, kRowsAtOnce = Config::kThreads / kUnits;
-    const int row = this->thread / kUnits, unit = this->thread % kUnits;
-    Element* const to =
-        static_cast<Element*>(destination) + (first_row + int64_t{row} * row_stride) * Columns + 8 * unit;
+  struct RowUnits {
+    static constexpr int kUnits = Columns / 8, kRowsAtOnce = Config::kThreads / kUnits, kCount = C / kRowsAtOnce;
+    uint4 unit[kCount];
+  };
+  template <int Columns>
+  __device__ __forceinline__ void take_rows(RowUnits<Columns>& units, int offset) const {
+    using Units = RowUnits<Columns>;
+    const int row = this->thread / Units::kUnits, unit = this->thread % Units::kUnits;
     const uint8_t* const from = shared + offset + SwizzledTile<Columns>::unit_offset(row, unit);
 #pragma unroll
-    for (int i = 0; i < C / kRowsAtOnce; ++i) {
-      if (row + i * kRowsAtOnce >= location.tokens) break;
-      *reinterpret_cast<uint4*>(to + int64_t{i * kRowsAtOnce} * row_stride * Columns) =
-          *reinterpret_cast<const uint4*>(from + i * kRowsAtOnce * Columns * 2);
+    for (int i = 0; i < Units::kCount; ++i) {
+      units.unit[i] = *reinterpret_cast<const uint4*>(from + i * Units::kRowsAtOnce * Columns * 2);
     }
+  }
+  template <int Columns>
+  __device__ __forceinline__ void store_rows(const RowUnits<Columns>& units, void* destination, int64_t first_row,
+                                             int row_stride) const {
+    using Units = RowUnits<Columns>;
+    const int row = this->thread / Units::kUnits, unit = this->thread % Units::kUnits;
+    Element* const to =
+        static_cast<Element*>(destination) + (first_row + int64_t{row} * row_stride) * Columns + 8 * unit;
+#pragma unroll
+    for (int i = 0; i < Units::kCount; ++i) {
+      if (row + i * Units::kRowsAtOnce < location.tokens) {
+        *reinterpret_cast<uint4*>(to + int64_t{i * Units::kRowsAtOnce} * row_stride * Columns) = units.unit[i];
+      }
+    }
+  }
+
+  // The same in one go.
+  template <int Columns>
+  __device__ __forceinline__ void store_rows(void* destination, int offset, int64_t first_row, int row_stride) const {
+    RowUnits<Columns> units;
+    take_rows(units, offset);
+    store_rows(units, destination, first_row, row_stride);
   }
 
   // dq or dk of a tile of tokens, as parts of the value head.

@@ -240,10 +240,12 @@ struct IntraChunkGradients : BlockGradients<Config> {
     }
   }
 
-  __device__ __forceinline__ void store_gradient_rows() const {
-    if (params.dq_parts != nullptr) return;
-    this->template store_rows<K>(params.dq, Config::kQuery, this->key_row(0), call().problem.heads);
-    this->template store_rows<K>(params.dk, Config::kKey, this->key_row(0), call().problem.heads);
+  // beta as it came, kept until its chunk is the next.
+  __device__ __forceinline__ void keep_beta(float beta) const {
+    if (this->thread < C) this->tokens(Config::kNextBeta)[this->thread] = beta;
+  }
+  __device__ __forceinline__ float copied_beta() const {
+    return this->thread < C ? this->tokens(Config::kNextBeta)[this->thread] : 0.0f;
   }
 
   // ---- One chunk ----
@@ -260,13 +262,15 @@ struct IntraChunkGradients : BlockGradients<Config> {
 
   // here(), next(): this chunk, and the one to copy from memory meanwhile, looked up in shared memory again by each part, as there are few
   // registers. raw_beta: of this chunk, then of the next.
-  template <typename Here, typename Next>
-  static __device__ __forceinline__ Result run(float& raw_beta, int turn, Here here, Next next) {
+  template <typename Here, typename Next, typename Find>
+  static __device__ __forceinline__ Result run(int turn, Here here, Next next, Find find_next) {
     {
       Block exponent;
       const bool far_apart = here().activate(exponent);
-      if (here().store_beta(raw_beta, far_apart)) return here().leave_to_levels(Result::kLeft);
-      raw_beta = next().raw_beta();
+      if (here().store_beta(here().copied_beta(), far_apart)) {
+        find_next();
+        return here().leave_to_levels(Result::kLeft);
+      }
       here().keep_exponents(exponent);
     }
     {
@@ -283,7 +287,9 @@ struct IntraChunkGradients : BlockGradients<Config> {
 
     typename Values::Pairs pairs;
     here().multiply_pairs(pairs);
-    if (__syncthreads_or(!(here().store_norms() <= kMaxSquaredNorm))) return here().leave_to_levels(Result::kLeft);
+    const bool is_large = __syncthreads_or(!(here().store_norms() <= kMaxSquaredNorm));
+    find_next();
+    if (is_large) return here().leave_to_levels(Result::kLeft);
     here().leave_to_levels(Result::kDone);
     here().scale_pairs(pairs);
     here().beta_gradient();
@@ -295,11 +301,16 @@ struct IntraChunkGradients : BlockGradients<Config> {
     float crossing[2] = {};
     Block written;
     typename Blocks::LaterOperands later_operands;
-    here().add_crossing_state(crossing, unit);
-    here().multiply_state(written, Config::kDState, Config::kU);
-    here().add_read(sums, later_operands, unit);
+    here().template multiply_state<1>({&written}, Config::kDState, {Config::kU},
+                                      [&] { here().add_crossing_state(crossing, unit); });
+    {
+      Block queries, keys;
+      here().template multiply_state<2>({&queries, &keys}, Config::kState, {Config::kOutputGradient, Config::kY}, [] {});
+      here().add_read(sums, later_operands, queries, keys, unit);
+    }
     __syncthreads();
     next().copy_values();
+    const float next_beta = next().raw_beta();
     here().leave_operands(later_operands);
     typename Blocks::EarlierOperands operands;
     here().add_written(sums, crossing, operands, written, unit);
@@ -313,6 +324,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
       here().store_dots(sums.dk, 1);
     }
     here().leave_channel_sums(sums.cumulative, crossing);
+    here().keep_beta(next_beta);
     __syncthreads();
     next().copy_gates();
     next().copy_states();
@@ -326,9 +338,17 @@ struct IntraChunkGradients : BlockGradients<Config> {
     ptx::cp_async_wait_group<1>();  // g of the next chunk
     __syncthreads();
     here().store_gate_parameters();
-    here().store_gradient_rows();
+    if (here().params.dq_parts != nullptr) {
+      next().copy_keys();
+      return Result::kDone;
+    }
+    typename Blocks::template RowUnits<K> dq, dk;
+    here().template take_rows<K>(dq, Config::kQuery);
+    here().template take_rows<K>(dk, Config::kKey);
     __syncthreads();
     next().copy_keys();
+    here().template store_rows<K>(dq, here().params.dq, here().key_row(0), here().call().problem.heads);
+    here().template store_rows<K>(dk, here().params.dk, here().key_row(0), here().call().problem.heads);
     return Result::kDone;
   }
 };
@@ -339,21 +359,22 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   using Gradients = IntraChunkGradients<Config>;
   using Result = typename Gradients::Result;
   extern __shared__ __align__(1024) uint8_t shared[];
-  const int value_heads = params.forward.call.problem.value_heads;
-  const int64_t tiles = slots * value_heads;
   ChunkPlace* const places = reinterpret_cast<ChunkPlace*>(shared + Config::kPlaces);
 
-  // One warp looks for the place of a tile; past the last one it has no tokens.
-  const auto find = [&](int64_t tile, int turn) {
+  // One warp, which has little to do meanwhile, looks for the place of a tile; past the last one it has no tokens.
+  const auto find = [&](unsigned turns) {
+    constexpr int kFindingWarp = Config::kWarps > 8 ? 8 : 0;
     const int thread = ptx::opaque(threadIdx.x), lane = thread & 31;
-    if (thread >> 5 != Config::kWarps - 1) return;
-    ChunkPlace place = {{0, 0, 0}, tile, 0, 0};
-    if (tile < tiles) {  // fewer than 2^31
-      place.slot = static_cast<uint32_t>(tile) / static_cast<uint32_t>(value_heads);
-      place.value_head = static_cast<int>(static_cast<uint32_t>(tile) % static_cast<uint32_t>(value_heads));
+    if (thread >> 5 != kFindingWarp) return;
+    const unsigned value_heads = params.forward.call.problem.value_heads;
+    const int64_t tile = blockIdx.x + int64_t{turns} * gridDim.x;
+    ChunkPlace place = {{0, 0, 0}, tile, slots, 0};
+    if (tile < slots * value_heads) {  // fewer than 2^31
+      place.slot = static_cast<uint32_t>(tile) / value_heads;
+      place.value_head = static_cast<int>(static_cast<uint32_t>(tile) % value_heads);
       if (place.slot < params.forward.chunk_slots) place.location = locate_chunk(params.forward.call, place.slot, lane);
     }
-    if (lane == 0) places[turn] = place;
+    if (lane == 0) places[turns & 1] = place;
   };
   const auto at = [&](int turn) -> Gradients {
     const ChunkPlace& place = places[turn];
@@ -362,47 +383,45 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
                 place.tile}}}}};
   };
 
-  int64_t tile = blockIdx.x;
-  find(tile, 0);
+  find(0);
   if (threadIdx.x == 0) {
-    ptx::mbarrier_init(at(0).barrier(Gradients::Copies::kValues), 1);
-    ptx::mbarrier_init(at(0).barrier(Gradients::Copies::kStates), 1);
+    const uint32_t barriers = ptx::shared_address(shared + Config::kBarriers);
+    ptx::mbarrier_init(barriers, 1);
+    ptx::mbarrier_init(barriers + 8, 1);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  at(0).copy_gates();
-  at(0).copy_values();
-  at(0).copy_states();
-  at(0).copy_keys();
-  float raw_beta = at(0).raw_beta();
-  ptx::cp_async_wait_group<2>();
-  __syncthreads();
+  // All of a chunk is copied.
+  const auto copy = [&](int turn) {
+    at(turn).copy_gates();
+    at(turn).copy_values();
+    at(turn).copy_states();
+    at(turn).copy_keys();
+    at(turn).keep_beta(at(turn).raw_beta());
+    ptx::cp_async_wait_group<2>();
+    __syncthreads();
+  };
+  copy(0);
 #pragma unroll 1
-  for (int turn = 0; tile < tiles; turn ^= 1) {
-    tile += gridDim.x;
-    find(tile, turn ^ 1);
+  for (unsigned turns = 0; places[turns & 1].slot < slots; ++turns) {
+    const int turn = turns & 1;
     const auto here = [&] { return at(turn); };
     const auto next = [&] { return at(turn ^ 1); };
-    Result result = Result::kLeft;
+    const auto find_next = [&] { find(turns + 1); };
     const ChunkPlace& place = places[turn];
     if (place.location.tokens > 0) {
-      result = Gradients::run(raw_beta, turn, here, next);
+      if (Gradients::run(turn, here, next, find_next) == Result::kDone) continue;
     } else {
+      __syncthreads();  // all have left the chunk before
+      find_next();
       if (place.slot < params.forward.chunk_slots && threadIdx.x == 0) params.by_levels[place.tile] = 0;
       clear_unused_slot<Config>(params, place.slot, place.value_head);
     }
-    if (result == Result::kDone) continue;
     ptx::cp_async_wait_all();
     here().wait_for(Gradients::Copies::kValues, turn);
     here().wait_for(Gradients::Copies::kStates, turn);
     __syncthreads();
-    raw_beta = next().raw_beta();
-    next().copy_gates();
-    next().copy_values();
-    next().copy_states();
-    next().copy_keys();
-    ptx::cp_async_wait_group<2>();
-    __syncthreads();
+    copy(turn ^ 1);
   }
 }
 
