@@ -15,34 +15,34 @@ struct IntraChunkGradientsConfig {
   static constexpr int kRowTiles = V / 16;  // of V
   static constexpr int kWarps = kGroups * kBlocks, kThreads = 32 * kWarps;
 
-  using KeyTile = SwizzledTile<K>;    // [C][K]
-  using ValueTile = BlockedTile<C>;   // [C][V]
-  using PairTile = SwizzledTile<C>;   // [C][C]
+  using KeyTile = SwizzledTile<K>;   // [C][K]
+  using ValueTile = BlockedTile<C>;  // [C][V]
+  using PairTile = SwizzledTile<C>;  // [C][C]
   static constexpr int kKeyTileBytes = C * K * 2, kValueTileBytes = C * V * 2, kPairTileBytes = C * C * 2,
                        kStateBytes = K * V * 2, kGateTileBytes = C * K * 4, kFragmentBytes = 32 * 16;
 
   // What is copied from memory, in the order of the groups of copies (see intra_chunk_gradients.cuh).
-  static constexpr int kGates = 0;                              // g, see gate_offset(); then log2 of P, see exponents()
-  static constexpr int kY = kGates + kGateTileBytes;            // dU as in memory, then Y
-  static constexpr int kU = kY + kValueTileBytes;               // U as in memory, then a tile of it
-  static constexpr int kInverse = kU + kValueTileBytes;         // A^-1
-  static constexpr int kState = kInverse + kPairTileBytes;      // S as in memory
-  static constexpr int kDState = kState + kStateBytes;          // dS' as in memory
-  static constexpr int kOutputGradient = kDState + kStateBytes;  // dO
+  static constexpr int kGates = 0;                          // g, see gate_offset(); then log2 of P, see exponents()
+  static constexpr int kY = kGates + kGateTileBytes;        // dU as in memory, then Y
+  static constexpr int kU = kY + kValueTileBytes;           // U as in memory, then a tile of it
+  static constexpr int kInverse = kU + kValueTileBytes;     // A^-1
+  static constexpr int kState = kInverse + kPairTileBytes;  // S as in memory
+  static constexpr int kDState = kState + kStateBytes;      // dS' as in memory
+  static constexpr int kOutputGradient = kDState + kStateBytes;     // dO
   static constexpr int kQuery = kOutputGradient + kValueTileBytes;  // q, then dq
   static constexpr int kKey = kQuery + kKeyTileBytes;               // k, then dk
-  static constexpr int kDqk = kKey + kKeyTileBytes;      // see store_pairs()
-  static constexpr int kDkk = kDqk + kPairTileBytes;     // likewise
-  static constexpr int kTokens = kDkk + kPairTileBytes;  // arrays over tokens, below
+  static constexpr int kDqk = kKey + kKeyTileBytes;                 // see store_pairs()
+  static constexpr int kDkk = kDqk + kPairTileBytes;                // likewise
+  static constexpr int kTokens = kDkk + kPairTileBytes;             // arrays over tokens, below
 
   // Arrays [C] of fp32.
   enum TokenArray {
-    kBeta,          // after its activation
-    kBetaBound,     // the same here
-    kQueryNorm,     // 1 / |q|, or 1
-    kKeyNorm,       // 1 / |k|, or 1
-    kDiagonal,      // the diagonal of Dqk
-    kQueryRadial,   // what of q and k the normalisation takes off dq and dk
+    kBeta,         // after its activation
+    kBetaBound,    // the same here
+    kQueryNorm,    // 1 / |q|, or 1
+    kKeyNorm,      // 1 / |k|, or 1
+    kDiagonal,     // the diagonal of Dqk
+    kQueryRadial,  // what of q and k the normalisation takes off dq and dk
     kKeyRadial,
     kNextBeta,  // of the next chunk, as it came
     kTokenArrays,
@@ -51,19 +51,30 @@ struct IntraChunkGradientsConfig {
   static constexpr int kDotParts = kBetaParts + kRowTiles * C * 4;   // [kWarps][2][kBlockTokens]: of q . dq and k . dk
   static constexpr int kDotBytes = 2 * kBlockTokens * 4;             // of a warp
   static constexpr int kTotals = kDotParts + kWarps * kDotBytes;     // [kTiles][K]: log2 of the decay over each tile
-  static constexpr int kChannels = kTotals + kTiles * K * 4;         // arrays over channels, below
+  static constexpr int kDecays = kTotals + kTiles * K * 4;           // arrays over channels, below
+
+  // Arrays [K] of fp32: decay factors, and log2 of one.
+  enum DecayArray {
+    kFromEntry,                      // to the middle of each block, from the chunk's entry
+    kToExit = kFromEntry + kBlocks,  // from the middle of each block to the chunk's exit
+    kOfChunk = kToExit + kBlocks,
+    kLog2Between,  // of the middles of both blocks
+    kDecayArrays,
+  };
+  static constexpr int kChannels = kDecays + kDecayArrays * K * 4;  // arrays over channels, below
 
   // Arrays [kBlocks][K] of fp32: sums over the tokens of a block.
   enum ChannelArray {
-    kCrossing,   // what its tokens write that crosses the chunk
-    kGradient,   // of the gradient of G inside the block
-    kOfRate,     // for dA_log
-    kOfBias,     // for ddt_bias
+    kCrossing,  // what its tokens write that crosses the chunk
+    kGradient,  // of the gradient of G inside the block
+    kOfRate,    // for dA_log
+    kOfBias,    // for ddt_bias
     kChannelArrays,
   };
-  static constexpr int kLargest = kChannels + kChannelArrays * kBlocks * K * 4;  // [kWarps]: the largest pair in magnitude; and one word
+  static constexpr int kLargest =
+      kChannels + kChannelArrays * kBlocks * K * 4;            // [kWarps]: the largest pair in magnitude; and one word
   static constexpr int kPlaces = kLargest + (kWarps + 4) * 4;  // [2] of ChunkPlace
-  static constexpr int kBarriers = kPlaces + 2 * 48;   // [2]: of copies of values and of states
+  static constexpr int kBarriers = kPlaces + 2 * 48;           // [2]: of copies of values and of states
   static constexpr int kEnd = kBarriers + 2 * 8;
 
   // Operands of pairs, when all have read the states: of each warp P q and P k, and of each group of channels X k.
@@ -95,8 +106,10 @@ struct ChunkPlace {
 };
 static_assert(sizeof(ChunkPlace) <= 48);
 
-// log2 range on either side of the middle of a block: 64 sums of pairs of at most 1 times q or k of at most 2^8 stay in fp32.
-inline constexpr float kMaxLog2Range = 112.0f;
-inline constexpr float kMaxSquaredNorm = 65536.0f;
+// A block goes by one reference if log2 of its decay on either side of its middle, and squares of the norms of q and k, are in one of two
+// ranges: 64 sums of pairs of at most 1 times q or k stay in fp32, 2^(112 + 6 + 8) and 2^(117 + 6 + 4). The wide one is for gates with a bound
+// of -5, 16 tokens of which decay by 2^-115.5.
+inline constexpr float kMaxLog2Range = 112.0f, kMaxSquaredNorm = 65536.0f;
+inline constexpr float kWideLog2Range = 117.0f, kWideSquaredNorm = 256.0f;
 
 }  // namespace kda

@@ -17,8 +17,7 @@ struct BlockGradients : ValueGradients<Config> {
   using Element = typename Config::Element;
   using Values::address, Values::channel, Values::group, Values::lane, Values::load_tokens, Values::member,
       Values::params, Values::tile, Values::totals;
-  static constexpr int K = Config::K, V = Config::V, kTiles = Config::kTiles,
-                       kBlockTiles = Config::kBlockTiles;
+  static constexpr int K = Config::K, V = Config::V, kTiles = Config::kTiles, kBlockTiles = Config::kBlockTiles;
 
   using Block = ChannelTile[kBlockTiles];
 
@@ -37,13 +36,26 @@ struct BlockGradients : ValueGradients<Config> {
     return ChannelTile::make([&](int b, int hi, int p) { return ptx::ex2(middle[hi] - exponent.at(b, hi, p)); });
   }
 
-  // log2 of the decay over the tiles from `first` to before `last`.
-  __device__ __forceinline__ void decay_over(float (&decay)[2], int first, int last) const {
-    decay[0] = decay[1] = 0.0f;
-#pragma unroll
-    for (int tt = 0; tt < kTiles; ++tt) {
-      if (tt >= first && tt < last) decay[0] += totals(tt)[channel(0)], decay[1] += totals(tt)[channel(1)];
-    }
+  // Of the lane's channels.
+  __device__ __forceinline__ void load_decay(float (&decay)[2], int array) const {
+    const float* const decays = reinterpret_cast<const float*>(this->shared + Config::kDecays) + array * K;
+    decay[0] = decays[channel(0)], decay[1] = decays[channel(1)];
+  }
+
+  // From the totals of the tiles, a channel a thread.
+  __device__ __forceinline__ void store_decays() const {
+    const int c = this->thread;
+    if (c >= K) return;
+    static_assert(kTiles == 4 && kBlockTiles == 2);
+    float* const decays = reinterpret_cast<float*>(this->shared + Config::kDecays) + c;
+    const float first = totals(0)[c], second = totals(1)[c], third = totals(2)[c], last = totals(3)[c];
+    const float between = second + third;
+    decays[Config::kFromEntry * K] = ptx::ex2(first);
+    decays[(Config::kFromEntry + 1) * K] = ptx::ex2(first + between);
+    decays[Config::kToExit * K] = ptx::ex2(between + last);
+    decays[(Config::kToExit + 1) * K] = ptx::ex2(last);
+    decays[Config::kOfChunk * K] = ptx::ex2((first + between) + last);
+    decays[Config::kLog2Between * K] = between;
   }
 
   // q or k of the tile, as they came.
@@ -111,8 +123,7 @@ struct BlockGradients : ValueGradients<Config> {
 
   // The fragment of the warp's channels and 16 of V, of S or dS'.
   __device__ __forceinline__ uint4 state_fragment(int offset, int kt) const {
-    return *reinterpret_cast<const uint4*>(this->shared + offset +
-                                           ((kt * Config::kGroups + group()) * 32 + lane) * 16);
+    return *reinterpret_cast<const uint4*>(this->shared + offset + ((kt * Config::kGroups + group()) * 32 + lane) * 16);
   }
 
   // Sums over V of a state's rows with those of kOperands of dO, Y and U, for the block's tokens. beside(): what does not need them.
@@ -165,22 +176,21 @@ struct BlockGradients : ValueGradients<Config> {
       entry.multiply(dots[1], exit.y, exit.w);
     }
     float chunk[2];
-    decay_over(chunk, 0, kTiles);
+    load_decay(chunk, Config::kOfChunk);
 #pragma unroll
     for (int hi = 0; hi < 2; ++hi) {  // the diagonal
       const float dot = this->row & 1 ? dots[hi][2 * hi + 1] : dots[hi][2 * hi];
-      if (member == this->row >> 1) crossing[hi] += ptx::ex2(chunk[hi]) * (unit * dot);
+      if (member == this->row >> 1) crossing[hi] += chunk[hi] * (unit * dot);
     }
   }
 
   // What the block's tokens read of the state at the entry, and the pairs of a token with itself. queries, keys: dO S^T and Y S^T.
-  __device__ __forceinline__ void add_read(Sums& sums, LaterOperands& operands, const Block& queries,
-                                           const Block& keys, float unit) const {
+  __device__ __forceinline__ void add_read(Sums& sums, LaterOperands& operands, const Block& queries, const Block& keys,
+                                           float unit) const {
     const int first = first_tile();
     float from_entry[2];
-    decay_over(from_entry, 0, first + 1);
-#pragma unroll
-    for (int hi = 0; hi < 2; ++hi) from_entry[hi] = unit * ptx::ex2(from_entry[hi]);
+    load_decay(from_entry, Config::kFromEntry + block());
+    from_entry[0] *= unit, from_entry[1] *= unit;
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
       float asks[4], predicts[4], diagonal[4];
@@ -216,9 +226,8 @@ struct BlockGradients : ValueGradients<Config> {
                                               const Block& written, float unit) const {
     const int first = first_tile();
     float to_exit[2];
-    decay_over(to_exit, first + 1, kTiles);
-#pragma unroll
-    for (int hi = 0; hi < 2; ++hi) to_exit[hi] = unit * ptx::ex2(to_exit[hi]);
+    load_decay(to_exit, Config::kToExit + block());
+    to_exit[0] *= unit, to_exit[1] *= unit;
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
       float norms[4];
@@ -238,8 +247,8 @@ struct BlockGradients : ValueGradients<Config> {
 
   // dk and the gradient of G of tile i from a sum over later tokens, where `factor` is that of the earlier ones and `operand` the rounded k times
   // it. Sums over pairs go apart from those of the states, next to which they might be lost, or not cancel.
-  static __device__ __forceinline__ void add_earlier(Sums& sums, int i, const ChannelTile& sum, const ChannelTile& factor,
-                                                     const ChannelOperand& operand) {
+  static __device__ __forceinline__ void add_earlier(Sums& sums, int i, const ChannelTile& sum,
+                                                     const ChannelTile& factor, const ChannelOperand& operand) {
     const ChannelTile rounded = operand.template unpack<BFloat16>();
     sums.dk[i].for_each([&](float& dk, int block, int hi, int p) {
       const float x = sum.at(block, hi, p);
@@ -263,10 +272,6 @@ struct BlockGradients : ValueGradients<Config> {
     }
   }
 
-  __device__ __forceinline__ void middle_of_second(float (&middle)[2]) const {
-    decay_over(middle, 1, 1 + kBlockTiles);
-  }
-
   __device__ __forceinline__ void leave_operands(const LaterOperands& operands) const {
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
@@ -275,7 +280,7 @@ struct BlockGradients : ValueGradients<Config> {
     }
     if (is_second()) return;
     float middle[2];
-    middle_of_second(middle);
+    load_decay(middle, Config::kLog2Between);
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
       cross_operand(i) = to_fragment(scaled_values(Config::kKey, i, power_to(middle, exponent(i))));
@@ -315,7 +320,7 @@ struct BlockGradients : ValueGradients<Config> {
   __device__ __forceinline__ void add_pairs_across(Sums& sums) const {
     if (is_second()) return;
     float middle[2];
-    middle_of_second(middle);
+    load_decay(middle, Config::kLog2Between);
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
       ChannelTile sum = zeros();

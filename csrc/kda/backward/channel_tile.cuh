@@ -221,9 +221,22 @@ __device__ __forceinline__ float multiply_tokens(float value) {
   return value * __shfl_xor_sync(0xffffffffu, value, 2);
 }
 
+// The sums of what the other lanes of equal lane / 4 bring, of those with a smaller lane % 4 and of those with a larger one, and of all of
+// the four; all lanes get the same bits for it.
+struct FourLaneSums {
+  float before, after, total;
+  __device__ __forceinline__ FourLaneSums(float mine, int member) {
+    const float neighbour = __shfl_xor_sync(0xffffffffu, mine, 1), pair = mine + neighbour;
+    const float other_pair = __shfl_xor_sync(0xffffffffu, pair, 2);
+    const bool is_odd = member & 1, is_upper = member & 2;
+    before = (is_odd ? neighbour : 0.0f) + (is_upper ? other_pair : 0.0f);
+    after = (is_odd ? 0.0f : neighbour) + (is_upper ? 0.0f : other_pair);
+    total = pair + other_pair;
+  }
+};
+
 // Sums from the tile's first token to each of its tokens; for each channel. total: the sum over all.
 __device__ __forceinline__ void prefix_sums(ChannelTile& tile, float (&total)[2], int lane) {
-  const int member = lane & 3;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     total[row] = 0.0f;
@@ -231,16 +244,10 @@ __device__ __forceinline__ void prefix_sums(ChannelTile& tile, float (&total)[2]
     for (int block = 0; block < 2; ++block) {
       float& even = tile.value[block][2 * row];
       float& odd = tile.value[block][2 * row + 1];
-      float sums = even + odd;  // from the start of the block to this lane's tokens
-#pragma unroll
-      for (int distance = 1; distance < 4; distance *= 2) {
-        const float earlier = __shfl_up_sync(0xffffffffu, sums, distance, 4);
-        if (member >= distance) sums += earlier;
-      }
-      const float previous = __shfl_up_sync(0xffffffffu, sums, 1, 4);
-      even += (member > 0 ? previous : 0.0f) + total[row];
+      const FourLaneSums sums(even + odd, lane & 3);
+      even += sums.before + total[row];
       odd += even;
-      total[row] += __shfl_sync(0xffffffffu, sums, 3, 4);
+      total[row] += sums.total;
     }
   }
 }
@@ -248,23 +255,16 @@ __device__ __forceinline__ void prefix_sums(ChannelTile& tile, float (&total)[2]
 // Sums from each token of the tile to its end, onto `after`, the sum of what comes later; for each channel. Leaves the
 // sum over all in `after`.
 __device__ __forceinline__ void suffix_sums(ChannelTile& tile, float (&after)[2], int lane) {
-  const int member = lane & 3;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
 #pragma unroll
     for (int block = 1; block >= 0; --block) {
       float& even = tile.value[block][2 * row];
       float& odd = tile.value[block][2 * row + 1];
-      float sums = even + odd;  // from this lane's tokens to the end of the block
-#pragma unroll
-      for (int distance = 1; distance < 4; distance *= 2) {
-        const float later = __shfl_down_sync(0xffffffffu, sums, distance, 4);
-        if (member + distance < 4) sums += later;
-      }
-      const float next = __shfl_down_sync(0xffffffffu, sums, 1, 4);
-      odd += (member < 3 ? next : 0.0f) + after[row];
+      const FourLaneSums sums(even + odd, lane & 3);
+      odd += sums.after + after[row];
       even += odd;
-      after[row] += __shfl_sync(0xffffffffu, sums, 0, 4);
+      after[row] += sums.total;
     }
   }
 }

@@ -83,8 +83,9 @@ struct GradientsRows : GradientsContext<Config> {
   }
 
   __device__ __forceinline__ void load_output_gradient() const {
-    load_rows<typename Config::ValueTile, V>(Config::kOutputGradient, static_cast<const Element*>(params.dO) + value_row(0) * V,
-                 int64_t{call().problem.value_heads} * V, true);
+    load_rows<typename Config::ValueTile, V>(Config::kOutputGradient,
+                                             static_cast<const Element*>(params.dO) + value_row(0) * V,
+                                             int64_t{call().problem.value_heads} * V, true);
   }
 
   __device__ __forceinline__ void load_queries_and_keys() const {

@@ -12,8 +12,8 @@ cudaError_t launch_intra_chunk_gradients(const ChunkBwdKernelParams& params, cud
     using Config = IntraChunkGradientsConfig<key_dim(), value_dim(), decltype(element)>;
     // With cu_seqlens, one slot more: it clears rows past the last entry.
     const int64_t slots = params.forward.chunk_slots + (problem.varlen && problem.tokens > 0 ? 1 : 0);
-    const int64_t ctas = std::min<int64_t>(slots * problem.value_heads,
-                                           int64_t{std::max(problem.sm_count, 1)} * Config::kCtasPerSm);
+    const int64_t ctas =
+        std::min<int64_t>(slots * problem.value_heads, int64_t{std::max(problem.sm_count, 1)} * Config::kCtasPerSm);
     return launch(intra_chunk_gradients_kernel<Config>, ctas, Config::kThreads, Config::kSharedBytes, stream, params,
                   slots);
   });

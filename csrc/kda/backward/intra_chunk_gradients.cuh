@@ -14,7 +14,7 @@
 // (channel_tile.cuh): decay factors, operands and results have one layout (block_gradients.cuh).
 //
 // Numerics: in each block one reference in its middle serves all pairs, as in step_operands.cuh. A chunk whose gates
-// decay by more than 2^kMaxLog2Range on either side of it, whose q or k are too large for that range, or which has a beta that
+// decay too much on either side of it, whose q or k are too large for that (see kWideLog2Range), or which has a beta that
 // nothing can be divided by, is left to level_gradients.cuh by a flag. Operands are single bf16. The terms of dg that belong to pairs
 // cancel between their two tokens outside of what they cross; both sides take the same rounded operands, so that they cancel to fp32.
 //
@@ -145,11 +145,15 @@ struct IntraChunkGradients : BlockGradients<Config> {
     return call().gate_type == DataType::kBFloat16 ? load(BFloat16()) : load(Float16());
   }
 
-  // log2 of P of the block's tokens; the totals of its tiles into shared memory. Returns whether the tokens are too far apart for one
-  // reference.
-  __device__ __forceinline__ bool activate(Block& exponent) const {
+  // How far apart the tokens of a block are.
+  struct Range {
+    bool is_wide, is_too_wide;  // for one reference with any q and k, and for one at all
+  };
+
+  // log2 of P of the block's tokens; the totals of its tiles into shared memory.
+  __device__ __forceinline__ Range activate(Block& exponent) const {
     const GateOfTile activation = this->gate();
-    bool far_apart = false;
+    Range range = {};
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
       const int tt = first_tile() + i;
@@ -164,12 +168,13 @@ struct IntraChunkGradients : BlockGradients<Config> {
       prefix_sums(x, total, lane);
 #pragma unroll
       for (int hi = 0; hi < 2; ++hi) {
-        far_apart |= !(total[hi] >= -kMaxLog2Range);
+        range.is_wide |= !(total[hi] >= -kMaxLog2Range);
+        range.is_too_wide |= !(total[hi] >= -kWideLog2Range);
         if (member == 0) totals(tt)[channel(hi)] = total[hi];
       }
       if (i == 0) x.for_each([&](float& sum, int, int hi, int) { sum -= total[hi]; });
     }
-    return far_apart;
+    return range;
   }
 
   __device__ __forceinline__ void keep_exponents(const Block& exponent) const {
@@ -264,30 +269,31 @@ struct IntraChunkGradients : BlockGradients<Config> {
   // registers. raw_beta: of this chunk, then of the next.
   template <typename Here, typename Next, typename Find>
   static __device__ __forceinline__ Result run(int turn, Here here, Next next, Find find_next) {
+    bool is_wide;
     {
       Block exponent;
-      const bool far_apart = here().activate(exponent);
-      if (here().store_beta(here().copied_beta(), far_apart)) {
-        find_next();
-        return here().leave_to_levels(Result::kLeft);
-      }
+      const Range range = here().activate(exponent);
+      is_wide = range.is_wide;
+      if (here().store_beta(here().copied_beta(), range.is_too_wide)) return here().leave_to_levels(Result::kLeft);
       here().keep_exponents(exponent);
     }
     {
       typename Values::SolveOperands operands;
       here().wait_for(Copies::kValues, turn);
       here().load_operands(operands);
+      here().store_decays();
       __syncthreads();
       here().solve(operands);
     }
     ptx::cp_async_wait_all();
     if constexpr (!std::is_same_v<Element, BFloat16>) here().convert_output_gradient();
     ptx::fence_proxy_async_shared();  // Y, U and dO, before the products that read them
-    __syncthreads();
+    is_wide = __syncthreads_or(is_wide);
 
     typename Values::Pairs pairs;
     here().multiply_pairs(pairs);
-    const bool is_large = __syncthreads_or(!(here().store_norms() <= kMaxSquaredNorm));
+    const float most = is_wide ? kWideSquaredNorm : kMaxSquaredNorm;
+    const bool is_large = __syncthreads_or(!(here().store_norms() <= most));
     find_next();
     if (is_large) return here().leave_to_levels(Result::kLeft);
     here().leave_to_levels(Result::kDone);
@@ -305,7 +311,8 @@ struct IntraChunkGradients : BlockGradients<Config> {
                                       [&] { here().add_crossing_state(crossing, unit); });
     {
       Block queries, keys;
-      here().template multiply_state<2>({&queries, &keys}, Config::kState, {Config::kOutputGradient, Config::kY}, [] {});
+      here().template multiply_state<2>({&queries, &keys}, Config::kState, {Config::kOutputGradient, Config::kY},
+                                        [] {});
       here().add_read(sums, later_operands, queries, keys, unit);
     }
     __syncthreads();
@@ -412,14 +419,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     if (place.location.tokens > 0) {
       if (Gradients::run(turn, here, next, find_next) == Result::kDone) continue;
     } else {
-      __syncthreads();  // all have left the chunk before
-      find_next();
       if (place.slot < params.forward.chunk_slots && threadIdx.x == 0) params.by_levels[place.tile] = 0;
       clear_unused_slot<Config>(params, place.slot, place.value_head);
     }
     ptx::cp_async_wait_all();
     here().wait_for(Gradients::Copies::kValues, turn);
     here().wait_for(Gradients::Copies::kStates, turn);
+    __syncthreads();  // all are done with this chunk, and with the one before
+    find_next();
     __syncthreads();
     copy(turn ^ 1);
   }

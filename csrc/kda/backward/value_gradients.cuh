@@ -238,9 +238,9 @@ struct ValueGradients : GradientsRows<Config> {
       for (int e = 0; e < 4; ++e) {
         const int half = e >> 1, hi = e & 1;
         const float even = pairs.acc[n][half][2 * hi], odd = pairs.acc[n][half][2 * hi + 1];
-        *reinterpret_cast<uint32_t*>(destination +
-                                     Config::PairTile::pair_offset(16 * r + row + 8 * hi,
-                                                                   16 * (first + n) + 8 * half + 2 * member)) =
+        *reinterpret_cast<uint32_t*>(
+            destination +
+            Config::PairTile::pair_offset(16 * r + row + 8 * hi, 16 * (first + n) + 8 * half + 2 * member)) =
             pack_bf16(size * even, size * odd);
       }
     }
