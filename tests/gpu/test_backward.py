@@ -19,7 +19,7 @@ from gpu_support import (
     only_sequence,
     reference,
 )
-from gradient_support import assert_gradients, backward, composite_fp64
+from gradient_support import assert_gradients, backward, composite_fp64, planned
 from test_forward_accuracy import draw_call
 
 from kda_cuda import composite
@@ -252,7 +252,7 @@ def test_in_a_cuda_graph() -> None:
 
 @needs_cuda
 def test_memory_beyond_the_gradients() -> None:
-    """What the planner states: 3 KiB a token and head of K = V = 128, no more."""
+    """What the planner states, no more."""
     T, H, D = 4096, 8, 128
     inputs = make_inputs("long", T=T, H=H, K=D, V=D, device=DEVICE)
     do, dstate = output_gradients(inputs)
@@ -263,7 +263,8 @@ def test_memory_beyond_the_gradients() -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     backward(inputs, do, dstate)
-    assert torch.cuda.max_memory_allocated() - before <= size + 3200 * T * H
+    workspace = planned(inputs, saved=False)["workspace_bytes"]
+    assert torch.cuda.max_memory_allocated() - before <= size + workspace + 16 * 2**20  # as the allocator rounds
 
 
 @needs_cuda

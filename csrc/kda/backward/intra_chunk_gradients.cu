@@ -14,8 +14,8 @@ cudaError_t launch_intra_chunk_gradients(const ChunkBwdKernelParams& params, cud
     const int64_t slots = params.forward.chunk_slots + (problem.varlen && problem.tokens > 0 ? 1 : 0);
     const int64_t ctas =
         std::min<int64_t>(slots * problem.value_heads, int64_t{std::max(problem.sm_count, 1)} * Config::kCtasPerSm);
-    return launch(intra_chunk_gradients_kernel<Config>, ctas, Config::kThreads, Config::kSharedBytes, stream, params,
-                  slots);
+    return launch_grid(intra_chunk_gradients_kernel<Config>,
+                       {ctas, Config::kThreads, Config::kSharedBytes, 1, /*overlaps=*/true}, stream, params, slots);
   });
 }
 

@@ -398,9 +398,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  // All of a chunk is copied.
+  ptx::launch_dependents();
+  // All of a chunk is copied; the first one's gates, which are an input, before the recurrences have ended.
   const auto copy = [&](int turn) {
     at(turn).copy_gates();
+    ptx::wait_for_kernel_before();
     at(turn).copy_values();
     at(turn).copy_states();
     at(turn).copy_keys();

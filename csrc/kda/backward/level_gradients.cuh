@@ -369,6 +369,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     level_gradients_kernel(const __grid_constant__ ChunkBwdKernelParams params) {
   extern __shared__ __align__(1024) uint8_t shared[];
   __shared__ unsigned next;
+  ptx::launch_dependents();
+  ptx::wait_for_kernel_before();
   if (threadIdx.x == 0) next = blockIdx.x;
   __syncthreads();
   while (true) {

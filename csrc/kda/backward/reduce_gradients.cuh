@@ -7,6 +7,7 @@
 #pragma once
 
 #include "../device/elements.cuh"
+#include "../device/ptx.cuh"
 #include "kernel_params.h"
 
 namespace kda {
@@ -24,6 +25,8 @@ __device__ __forceinline__ float4 add(const float4& a, const float4& b) {
 template <typename Element>
 __global__ void __launch_bounds__(ReduceConfig::kThreads)
     reduce_heads_kernel(const __grid_constant__ ChunkBwdKernelParams params) {
+  ptx::launch_dependents();
+  ptx::wait_for_kernel_before();  // before any return: who waits for this kernel relies on those before it, too
   const ChunkFwdProblem& problem = params.forward.call.problem;
   const int group = problem.value_heads / problem.heads, quads = problem.key_dim / 4;
   const int64_t index = blockIdx.x * int64_t{ReduceConfig::kThreads} + threadIdx.x;
@@ -45,6 +48,7 @@ template <int K>
 __global__ void __launch_bounds__(ReduceConfig::kParameterThreads)
     reduce_parameters_kernel(const __grid_constant__ ChunkBwdKernelParams params) {
   constexpr int kStrips = ReduceConfig::kParameterThreads / K;
+  ptx::wait_for_kernel_before();
   __shared__ float sums[2][kStrips][K];
   const int value_heads = params.forward.call.problem.value_heads, head = blockIdx.x;
   const int channel = threadIdx.x % K, strip = threadIdx.x / K;

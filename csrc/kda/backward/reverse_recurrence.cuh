@@ -71,6 +71,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const StageRing stage_ring = {static_cast<uint32_t>(ptx::opaque(ptx::shared_address(shared))), stages,
                                 Config::kStageBytes};
   stage_ring.init(shared, found, 1 + 128, Config::kConsumers, 128);
+  ptx::launch_dependents();
   uint8_t* const staging = shared + staging_offset<Config>(stages);
   using Staged = typename Config::Staged;
 

@@ -10,8 +10,9 @@ template <typename Config>
 cudaError_t launch_config(const ChunkFwdKernelParams& params, int blocks, cudaStream_t stream) {
   const int64_t ctas = params.segments.slots * params.call.problem.value_heads * blocks;
   constexpr int kStages = stages_of_ring<Config>();
-  return launch(state_recurrence_kernel<Config>, ctas, Config::kThreads, recurrence_shared_bytes<Config>(kStages),
-                stream, params, kStages);
+  return launch_grid(state_recurrence_kernel<Config>,
+                     {ctas, Config::kThreads, recurrence_shared_bytes<Config>(kStages), 1, /*overlaps=*/true}, stream,
+                     params, kStages);
 }
 
 template <int K, int kGroups>

@@ -72,6 +72,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const RecurrenceBlock found(call, segments.chunks, Config::kRows,
                               Config::kSummary && segments.state == nullptr ? 0 : V / Config::kRows,
                               Config::kSummary ? K / Config::kRows : 0, lane);
+  ptx::wait_for_kernel_before();  // before any return: who waits for this kernel relies on those before it, too
   if (!found.segment.is_used) return;
   // The end of the last segment is wanted by no other one; from the first on, the state is known.
   if (Config::kSummary && (found.segment.is_last || (found.is_map && found.segment.is_first))) return;
