@@ -706,6 +706,11 @@ class TestBackward:
         ]
         if plan.side_by_side and not saved:
             early, first = early + first[:1], []
+        if plan.gradients_beside:  # the sums are written while the recurrences go on
+            assert plan.side_by_side and not saved and not plan.segment_chunks and p.value_heads == p.heads
+            early += [(getattr(plan.workspace, name), name, size) for name, size in sums.items()]
+            early += [(plan.workspace.progress, "progress", 4 * (tiles + 1))]
+            late = early
         for regions in (first, early, late):
             self.check_apart(regions, plan.workspace.total_bytes)
         lasting = sum(size for begin, _, size in early if begin >= plan.workspace.dstate)
@@ -747,6 +752,23 @@ class TestBackward:
         plan = planner.plan_chunk_bwd(problem(heads=heads), False)
         assert plan.side_by_side == side_by_side
         assert (plan.workspace.U0 != plan.workspace.dstate) == side_by_side
+
+    @pytest.mark.parametrize(
+        ("changes", "is_beside"),
+        [
+            ({"heads": 12, "tokens": 2048}, True),
+            ({"heads": 24}, True),
+            ({"heads": 25}, False),  # 100 of 132 multiprocessors
+            ({"heads": 96}, False),
+            ({"heads": 8, "value_heads": 16}, False),  # parts of dq and dk would need room of their own
+            ({"heads": 2}, False),  # cut
+        ],
+    )
+    def test_gradients_beside_the_recurrences(self, changes: dict[str, Any], is_beside: bool) -> None:
+        """Where the recurrences leave multiprocessors idle, and compute the state."""
+        p = problem(**({"tokens": 8192} | changes))
+        assert planner.plan_chunk_bwd(p, False).gradients_beside == is_beside
+        assert not planner.plan_chunk_bwd(p, False, True).gradients_beside
 
     @staticmethod
     def check_apart(regions: list[tuple[int, str, int]], total_bytes: int) -> None:

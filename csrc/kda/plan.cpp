@@ -248,6 +248,10 @@ ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool 
   plan.value_tile = plan.segment_chunks > 0 ? kScanRows : options.value_tile.value_or(choose_value_tile(p));
   plan.side_by_side = plan.segment_chunks > 0 || 2 * chains_of(p) * (p.value_dim / plan.value_tile) <= p.sm_count;
 
+  // Not with parts of dq and dk, which would need room of their own; and not if hardly a multiprocessor is left.
+  plan.gradients_beside = !saved && plan.side_by_side && plan.segment_chunks == 0 && p.value_heads == p.heads &&
+                          8 * chains_of(p) * (p.value_dim / plan.value_tile) <= 3 * p.sm_count;
+
   constexpr size_t kBf16 = 2, kFp32 = 4, C = kChunkTokens;
   const size_t tiles = static_cast<size_t>(plan.chunk_slots) * p.value_heads;
   const size_t K = p.key_dim, V = p.value_dim;
@@ -270,7 +274,9 @@ ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool 
     for (size_t* region : {&w.dq, &w.dk}) *region = reserve(w, elements * kFp32);
   }
   if (!saved) {  // their first regions lie over the end of what has been reserved
-    w.intermediates = w.total_bytes > reused_bytes ? w.total_bytes - reused_bytes : 0;
+    if (plan.gradients_beside) w.progress = reserve(w, (tiles + 1) * sizeof(uint32_t));
+    const size_t over = plan.gradients_beside ? 0 : reused_bytes;
+    w.intermediates = w.total_bytes > over ? w.total_bytes - over : 0;
     w.total_bytes = w.intermediates + i.total_bytes;
   }
   w.dstate = reserve(w, tiles * V * K * kBf16);
@@ -310,6 +316,7 @@ std::string to_json(const ChunkBwdPlan& plan) {
   json.add("chunk_slots", plan.chunk_slots);
   json.add("value_tile", int64_t{plan.value_tile});
   json.add("side_by_side", int64_t{plan.side_by_side});
+  json.add("gradients_beside", int64_t{plan.gradients_beside});
   json.add("segment_chunks", plan.segment_chunks);
   json.add("segment_slots", plan.segment_slots);
   json.add("intermediate_bytes", static_cast<int64_t>(plan.intermediates.total_bytes));

@@ -145,7 +145,7 @@ struct ChunkSavingWorkspace {
 
 // Byte offsets of the regions of the workspace of the backward. by_levels and those of the sums are written when the regions of
 // ChunkIntermediates that the reverse recurrence alone reads are of no more use, and take their place, unless the
-// forward has saved them.
+// forward has saved them or stage 4 works beside that recurrence.
 struct ChunkBwdWorkspace {
   size_t intermediates = 0;  // those of ChunkIntermediates; none if the forward has saved them
   size_t dstate = 0;  // dS', gradient of the state at the exit of a chunk  [slots, HV, V, K]  bf16, fragment order
@@ -154,6 +154,8 @@ struct ChunkBwdWorkspace {
       0;  // Tinv V, fp32 accumulators, in the place of those two until they are written, unless the recurrences run side by
           // side; none if the forward has saved  [slots, HV, V, C]
   size_t by_levels = 0;  // whether a chunk's gradients are left to the levels of pairs  [slots, HV]  uint32
+  size_t progress =
+      0;  // of the recurrences in each chunk, and one word more  [slots, HV] + 1  uint32; if stage 4 works beside them
   size_t dA_log = 0;  // sums over each chunk, by channel        [slots, HV, K]        fp32; only with an activated gate
   size_t ddt_bias = 0;      // likewise
   size_t dq = 0, dk = 0;    // of each value head                     [B, T, HV, K]         fp32; only if HV > H
@@ -163,11 +165,12 @@ struct ChunkBwdWorkspace {
 
 struct ChunkBwdPlan {
   ChunkFwdPath path = ChunkFwdPath::kComposite;
-  const char* reason = "";    // one clause: why this path
-  int64_t chunk_slots = 0;    // as in ChunkFwdPlan
-  int value_tile = 0;         // V columns of one CTA of both recurrences
-  bool saved = false;         // the intermediates are those that the forward has saved
-  bool side_by_side = false;  // the recurrence of the state and that of its gradient find room at the same time
+  const char* reason = "";        // one clause: why this path
+  int64_t chunk_slots = 0;        // as in ChunkFwdPlan
+  int value_tile = 0;             // V columns of one CTA of both recurrences
+  bool saved = false;             // the intermediates are those that the forward has saved
+  bool side_by_side = false;      // the recurrence of the state and that of its gradient find room at the same time
+  bool gradients_beside = false;  // and stage 4 works beside them on chunks that both have left
 
   // The cut of sequences into segments: the recurrences, from zero, and the maps of all segments are computed side by side before the
   // recurrences that write.

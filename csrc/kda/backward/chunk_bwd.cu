@@ -59,6 +59,11 @@ ChunkBwdKernelParams kernel_params(const ChunkBwdParams& call, const ChunkBwdPla
   params.dstate = fragments(workspace.dstate);
   params.dU = fragments(workspace.dU);
   params.by_levels = reinterpret_cast<uint32_t*>(base + workspace.by_levels);
+  if (plan.gradients_beside) {
+    params.forward.progress = reinterpret_cast<uint32_t*>(base + workspace.progress);
+    constexpr int kRecurrences = 2, kWarpsOfCta = 4;  // that leave something
+    params.progress_wanted = kRecurrences * kWarpsOfCta * (problem.value_dim / plan.value_tile);
+  }
   if (call.inputs.gate != GateKind::kLog) {
     params.dA_log_parts = floats(workspace.dA_log);
     params.ddt_bias_parts = floats(workspace.ddt_bias);

@@ -98,6 +98,11 @@ struct IntraChunkGradients : BlockGradients<Config> {
   __device__ __forceinline__ void copy_values() const {
     if (this->thread != 0) return;
     const bool is_used = location.tokens > 0;
+    if (is_used && params.forward.progress != nullptr) {
+      const uint32_t* const progress = params.forward.progress + tile;
+      while (ptx::load_acquire(progress) != params.progress_wanted) __nanosleep(100);
+      ptx::fence_proxy_async_global();  // for the states, too, which this thread asks for later
+    }
     ptx::mbarrier_arrive_expect_tx(barrier(Copies::kValues),
                                    is_used ? 2 * Config::kValueTileBytes + Config::kPairTileBytes : 0);
     if (!is_used) return;
@@ -294,8 +299,8 @@ struct IntraChunkGradients : BlockGradients<Config> {
     here().multiply_pairs(pairs);
     const float most = is_wide ? kWideSquaredNorm : kMaxSquaredNorm;
     const bool is_large = __syncthreads_or(!(here().store_norms() <= most));
-    find_next();
     if (is_large) return here().leave_to_levels(Result::kLeft);
+    find_next();
     here().leave_to_levels(Result::kDone);
     here().scale_pairs(pairs);
     here().beta_gradient();
@@ -360,6 +365,20 @@ struct IntraChunkGradients : BlockGradients<Config> {
   }
 };
 
+// The tile that is there as the index-th one, when both recurrences go through a sequence at the same pace: from its middle to its ends, for all
+// sequences and heads. With cu_seqlens as if it were one sequence, which is an order like any other.
+__device__ __forceinline__ int64_t tile_left_at(const ChunkFwdKernelParams& params, uint32_t index) {
+  const ChunkFwdProblem& problem = params.call.problem;
+  const bool is_packed = params.call.cu_seqlens != nullptr;
+  const uint32_t value_heads = problem.value_heads,
+                 sequences = is_packed ? 1 : static_cast<uint32_t>(problem.sequences);
+  if (index >= params.chunk_slots * value_heads) return index;
+  const uint32_t chunks = static_cast<uint32_t>(params.chunk_slots) / sequences, chains = sequences * value_heads;
+  const uint32_t turn = index / chains, chain = index % chains;
+  const uint32_t chunk = turn % 2 == 1 ? chunks / 2 - (turn + 1) / 2 : chunks / 2 + turn / 2;
+  return int64_t{chain / value_heads * chunks + chunk} * value_heads + chain % value_heads;
+}
+
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     intra_chunk_gradients_kernel(const __grid_constant__ ChunkBwdKernelParams params, int64_t slots) {
@@ -368,13 +387,19 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   extern __shared__ __align__(1024) uint8_t shared[];
   ChunkPlace* const places = reinterpret_cast<ChunkPlace*>(shared + Config::kPlaces);
 
-  // One warp, which has little to do meanwhile, looks for the place of a tile; past the last one it has no tokens.
+  // One warp, which has little to do meanwhile, looks for the next place; past the last tile it has no tokens. Beside the recurrences, CTAs
+  // that find room early take more tiles than others, in the order in which these are left.
   const auto find = [&](unsigned turns) {
     constexpr int kFindingWarp = Config::kWarps > 8 ? 8 : 0;
     const int thread = ptx::opaque(threadIdx.x), lane = thread & 31;
     if (thread >> 5 != kFindingWarp) return;
     const unsigned value_heads = params.forward.call.problem.value_heads;
-    const int64_t tile = blockIdx.x + int64_t{turns} * gridDim.x;
+    int64_t tile = blockIdx.x + int64_t{turns} * gridDim.x;
+    if (params.forward.progress != nullptr) {
+      unsigned taken = 0;
+      if (lane == 0) taken = atomicAdd(params.forward.progress + params.forward.chunk_slots * value_heads, 1u);
+      tile = tile_left_at(params.forward, __shfl_sync(0xffffffffu, taken, 0));
+    }
     ChunkPlace place = {{0, 0, 0}, tile, slots, 0};
     if (tile < slots * value_heads) {  // fewer than 2^31
       place.slot = static_cast<uint32_t>(tile) / value_heads;
@@ -402,7 +427,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   // All of a chunk is copied; the first one's gates, which are an input, before the recurrences have ended.
   const auto copy = [&](int turn) {
     at(turn).copy_gates();
-    ptx::wait_for_kernel_before();
+    if (params.forward.progress == nullptr) ptx::wait_for_kernel_before();
     at(turn).copy_values();
     at(turn).copy_states();
     at(turn).copy_keys();
@@ -432,6 +457,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     __syncthreads();
     copy(turn ^ 1);
   }
+  ptx::wait_for_kernel_before();  // who waits for this kernel relies on those before it, too
 }
 
 }  // namespace kda

@@ -9,6 +9,8 @@ struct ChunkBwdKernelParams {
   // The call of the forward and the intermediates of its first two stages, saved or computed again.
   ChunkFwdKernelParams forward;
 
+  uint32_t progress_wanted;  // forward.progress of a chunk that both recurrences have left
+
   const void* dO;             // [B, T, HV, V] contiguous, activation type
   const float* dfinal_state;  // or null
   void *dq, *dk, *dv, *dg, *dbeta;

@@ -137,7 +137,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       states -= tiles_of_chunk * (K / 16) * 32;
       values -= tiles_of_chunk * (C / 16) * 32;
     };
-    stage_ring.move<!Config::kSummary>(chunks, fill, store);
+    const auto tell = [&](int step) {
+      uint32_t* const progress = params.forward.progress;
+      if (progress != nullptr) tell_progress(progress + last_tile - int64_t{step} * value_heads, lane);
+    };
+    stage_ring.move<!Config::kSummary>(chunks, fill, store, tell);
     ptx::wait_for_kernel_before();  // who waits for this kernel relies on the recurrence of the state, too
     return;
   }

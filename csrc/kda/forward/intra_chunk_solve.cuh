@@ -492,10 +492,20 @@ struct IntraChunkSolve {
   }
 };
 
+// What the recurrences and those beside them count in, by the whole grid.
+__device__ __forceinline__ void clear_progress(const ChunkFwdKernelParams& params) {
+  if (params.progress == nullptr) return;
+  const int64_t words = params.chunk_slots * params.call.problem.value_heads + 1;
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < words; i += int64_t{gridDim.x} * blockDim.x) {
+    params.progress[i] = 0;
+  }
+}
+
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     intra_chunk_solve_kernel(const __grid_constant__ IntraChunkSolveParams params) {
   extern __shared__ __align__(1024) uint8_t shared[];
+  clear_progress(params.stage);
   struct Chunk {
     ChunkLocation location;
     int value_head;

@@ -50,6 +50,10 @@ struct ChunkFwdKernelParams {
 
   RecurrenceSegments segments;
 
+  // How many warps of the recurrences have left what they leave of a chunk, and behind them the next tile to take: of a backward whose stage 4 works
+  // beside the recurrences, else null. Cleared by stage 1.
+  uint32_t* progress;  // [slots, HV], and one more
+
   bool wants_output;  // stage 3 follows
   bool vectorized;    // every 8-element group of q, k, v and g starts at a multiple of 16 bytes
 };

@@ -111,13 +111,14 @@ struct StageRing {
   }
 
   // By the movers, for each of `chunks` chunks: fill(i, stage) once the stage is free, and store() when its fragments are staged, if
-  // any are.
-  template <bool kStores, typename Fill, typename Store>
-  __device__ __forceinline__ void move(int chunks, Fill fill, Store store) const {
+  // any are; then tell(i), not before the stores have had time.
+  template <bool kStores, typename Fill, typename Store, typename Tell>
+  __device__ __forceinline__ void move(int chunks, Fill fill, Store store, Tell tell) const {
     for (int i = 0; i < stages && i < chunks; ++i) fill(i, i);
     RingPosition ring;
     for (int i = 0; i < chunks; ++i) {
       if constexpr (kStores) {
+        if (i > 0) tell(i - 1);
         ptx::mbarrier_wait_parity(staged(), i & 1);
         store();
         ptx::mbarrier_arrive(taken());
@@ -128,8 +129,15 @@ struct StageRing {
       }
       ring.advance(stages);
     }
+    if (kStores && chunks > 0) tell(chunks - 1);
   }
 };
+
+// Says, by whole warps that have stored their part of a chunk, that it is there. progress: of the chunk.
+__device__ __forceinline__ void tell_progress(uint32_t* progress, int lane) {
+  __syncwarp();
+  if (lane == 0) ptx::add_release(progress, 1);
+}
 
 // Shared memory of a recurrence: the ring and its barriers, then an area of Config::Staged for each row tile, unless it is a summary.
 template <typename Config>

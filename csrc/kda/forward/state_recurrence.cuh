@@ -126,7 +126,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       states += tiles_of_chunk * (K / 16) * 32;
       values += tiles_of_chunk * (C / 16) * 32;
     };
-    stage_ring.move<!Config::kSummary>(chunks, fill, store);
+    const auto tell = [&](int chunk) {
+      if (params.progress != nullptr) tell_progress(params.progress + first_tile + int64_t{chunk} * value_heads, lane);
+    };
+    stage_ring.move<!Config::kSummary>(chunks, fill, store, tell);
     return;
   }
   ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
