@@ -770,6 +770,16 @@ class TestBackward:
         assert planner.plan_chunk_bwd(p, False).gradients_beside == is_beside
         assert not planner.plan_chunk_bwd(p, False, True).gradients_beside
 
+    def test_memory_of_gradients_beside_the_recurrences(self) -> None:
+        """Flags and counts, and sums of an activated gate, have places of their own."""
+        p = problem(heads=16)
+        for activated_gate in (False, True):
+            plan = planner.plan_chunk_bwd(p, activated_gate)
+            assert plan.gradients_beside
+            own = 4 * (2 + 2 * p.key_dim * activated_gate) * plan.chunk_slots * p.value_heads
+            rest = plan.workspace.total_bytes - (2568 + 512) * p.tokens * p.value_heads - own
+            assert 0 < rest <= 4 * ALIGNMENT
+
     @staticmethod
     def check_apart(regions: list[tuple[int, str, int]], total_bytes: int) -> None:
         regions = sorted(regions)
@@ -784,7 +794,7 @@ class TestBackward:
             ({}, True, 2568, 784 + 4 / C, 1800),
             ({"heads": 12, "value_heads": 36}, True, 2712 + 4 / C, 1808 + 4 / C, 1800),
             ({"key_dim": 64, "value_dim": 64}, True, 1156, 264 + 4 / C, 900),
-            ({"heads": 16}, False, 2568 + 512, 768 + 4 / C, 1800),
+            ({"heads": 32}, False, 2568 + 512, 768 + 4 / C, 1800),
         ],
     )
     def test_memory_of_a_token(

@@ -137,9 +137,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       states -= tiles_of_chunk * (K / 16) * 32;
       values -= tiles_of_chunk * (C / 16) * 32;
     };
-    const auto tell = [&](int step) {
+    const auto tell = [&](int step, int count) {
       uint32_t* const progress = params.forward.progress;
-      if (progress != nullptr) tell_progress(progress + last_tile - int64_t{step} * value_heads, lane);
+      if (progress == nullptr) return;
+      tell_progress(progress + last_tile - int64_t{step} * value_heads, -value_heads, count, lane);
     };
     stage_ring.move<!Config::kSummary>(chunks, fill, store, tell);
     ptx::wait_for_kernel_before();  // who waits for this kernel relies on the recurrence of the state, too
@@ -172,16 +173,15 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       Config::kOutputGradient + ((lane & 7) + (matrix >> 1) * 8) * Config::kRowPitch + (2 * warp + (matrix & 1)) * 16;
   uint8_t* const area = staging + warp * Staged::kBytes;
 
-  // What a chunk begins with: dO^T as A operands, and e^{G_C}. Read before the products, which read shared memory faster than anything else
-  // can beside them, and but for the first chunk while the last products of the chunk before run.
-  uint32_t dO[C / 16][4];
-  float2 factors[K / 8];
-  const auto begin = [&](const RingPosition& at) {
-    ptx::mbarrier_wait_parity(stage_ring.full(at.stage), at.parity);
-    const uint32_t rows = stage_ring.stage(at.stage) + output_gradient;
+  RingPosition ring;
+  for (int step = 0; step < chunks; ++step) {
+    ptx::mbarrier_wait_parity(stage_ring.full(ring.stage), ring.parity);
+    const uint32_t stage = stage_ring.stage(ring.stage);
+
+    uint32_t dO[C / 16][4];
 #pragma unroll
     for (int kt = 0; kt < C / 16; ++kt) {
-      ptx::ldmatrix_x4_trans(dO[kt], rows + 16 * kt * Config::kRowPitch);
+      ptx::ldmatrix_x4_trans(dO[kt], stage + output_gradient + 16 * kt * Config::kRowPitch);
       if constexpr (!std::is_same_v<Element, BFloat16>) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -190,16 +190,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         }
       }
     }
+    // Before the products, which read shared memory faster than anything else can beside them.
+    float2 factors[K / 8];
     const float* const decay =
-        reinterpret_cast<const float*>(shared + at.stage * Config::kStageBytes + Config::kDecay) + 2 * (lane & 3);
+        reinterpret_cast<const float*>(shared + ring.stage * Config::kStageBytes + Config::kDecay) + 2 * (lane & 3);
 #pragma unroll
     for (int n = 0; n < K / 8; ++n) factors[n] = *reinterpret_cast<const float2*>(decay + 8 * n);
-  };
-
-  RingPosition ring;
-  if (chunks > 0) begin(ring);
-  for (int step = 0; step < chunks; ++step) {
-    const uint32_t stage = stage_ring.stage(ring.stage);
 
     float du[C / 8][4];
     wgmma::fence();
@@ -265,10 +261,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       }
       ptx::mbarrier_arrive(stage_ring.staged());
     }
-    const RingPosition here = ring;
-    ring.advance(stages);
-    wgmma::wait_group<1>();  // dO^T is free
-    if (step + 1 < chunks) begin(ring);
     wgmma::wait_group<0>();
     // Into registers that no product defines: else the compiler waits for one before it reads them beside the next.
 #pragma unroll
@@ -276,7 +268,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
       for (int i = 0; i < 4; ++i) dstate.acc[n][i] = ptx::copied(dstate.acc[n][i]);
     }
-    ptx::mbarrier_arrive(stage_ring.empty(here.stage));  // by every thread, as in the forward
+    ptx::mbarrier_arrive(stage_ring.empty(ring.stage));  // by every thread, as in the forward
+    ring.advance(stages);
   }
 
   // Read again, as it was not kept over the loop.

@@ -78,6 +78,8 @@ struct RingPosition {
 // The ring of stages of a recurrence, at the start of shared memory; behind it two barriers for each, two of the fragments that
 // leave, and what the CTA works on, so that it is not kept in registers to the end.
 struct StageRing {
+  static constexpr int kToldChunks = 4;
+
   uint32_t first_stage;
   int stages, stage_bytes;
 
@@ -111,14 +113,14 @@ struct StageRing {
   }
 
   // By the movers, for each of `chunks` chunks: fill(i, stage) once the stage is free, and store() when its fragments are staged, if
-  // any are; then tell(i), not before the stores have had time.
+  // any are; and tell(i, n) of chunks i .. i + n - 1 that are stored, some at a time, as it waits for the stores.
   template <bool kStores, typename Fill, typename Store, typename Tell>
   __device__ __forceinline__ void move(int chunks, Fill fill, Store store, Tell tell) const {
     for (int i = 0; i < stages && i < chunks; ++i) fill(i, i);
     RingPosition ring;
     for (int i = 0; i < chunks; ++i) {
       if constexpr (kStores) {
-        if (i > 0) tell(i - 1);
+        if (i > 0 && i % kToldChunks == 0) tell(i - kToldChunks, kToldChunks);
         ptx::mbarrier_wait_parity(staged(), i & 1);
         store();
         ptx::mbarrier_arrive(taken());
@@ -129,14 +131,17 @@ struct StageRing {
       }
       ring.advance(stages);
     }
-    if (kStores && chunks > 0) tell(chunks - 1);
+    if (kStores && chunks > 0) {
+      const int told = (chunks - 1) / kToldChunks * kToldChunks;
+      tell(told, chunks - told);
+    }
   }
 };
 
-// Says, by whole warps that have stored their part of a chunk, that it is there. progress: of the chunk.
-__device__ __forceinline__ void tell_progress(uint32_t* progress, int lane) {
+// Says, by whole warps that have stored their part of `chunks` chunks, that they are there. progress: of the first, stride: to the next.
+__device__ __forceinline__ void tell_progress(uint32_t* progress, int64_t stride, int chunks, int lane) {
   __syncwarp();
-  if (lane == 0) ptx::add_release(progress, 1);
+  if (lane < chunks) ptx::add_release(progress + lane * stride, 1);
 }
 
 // Shared memory of a recurrence: the ring and its barriers, then an area of Config::Staged for each row tile, unless it is a summary.

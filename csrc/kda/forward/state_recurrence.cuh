@@ -126,8 +126,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       states += tiles_of_chunk * (K / 16) * 32;
       values += tiles_of_chunk * (C / 16) * 32;
     };
-    const auto tell = [&](int chunk) {
-      if (params.progress != nullptr) tell_progress(params.progress + first_tile + int64_t{chunk} * value_heads, lane);
+    const auto tell = [&](int chunk, int count) {
+      if (params.progress == nullptr) return;
+      tell_progress(params.progress + first_tile + int64_t{chunk} * value_heads, value_heads, count, lane);
     };
     stage_ring.move<!Config::kSummary>(chunks, fill, store, tell);
     return;
