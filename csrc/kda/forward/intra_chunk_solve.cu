@@ -1,13 +1,15 @@
 #include "intra_chunk_solve.cuh"
 
+#include <algorithm>
+
 #include "launch.cuh"
 
 namespace kda {
 
 cudaError_t launch_intra_chunk_solve(const ChunkFwdKernelParams& stage, cudaStream_t stream) {
   const ChunkFwdProblem& problem = stage.call.problem;
-  const int64_t chunks = stage.chunk_slots * problem.value_heads;
-  if (chunks == 0) return cudaSuccess;
+  const int64_t tiles = stage.chunk_slots * problem.value_heads;
+  if (tiles == 0) return cudaSuccess;
   IntraChunkSolveParams params = {stage, {}};
   params.stage.vectorized = copy_engine_reaches(problem) && stage.vectorized;
   if (params.stage.vectorized) {
@@ -16,7 +18,9 @@ cudaError_t launch_intra_chunk_solve(const ChunkFwdKernelParams& stage, cudaStre
   }
   return for_instantiation(problem, [&](auto key_dim, auto value_dim, auto element) {
     using Config = IntraChunkSolveConfig<key_dim(), value_dim(), decltype(element)>;
-    return launch(intra_chunk_solve_kernel<Config>, chunks, Config::kThreads, Config::kSharedBytes, stream, params);
+    const int64_t resident = int64_t{problem.sm_count} * Config::kCtasPerSm;
+    const int64_t ctas = resident > 0 ? std::min(tiles, resident) : tiles;
+    return launch(intra_chunk_solve_kernel<Config>, ctas, Config::kThreads, Config::kSharedBytes, stream, params);
   });
 }
 

@@ -6,7 +6,8 @@
 // and the operands of the later stages,
 //   Q_gated = scale * Q ⊙ e^G,   K_decayed = K ⊙ e^{G_C - G},   chunk_decay = e^{G_C}.
 //
-// Grid: one CTA for each (chunk slot, value head); 8 warps. The chunk is two steps of 32 tokens, earlier and later, of four warps each, which make
+// Grid: as many CTAs as are resident, of 8 warps; each goes on by the grid's size among tiles of (chunk slot, value head), past slots without tokens.
+// The next chunk's rows are copied as soon as their place is free, so that its work begins without a wait. The chunk is two steps of 32 tokens, earlier and later, of four warps each, which make
 // pairs inside of them as in the forward (step_producer.cuh). For a pair across the steps exp(G_i - G_j) is split at the boundary between them: it
 // is a product of rows of Q ⊙ e^G and K ⊙ e^G of the later step and of K ⊙ e^{G_C - G} of the earlier one. From the solve on a warp owns 16 columns
 // of W or 16 rows of U0^T.
@@ -17,12 +18,13 @@
 // of the earlier one, in fp32, and the rest.
 //
 // Shared memory (bytes, K = V = 128):
-//   rows of q, k, g 49152, with a second half of the gates in fp32 65536  ->  operands of pairs  ->  Akk and its inverse 17408, Aqk, high and low
-//   part of Tinv 8192 each, V 16384
-//   K ⊙ e^G 16384  ->  W, in place;   Q ⊙ e^G 16384
-//   values of rows and channels 4352
+//   rows of q, k, g 49152, with a second half of the gates in fp32 65536  ->  operands of pairs  ->  rows of the next chunk, but for g of the earlier
+//   step and the totals 18432  ->  Akk and its inverse 17408  ->  g of the next chunk
+//   K ⊙ e^G 16384  ->  W, in place;   Q ⊙ e^G 16384  ->  V
+//   Aqk 8192  ->  high and low part of Tinv 12288
+//   values of rows and channels, and where the chunks are 2464
 // Registers: at most 128, so that two CTAs fit a multiprocessor. Every barrier is one of the whole CTA.
-// Bound by latency between barriers, with memory not far behind at many heads: 64 KiB in and 97 KiB out for a chunk.
+// Bound by its own instructions and latency between barriers, with memory not far behind at many heads: 64 KiB in and 97 KiB out for a chunk.
 #pragma once
 
 #include "intra_chunk_layout.cuh"
@@ -44,27 +46,27 @@ struct IntraChunkSolve {
   const TensorMaps& maps;
   uint8_t* const shared;
   const int thread, lane;
+  const SolvePlace& place;
   const ChunkLocation location;
   const int value_head;
-  const int64_t tile;  // slot * HV + value_head
+  const int64_t tile;
 
-  __device__ __forceinline__ int key_head() const {
-    return value_head / (params.call.problem.value_heads / params.call.problem.heads);
-  }
   __device__ __forceinline__ int warp() const { return thread >> 5; }
   __device__ __forceinline__ int group() const { return lane >> 2; }
   __device__ __forceinline__ int member() const { return lane & 3; }
   __device__ __forceinline__ int step() const { return thread / Config::kGroupThreads; }
   __device__ __forceinline__ bool is_later() const { return step() == 1; }
-  __device__ __forceinline__ uint8_t* raw(int of_step) const { return shared + of_step * Config::kRawBytes; }
+  __device__ __forceinline__ uint8_t* raw(int of_step) const { return shared + (1 - of_step) * Config::kRawBytes; }
   __device__ __forceinline__ uint8_t* scratch(int of_step) const {
     return shared + Config::kScratch + of_step * Config::kScratchBytes;
   }
   __device__ __forceinline__ RowValues rows(int of_step) const {
-    return RowValues(scratch(of_step) + Config::kRowValues);
+    return RowValues(shared + Config::kRowValues + of_step * Config::kRowValuesBytes);
   }
   __device__ __forceinline__ SolveMatrix Akk() const { return {reinterpret_cast<float*>(shared + Config::kSolve)}; }
-  __device__ __forceinline__ float* beta() const { return reinterpret_cast<float*>(shared + Config::kBeta); }
+  __device__ __forceinline__ uint32_t* next_beta() const {
+    return reinterpret_cast<uint32_t*>(shared + Config::kNextBeta);
+  }
   __device__ __forceinline__ float* earlier_decay() const {
     return reinterpret_cast<float*>(shared + Config::kEarlierDecay);
   }
@@ -90,44 +92,72 @@ struct IntraChunkSolve {
     return ptx::shared_address(shared) + Config::kBarriers + 8 * i;
   }
 
-  // q, k and g, if they are aligned, by one thread. Rows past the end are of any content.
-  __device__ __forceinline__ void load_inputs() const {
-    const bool gate_is_fp32 = params.call.gate_type == DataType::kFloat32;
-    const int token = static_cast<int>(location.first_token), batch = static_cast<int>(location.batch);
-    const int of_key = key_head();
-    ptx::mbarrier_arrive_expect_tx(loaded(0), Config::kSteps * (gate_is_fp32 ? 4 : 3) * Config::kKeyTileBytes);
+  // q, k and g, if they are aligned: first those that lie where nothing is read any more when the pairs of the chunk before have been multiplied, then
+  // g of the earlier step, in the place of the inverse. By one thread, of a warp with few products to store, after a barrier that a fence of all
+  // threads precedes. Rows past the end are of any content.
+  static constexpr int kCopyingThread = 128, kValueCopyingThread = 160;
+  template <typename Copy>
+  __device__ __forceinline__ void copy_inputs(Copy copy) const {
+    if (thread != kCopyingThread || !params.vectorized || location.tokens == 0) return;
+    copy([&](const CUtensorMap& map, int of_step, int region, int head) {
+      ptx::cp_async_bulk_tensor_load(ptx::shared_address(raw(of_step)) + region, &map, 0,
+                                     static_cast<int>(location.first_token) + of_step * Config::C, 0, head,
+                                     static_cast<int>(location.batch), loaded(0));
+    });
+  }
+  __device__ __forceinline__ void load_first_inputs() const {
+    copy_inputs([&](auto copy) {
+      const bool gate_is_fp32 = params.call.gate_type == DataType::kFloat32;
+      ptx::mbarrier_arrive_expect_tx(loaded(0), Config::kSteps * (gate_is_fp32 ? 4 : 3) * Config::kKeyTileBytes);
 #pragma unroll
-    for (int i = 0; i < Config::kSteps; ++i) {
-      const uint32_t rows = ptx::shared_address(raw(i));
-      const int first = token + i * Config::C;
-      ptx::cp_async_bulk_tensor_load(rows + Config::kRawQ, &maps.q, 0, first, 0, of_key, batch, loaded(0));
-      ptx::cp_async_bulk_tensor_load(rows + Config::kRawK, &maps.k, 0, first, 0, of_key, batch, loaded(0));
-      ptx::cp_async_bulk_tensor_load(rows + Config::kRawG, &maps.g, 0, first, 0, value_head, batch, loaded(0));
-    }
+      for (int i = 0; i < Config::kSteps; ++i) {
+        copy(maps.q, i, Config::kRawQ, place.key_head);
+        copy(maps.k, i, Config::kRawK, place.key_head);
+      }
+      copy(maps.g, 1, Config::kRawG, value_head);
+    });
+  }
+  __device__ __forceinline__ void load_last_inputs() const {
+    copy_inputs([&](auto copy) { copy(maps.g, 0, Config::kRawG, value_head); });
+  }
+
+  // beta of token `thread`, as it is in memory: a conversion would wait for the load.
+  __device__ __forceinline__ uint32_t raw_beta() const {
+    const ChunkFwdParams& call = params.call;
+    if (thread >= location.tokens) return 0;
+    const TokenStrides& stride = call.beta_stride;
+    const int64_t index =
+        location.batch * stride.batch + (location.first_token + thread) * stride.token + value_head * stride.head;
+    return call.beta_type == DataType::kFloat32 ? static_cast<const uint32_t*>(call.beta)[index]
+                                                : static_cast<const uint16_t*>(call.beta)[index];
+  }
+  // Until its chunk comes.
+  __device__ __forceinline__ void keep_beta(uint32_t bits) const {
+    if (thread < C) next_beta()[thread] = bits;
   }
 
   // If they are not, by all.
   __device__ __forceinline__ void load_unaligned_inputs() const {
     const ChunkFwdParams& call = params.call;
-    const auto place = [&](int region) {
+    const auto rows_at = [&](int region) {
       return [this, region](int token, int unit) {
         return raw(token / Config::C) + region + KeyTile::unit_offset(token % Config::C, unit);
       };
     };
-    load_rows<2 * K>(call.q, call.q_stride, key_head(), 2, place(Config::kRawQ));
-    load_rows<2 * K>(call.k, call.k_stride, key_head(), 2, place(Config::kRawK));
+    load_rows<2 * K>(call.q, call.q_stride, place.key_head, 2, rows_at(Config::kRawQ));
+    load_rows<2 * K>(call.k, call.k_stride, place.key_head, 2, rows_at(Config::kRawK));
     if (call.gate_type == DataType::kFloat32) {
-      load_rows<4 * K>(call.g, call.g_stride, value_head, 4, place(Config::kRawG));
+      load_rows<4 * K>(call.g, call.g_stride, value_head, 4, rows_at(Config::kRawG));
     } else {
-      load_rows<2 * K>(call.g, call.g_stride, value_head, 2, place(Config::kRawG));
+      load_rows<2 * K>(call.g, call.g_stride, value_head, 2, rows_at(Config::kRawG));
     }
   }
 
-  // V, by the first thread or, if inputs are not aligned, by all. After a barrier that a fence of all threads precedes: they have read what was there.
+  // V, by one thread or, if inputs are not aligned, by all. After a barrier that a fence of all threads precedes: they have read what was there.
   __device__ __forceinline__ void load_values() const {
     const ChunkFwdParams& call = params.call;
     if (params.vectorized) {
-      if (thread != 0) return;
+      if (thread != kValueCopyingThread) return;
       const int token = static_cast<int>(location.first_token), batch = static_cast<int>(location.batch);
       ptx::mbarrier_arrive_expect_tx(loaded(1), C * V * 2);
 #pragma unroll
@@ -146,10 +176,10 @@ struct IntraChunkSolve {
     });
   }
 
-  // Waits for V. Rows past the end, where those of another sequence may lie, become zero: a barrier then follows for all.
-  __device__ __forceinline__ void wait_for_values() const {
+  // Waits for V; parity: of the CTA's chunk. Rows past the end, where those of another sequence may lie, become zero: a barrier then follows for all.
+  __device__ __forceinline__ void wait_for_values(int parity) const {
     if (!params.vectorized) return;
-    ptx::mbarrier_wait_parity(loaded(1), 0);
+    ptx::mbarrier_wait_parity(loaded(1), parity);
     if (location.tokens == C) return;
 #pragma unroll 1
     for (int i = thread; i < C * V / 8; i += Config::kThreads) {
@@ -246,7 +276,7 @@ struct IntraChunkSolve {
     }
   }
 
-  // Aqk and Akk of the warp's rows, and beta. What is not a pair is dropped by selection: it may be inf or NaN.
+  // Aqk and Akk of the warp's rows. What is not a pair is dropped by selection: it may be inf or NaN.
   __device__ __forceinline__ void store_products(const Producer& make, const typename Producer::Products& products,
                                                  const float (&across)[2][4]) const {
     const float scale = params.call.scale;
@@ -255,7 +285,6 @@ struct IntraChunkSolve {
     const RowValues own = rows(step());
     const float strength = own.write[row], later_strength = rows(1).write[row];
     const float diagonal = own.query_key[row] * (own.output_scale[row] * own.key_norm[row]);
-    if (member() == 0) beta()[first + row] = strength;
     const auto store_aqk = [&](int i, int j, float x, float y) {
       *reinterpret_cast<uint32_t*>(shared + Config::kAqk + PairTile::pair_offset(i, j)) =
           pack_bf16(scale * x, scale * y);
@@ -299,38 +328,43 @@ struct IntraChunkSolve {
     if (first > row) return;
     float t[16], write[16];
     Producer::load(t, &Akk().at(row, first));
-    Producer::load(write, beta() + first);
+    Producer::load(write, rows(first / Config::C).write + first % Config::C);
     if (row - first < 8) {  // a block of 8 above the diagonal
 #pragma unroll
       for (int i = 8; i < 16; ++i) t[i] = 0.0f;
     }
-    const uint32_t offset[2] = {PairTile::unit_offset(row, first / 8), PairTile::unit_offset(row, first / 8 + 1)};
-    const auto store = [&](uint8_t* destination, const uint32_t(&v)[8]) {
-#pragma unroll
-      for (int unit = 0; unit < 2; ++unit) {
-        *reinterpret_cast<uint4*>(destination + offset[unit]) = {v[4 * unit], v[4 * unit + 1], v[4 * unit + 2],
-                                                                 v[4 * unit + 3]};
-      }
+    const uint32_t offset = PairTile::unit_offset(row, first / 8);
+    // first is a multiple of 16: the second unit is at offset ^ 16
+    const auto store = [&](uint8_t* destination, uint32_t at, const uint32_t(&v)[8]) {
+      *reinterpret_cast<uint4*>(destination + at) = {v[0], v[1], v[2], v[3]};
+      *reinterpret_cast<uint4*>(destination + (at ^ 16)) = {v[4], v[5], v[6], v[7]};
     };
     uint32_t high[8], low[8];
     if (params.inverse != nullptr) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) high[i] = pack_bf16(t[2 * i], t[2 * i + 1]);
-      store(params.inverse + tile * Config::kChunkPairTileBytes, high);
+      store(params.inverse + tile * Config::kChunkPairTileBytes, offset, high);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const SplitBf16 split(t[2 * i] * write[2 * i], t[2 * i + 1] * write[2 * i + 1]);
       high[i] = split.high, low[i] = split.low;
     }
-    store(shared + Config::kTinvHigh, high);
-    store(shared + Config::kTinvLow, low);
+    store(shared + Config::kTinv, offset, high);
+    constexpr uint32_t kHalfRow = C / 2 * 2;  // bytes
+    store(shared + Config::kTinv, row < C / 2 ? offset ^ kHalfRow : offset + C / 2 * PairTile::kRowBytes, low);
+  }
+
+  // Where the low part of Tinv has its elements, as rows and columns of the high part.
+  static __device__ __forceinline__ constexpr int low_row(int row) { return row < C / 2 ? row : row + C / 2; }
+  static __device__ __forceinline__ constexpr int low_column(int row, int column) {
+    return row < C / 2 ? column + C / 2 : column;
   }
 
   // W = Tinv (K ⊙ e^G) for 16 channels, by one warp, over K ⊙ e^G and from there to memory.
   __device__ __forceinline__ void multiply_keys(int channel) const {
     const uint32_t base = ptx::shared_address(shared);
-    const uint32_t keys = base + Config::kGated, high = base + Config::kTinvHigh, low = base + Config::kTinvLow;
+    const uint32_t keys = base + Config::kGated, inverse = base + Config::kTinv;
     float acc[4][2][4] = {};
     const auto multiply = [&](int kt) {
       uint32_t b[4];
@@ -340,7 +374,8 @@ struct IntraChunkSolve {
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
           uint32_t a[4];
-          PairTile::load_a(a, part == 0 ? high : low, 16 * mt, 16 * kt, lane);
+          PairTile::load_a(a, inverse, part == 0 ? 16 * mt : low_row(16 * mt),
+                           part == 0 ? 16 * kt : low_column(16 * mt, 16 * kt), lane);
           ptx::mma_m16n8k16_bf16(acc[mt][0], a[0], a[1], a[2], a[3], b[0], b[1]);
           ptx::mma_m16n8k16_bf16(acc[mt][1], a[0], a[1], a[2], a[3], b[2], b[3]);
         }
@@ -380,7 +415,7 @@ struct IntraChunkSolve {
   // U0^T = V^T Tinv^T for 16 rows, by one warp, straight to the workspace in accumulator order.
   __device__ __forceinline__ void multiply_values(int row_tile) const {
     const uint32_t base = ptx::shared_address(shared);
-    const uint32_t high_tile = base + Config::kTinvHigh, low_tile = base + Config::kTinvLow;
+    const uint32_t inverse = base + Config::kTinv;
     float acc[8][4] = {};
 #pragma unroll
     for (int kt = 0; kt < 4; ++kt) {
@@ -395,8 +430,8 @@ struct IntraChunkSolve {
 #pragma unroll
       for (int nt = kt; nt < 4; ++nt) {
         uint32_t high[4], low[4];
-        PairTile::load_b(high, high_tile, 16 * nt, 16 * kt, lane);
-        PairTile::load_b(low, low_tile, 16 * nt, 16 * kt, lane);
+        PairTile::load_b(high, inverse, 16 * nt, 16 * kt, lane);
+        PairTile::load_b(low, inverse, low_row(16 * nt), low_column(16 * nt, 16 * kt), lane);
         const auto multiply = [&](const uint32_t(&v)[4], const uint32_t(&b)[4]) {
           ptx::mma_m16n8k16_bf16(acc[2 * nt], v[0], v[1], v[2], v[3], b[0], b[1]);
           ptx::mma_m16n8k16_bf16(acc[2 * nt + 1], v[0], v[1], v[2], v[3], b[2], b[3]);
@@ -412,81 +447,110 @@ struct IntraChunkSolve {
     for (int n = 0; n < 8; ++n) destination[n * 32] = {acc[n][0], acc[n][1], acc[n][2], acc[n][3]};
   }
 
-  __device__ __forceinline__ void run() const {
+  // The operands of all products of keys and queries, in the place of the rows and to memory. Returns whether pairs went by levels: then their products
+  // are made already.
+  __device__ __forceinline__ bool make_operands(typename Producer::Products& products, const Producer& make,
+                                                int parity) const {
     const ChunkFwdParams& call = params.call;
     if (!params.vectorized) load_unaligned_inputs();
-    const int first = Config::C * step(), of_group = thread % Config::kGroupThreads;
-    const int tokens = min(max(location.tokens - first, 0), Config::C);
-    uint8_t* const stage = shared + step() * Config::kRowsOfStepBytes;
-    const Producer make{call, raw(step()), stage, scratch(step()), tokens, location.tokens - Config::C,
-                        0,    of_group,    lane};
-    const GateConstants constants(call, value_head, make.channel_of(of_group));
-    const uint32_t beta_bits = BetaReader(call, location.batch, location.first_token + first,
-                                          location.first_token + location.tokens, value_head, of_group)
-                                   .next(call, Config::C);
+    const GateConstants constants(call, value_head, make.channel_of(make.thread));
     const RowValues values = rows(step());
     const Operands operands = make.operands(constants);
+    const uint32_t beta_bits = next_beta()[Config::C * step() + 8 * make.row_warp() + group()];
     if (params.vectorized) {
-      ptx::mbarrier_wait_parity(loaded(0), 0);
+      ptx::mbarrier_wait_parity(loaded(0), parity);
     } else {
       __syncthreads();
     }
 
     // One answer for both steps: they go through the same barriers.
     const bool far_apart = make.prepare(operands, constants, values, beta_bits);
-    typename Producer::Products products;
-    {
-      const Operands others = {raw(0),         shared, scratch(1 - step()), operands.channel,
-                               operands.group, tokens, constants.unit};
-      const float2 other = others.total_of(0, Operands::kGroups);
-      store_decay(operands, operands.total_of(0, Operands::kGroups), other);
-      const float2 other_decay = {ptx::ex2(other.x), ptx::ex2(other.y)};
-      const int64_t offset = tile * Config::kChunkKeyTileBytes + step() * Config::kRowsOfStepBytes;
-      if (far_apart) {
-        make.multiply_by_levels(products, operands, values);
-        make.sync();  // the last level's operands have been read
-      }
-      const auto store = [&](auto destination) {
-        if (!far_apart) {
-          operands.store_with_middle_reference(destination);
-        } else {
-          operands.store_state_operands(destination);
-        }
-      };
-      uint8_t* const queries = params.Q_gated + offset;
-      uint8_t* const keys = params.K_decayed + offset;
-      if (is_later()) {
-        store(Destination<true>(operands, queries, keys, values, call.scale, other_decay));
-      } else {
-        store(Destination<false>(operands, queries, keys, values, call.scale, other_decay));
-      }
+    const Operands others = {raw(0),         shared,      scratch(1 - step()), operands.channel,
+                             operands.group, make.tokens, constants.unit};
+    const float2 other = others.total_of(0, Operands::kGroups);
+    store_decay(operands, operands.total_of(0, Operands::kGroups), other);
+    const float2 other_decay = {ptx::ex2(other.x), ptx::ex2(other.y)};
+    const int64_t offset = tile * Config::kChunkKeyTileBytes + step() * Config::kRowsOfStepBytes;
+    if (far_apart) {
+      make.multiply_by_levels(products, operands, values);
+      make.sync();  // the last level's operands have been read
     }
-    __syncthreads();
-    if (!far_apart) {
-      make.multiply_with_middle_reference(products);
+    const auto store = [&](auto destination) {
+      if (!far_apart) {
+        operands.store_with_middle_reference(destination);
+      } else {
+        operands.store_state_operands(destination);
+      }
+    };
+    uint8_t* const queries = params.Q_gated + offset;
+    uint8_t* const keys = params.K_decayed + offset;
+    if (is_later()) {
+      store(Destination<true>(operands, queries, keys, values, call.scale, other_decay));
     } else {
-      normalize(make, products);
+      store(Destination<false>(operands, queries, keys, values, call.scale, other_decay));
     }
-    float across[2][4] = {};
-    multiply_across(make, across);
-    ptx::fence_proxy_async_shared();
-    __syncthreads();  // all operands of pairs have been read
+    return far_apart;
+  }
 
-    load_values();
-    store_products(make, products, across);
+  __device__ __forceinline__ Producer producer() const {
+    const int first = Config::C * step(), of_group = thread % Config::kGroupThreads;
+    const int tokens = min(max(location.tokens - first, 0), Config::C);
+    uint8_t* const stage = shared + step() * Config::kRowsOfStepBytes;
+    return {params.call, raw(step()), stage, scratch(step()), tokens, location.tokens - Config::C, 0, of_group, lane};
+  }
+
+  // at(i): the CTA's chunk `turn` + i, looked up in shared memory again by each part, as there are few registers. find: finds chunk
+  // `turn` + 2, by one warp.
+  template <typename At, typename Find>
+  static __device__ __forceinline__ void run(unsigned turn, At at, Find find) {
+    const auto here = [&] { return at(0); };
+    const auto next = [&] { return at(1); };
+    const auto all = [] { __syncthreads(); };
+    {
+      typename Producer::Products products;
+      float across[2][4] = {};
+      {
+        const IntraChunkSolve solve = here();
+        const bool far_apart = solve.make_operands(products, solve.producer(), turn & 1);
+        __syncthreads();
+        const IntraChunkSolve solve_pairs = here();
+        const Producer make = solve_pairs.producer();
+        if (!far_apart) {
+          make.multiply_with_middle_reference(products);
+        } else {
+          solve_pairs.normalize(make, products);
+        }
+        solve_pairs.multiply_across(make, across);
+      }
+      ptx::fence_proxy_async_shared();
+      __syncthreads();  // all operands of pairs have been read
+      here().load_values();
+      next().load_first_inputs();
+      const IntraChunkSolve solve = here();
+      solve.store_products(solve.producer(), products, across);
+    }
+    const uint32_t beta = next().raw_beta();
     __syncthreads();
-    copy_aqk();
-    invert_unit_lower_64x64(Akk(), warp(), lane, [&] { make.sync(); });
+    here().copy_aqk();
+    {
+      const IntraChunkSolve solve = here();
+      invert_unit_lower_64x64(solve.Akk(), solve.warp(), solve.lane, all);
+    }
+    next().keep_beta(beta);
+    find();
     __syncthreads();
-    store_inverse();
-    wait_for_values();
+    here().store_inverse();
+    here().wait_for_values(turn & 1);
+    ptx::fence_proxy_async_shared();  // the inverse has been read
     __syncthreads();
+    next().load_last_inputs();
+    const IntraChunkSolve solve = here();
 #pragma unroll
-    for (int unit = warp(); unit < (K + V) / 16; unit += Config::kWarps) {
+    for (int unit = solve.warp(); unit < (K + V) / 16; unit += Config::kWarps) {
       if (unit < K / 16) {
-        multiply_keys(16 * unit);
+        solve.multiply_keys(16 * unit);
       } else {
-        multiply_values(unit - K / 16);
+        solve.multiply_values(unit - K / 16);
       }
     }
   }
@@ -495,34 +559,52 @@ struct IntraChunkSolve {
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     intra_chunk_solve_kernel(const __grid_constant__ IntraChunkSolveParams params) {
+  using Solve = IntraChunkSolve<Config>;
   extern __shared__ __align__(1024) uint8_t shared[];
-  struct Chunk {
-    ChunkLocation location;
-    int value_head;
-  };
-  Chunk& chunk = *reinterpret_cast<Chunk*>(shared + Config::kChunk);
-  static_assert(sizeof(Chunk) <= Config::kChunkBytes);
-  const int thread = threadIdx.x, lane = thread & 31;
-  const auto solve = [&] {
-    return IntraChunkSolve<Config>{params.stage, params.maps,    shared,           thread,
-                                   lane,         chunk.location, chunk.value_head, blockIdx.x};
-  };
-  if (thread < 32) {
+  SolvePlace* const places = reinterpret_cast<SolvePlace*>(shared + Config::kPlaces);
+
+  // The CTA's next chunk that has tokens, of those from `tile` on, found by one warp that has less to do than others before a barrier.
+  constexpr int kFindingWarp = 3;
+  const auto find = [&](uint32_t tile, unsigned turn) {
+    const int thread = ptx::opaque(threadIdx.x), lane = thread & 31;
+    if (thread >> 5 != kFindingWarp) return;
     const ChunkFwdParams& call = params.stage.call;
-    const unsigned value_heads = call.problem.value_heads, slot = blockIdx.x / value_heads;
-    const ChunkLocation location = locate_chunk(call, slot, lane);
-    if (lane == 0) {
-      chunk = {location, static_cast<int>(blockIdx.x - slot * value_heads)};
-      const IntraChunkSolve<Config> here = solve();
-      ptx::mbarrier_init(here.loaded(0), 1);
-      ptx::mbarrier_init(here.loaded(1), 1);
-      ptx::fence_mbarrier_init();
-      if (location.tokens > 0 && params.stage.vectorized) here.load_inputs();
+    const uint32_t value_heads = call.problem.value_heads, heads = call.problem.heads;
+    const int64_t tiles = params.stage.chunk_slots * value_heads;  // fewer than 2^31
+    SolvePlace place = {{0, 0, 0}, tile, 0, 0};
+#pragma unroll 1
+    for (; tile < tiles && place.location.tokens == 0; tile += gridDim.x) {
+      const uint32_t slot = tile / value_heads, value_head = tile - slot * value_heads;
+      place = {locate_chunk(call, slot, lane), tile, static_cast<int>(value_head),
+               static_cast<int>(value_head / (value_heads / heads))};
     }
+    if (lane == 0) places[turn % kSolvePlaces] = place;
+  };
+  const auto at = [&](unsigned turn) -> Solve {
+    const SolvePlace& place = places[turn % kSolvePlaces];
+    const int thread = ptx::opaque(threadIdx.x);  // what follows from it is not kept
+    return {params.stage, params.maps,    shared,           thread,    thread & 31,
+            place,        place.location, place.value_head, place.tile};
+  };
+
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(at(0).loaded(0), 1);
+    ptx::mbarrier_init(at(0).loaded(1), 1);
+    ptx::fence_mbarrier_init();
   }
+  find(blockIdx.x, 0);
   __syncthreads();
-  if (chunk.location.tokens == 0) return;
-  solve().run();
+  at(0).load_first_inputs();
+  at(0).load_last_inputs();
+  at(0).keep_beta(at(0).raw_beta());
+  find(static_cast<uint32_t>(places[0].tile) + gridDim.x, 1);
+  __syncthreads();
+#pragma unroll 1
+  for (unsigned turn = 0; places[turn % kSolvePlaces].location.tokens > 0; ++turn) {
+    Solve::run(
+        turn, [&](unsigned i) { return at(turn + i); },
+        [&] { find(static_cast<uint32_t>(places[(turn + 1) % kSolvePlaces].tile) + gridDim.x, turn + 2); });
+  }
 }
 
 }  // namespace kda
