@@ -28,14 +28,14 @@
 #pragma once
 
 #include "intra_chunk_layout.cuh"
-#include "step_producer.cuh"
+#include "intra_chunk_operands.cuh"
 
 namespace kda {
 
 template <typename Config>
 struct IntraChunkSolve {
   using Element = typename Config::Element;
-  using Operands = StepOperands<Config>;
+  using Operands = IntraChunkOperands<Config>;
   using Producer = StepProducer<Config>;
   using KeyTile = typename Config::KeyTile;      // of a step
   using GatedTile = typename Config::GatedTile;  // of the chunk
@@ -188,55 +188,6 @@ struct IntraChunkSolve {
       *reinterpret_cast<uint4*>(shared + Config::kValues + GatedTile::unit_offset(token, i % (V / 8))) = {0, 0, 0, 0};
     }
   }
-
-  // Operands of a step are made of q / |q| and k / |k|, and go to the later stages in memory and to what follows here.
-  template <bool kIsLater>
-  struct Destination {
-    using Token = typename Operands::Token;
-    static constexpr bool kScales = true;
-    const Operands& operands;
-    uint8_t* const queries;  // rows of the step of Q_gated
-    uint8_t* const keys;     // rows of the step of K_decayed
-    const RowValues rows;
-    const float2 query_factor;  // scale, times the decay of the earlier step
-    const float2 later_decay;   // for the earlier step
-    float inverse_q[4], inverse_k[4];
-
-    __device__ __forceinline__ Destination(const Operands& operands_, uint8_t* queries_, uint8_t* keys_,
-                                           const RowValues& rows_, float scale, float2 other_decay)
-        : operands(operands_),
-          queries(queries_),
-          keys(keys_),
-          rows(rows_),
-          query_factor{kIsLater ? scale * other_decay.x : scale, kIsLater ? scale * other_decay.y : scale},
-          later_decay(other_decay) {}
-
-    template <typename First>
-    __device__ __forceinline__ void prepare(First first) {
-      const int four = first();
-      Producer::load(inverse_q, rows.output_scale + four);
-      Producer::load(inverse_k, rows.key_norm + four);
-    }
-    __device__ __forceinline__ float2 scaled_query(Token t, float2 q) const {
-      return {q.x * inverse_q[t.n], q.y * inverse_q[t.n]};
-    }
-    __device__ __forceinline__ float2 scaled_key(Token t, float2 k) const {
-      return {k.x * inverse_k[t.n], k.y * inverse_k[t.n]};
-    }
-    __device__ __forceinline__ void query(Token t, float2 x) const {
-      if constexpr (kIsLater) *operands.gated_query(t) = pack_bf16(x.x, x.y);
-      *operands.template pair<GatedTile>(queries, t) = pack_bf16(x.x * query_factor.x, x.y * query_factor.y);
-    }
-    __device__ __forceinline__ void key(Token t, float2 x) const { *operands.gated_key(t) = pack_bf16(x.x, x.y); }
-    __device__ __forceinline__ void decayed_key(Token t, float2 x) const {
-      uint32_t packed = pack_bf16(x.x, x.y);
-      if constexpr (!kIsLater) {
-        *operands.row_pair(Config::kSecondGate, t) = packed;
-        packed = pack_bf16(x.x * later_decay.x, x.y * later_decay.y);
-      }
-      *operands.template pair<GatedTile>(keys, t) = packed;
-    }
-  };
 
   // e^{G_C} of the chunk: from the sum of the log-gates, so that very slow gates keep their bits over thousands of chunks.
   __device__ __forceinline__ void store_decay(const Operands& operands, float2 own, float2 other) const {
@@ -447,6 +398,20 @@ struct IntraChunkSolve {
     for (int n = 0; n < 8; ++n) destination[n * 32] = {acc[n][0], acc[n][1], acc[n][2], acc[n][3]};
   }
 
+  // As StepProducer::prepare(), of both steps.
+  __device__ __forceinline__ bool prepare(const Producer& make, Operands& operands, const GateConstants& constants,
+                                          uint32_t beta_bits) const {
+    if (location.tokens < C) {
+      operands.clear_rows_past_end();
+      __syncthreads();
+    }
+    const float beta = 8 * make.row_warp() + group() < make.tokens ? make.activate_beta(beta_bits) : 0.0f;
+    bool far_apart = make.store_row_values(rows(step()), beta);
+    far_apart |= params.call.gate != GateKind::kSigmoid && beta > 1.0f;
+    far_apart |= operands.activate(params.call, constants.decay_rate, constants.bias);
+    return __syncthreads_or(far_apart);  // one answer for both steps: they go through the same barriers
+  }
+
   // The operands of all products of keys and queries, in the place of the rows and to memory. Returns whether pairs went by levels: then their products
   // are made already.
   __device__ __forceinline__ bool make_operands(typename Producer::Products& products, const Producer& make,
@@ -455,7 +420,7 @@ struct IntraChunkSolve {
     if (!params.vectorized) load_unaligned_inputs();
     const GateConstants constants(call, value_head, make.channel_of(make.thread));
     const RowValues values = rows(step());
-    const Operands operands = make.operands(constants);
+    Operands operands(make.operands(constants), shared);
     const uint32_t beta_bits = next_beta()[Config::C * step() + 8 * make.row_warp() + group()];
     if (params.vectorized) {
       ptx::mbarrier_wait_parity(loaded(0), parity);
@@ -463,31 +428,24 @@ struct IntraChunkSolve {
       __syncthreads();
     }
 
-    // One answer for both steps: they go through the same barriers.
-    const bool far_apart = make.prepare(operands, constants, values, beta_bits);
-    const Operands others = {raw(0),         shared,      scratch(1 - step()), operands.channel,
-                             operands.group, make.tokens, constants.unit};
+    const bool far_apart = prepare(make, operands, constants, beta_bits);
+    const StepOperands<Config> others = {raw(0),         shared,      scratch(1 - step()), operands.channel,
+                                         operands.group, make.tokens, constants.unit};
     const float2 other = others.total_of(0, Operands::kGroups);
     store_decay(operands, operands.total_of(0, Operands::kGroups), other);
-    const float2 other_decay = {ptx::ex2(other.x), ptx::ex2(other.y)};
     const int64_t offset = tile * Config::kChunkKeyTileBytes + step() * Config::kRowsOfStepBytes;
+    const typename Operands::Destination destination(operands, params.Q_gated + offset, params.K_decayed + offset,
+                                                     values, is_later(), call.scale,
+                                                     {ptx::ex2(other.x), ptx::ex2(other.y)});
     if (far_apart) {
+      operands.leave_gates();
       make.multiply_by_levels(products, operands, values);
       make.sync();  // the last level's operands have been read
-    }
-    const auto store = [&](auto destination) {
-      if (!far_apart) {
-        operands.store_with_middle_reference(destination);
-      } else {
-        operands.store_state_operands(destination);
-      }
-    };
-    uint8_t* const queries = params.Q_gated + offset;
-    uint8_t* const keys = params.K_decayed + offset;
-    if (is_later()) {
-      store(Destination<true>(operands, queries, keys, values, call.scale, other_decay));
+      operands.store_state_operands(destination);
+    } else if (call.qk_l2norm) {
+      operands.template store_with_middle_reference<true>(destination);
     } else {
-      store(Destination<false>(operands, queries, keys, values, call.scale, other_decay));
+      operands.template store_with_middle_reference<false>(destination);
     }
     return far_apart;
   }
@@ -511,7 +469,7 @@ struct IntraChunkSolve {
       float across[2][4] = {};
       {
         const IntraChunkSolve solve = here();
-        const bool far_apart = solve.make_operands(products, solve.producer(), turn & 1);
+        const bool far_apart = solve.make_operands(products, solve.producer(), ptx::opaque(turn) & 1);
         __syncthreads();
         const IntraChunkSolve solve_pairs = here();
         const Producer make = solve_pairs.producer();
@@ -540,7 +498,7 @@ struct IntraChunkSolve {
     find();
     __syncthreads();
     here().store_inverse();
-    here().wait_for_values(turn & 1);
+    here().wait_for_values(ptx::opaque(turn) & 1);
     ptx::fence_proxy_async_shared();  // the inverse has been read
     __syncthreads();
     next().load_last_inputs();
@@ -578,11 +536,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
       place = {locate_chunk(call, slot, lane), tile, static_cast<int>(value_head),
                static_cast<int>(value_head / (value_heads / heads))};
     }
-    if (lane == 0) places[turn % kSolvePlaces] = place;
+    if (lane == 0) places[ptx::opaque(turn) % kSolvePlaces] = place;
   };
   const auto at = [&](unsigned turn) -> Solve {
-    const SolvePlace& place = places[turn % kSolvePlaces];
-    const int thread = ptx::opaque(threadIdx.x);  // what follows from it is not kept
+    // What follows from the turn and from the thread is not kept.
+    const SolvePlace& place = places[ptx::opaque(turn) % kSolvePlaces];
+    const int thread = ptx::opaque(threadIdx.x);
     return {params.stage, params.maps,    shared,           thread,    thread & 31,
             place,        place.location, place.value_head, place.tile};
   };
@@ -600,10 +559,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   find(static_cast<uint32_t>(places[0].tile) + gridDim.x, 1);
   __syncthreads();
 #pragma unroll 1
-  for (unsigned turn = 0; places[turn % kSolvePlaces].location.tokens > 0; ++turn) {
+  for (unsigned turn = 0; at(turn).location.tokens > 0; ++turn) {
     Solve::run(
         turn, [&](unsigned i) { return at(turn + i); },
-        [&] { find(static_cast<uint32_t>(places[(turn + 1) % kSolvePlaces].tile) + gridDim.x, turn + 2); });
+        [&] { find(static_cast<uint32_t>(at(turn + 1).tile) + gridDim.x, turn + 2); });
   }
 }
 
