@@ -9,8 +9,8 @@
 // Grid: as many CTAs as are resident, of 8 warps; each goes on by the grid's size among tiles of (chunk slot, value head), past slots without tokens.
 // The next chunk's rows are copied as soon as their place is free, so that its work begins without a wait. The chunk is two steps of 32 tokens, earlier and later, of four warps each, which make
 // pairs inside of them as in the forward (step_producer.cuh). For a pair across the steps exp(G_i - G_j) is split at the boundary between them: it
-// is a product of rows of Q ⊙ e^G and K ⊙ e^G of the later step and of K ⊙ e^{G_C - G} of the earlier one. From the solve on a warp owns 16 columns
-// of W or 16 rows of U0^T.
+// is a product of rows of Q ⊙ e^G and K ⊙ e^G of the later step and of K ⊙ e^{G_C - G} of the earlier one. From the solve on a warp owns columns
+// of W or rows of U0^T.
 //
 // Numerics: gate factors as in step_operands.cuh; if one step is out of range of one reference, both go by levels. q and k are normalised in fp32
 // before they are gated and rounded. The diagonal of Aqk comes from q and k as they are in memory, whose products are exact. Tinv enters as the sum
@@ -41,6 +41,8 @@ struct IntraChunkSolve {
   using GatedTile = typename Config::GatedTile;  // of the chunk
   using PairTile = typename Config::ChunkPairTile;
   static constexpr int K = Config::K, V = Config::V, C = kChunkTokens;
+  // Of 16 columns of W or rows of U0^T, that a warp takes together, as their products share operands of Tinv. fp16 has two operands of V: registers.
+  static constexpr int kUnits = std::is_same_v<Element, BFloat16> && (K + V) / 16 > Config::kWarps ? 2 : 1;
 
   const ChunkFwdKernelParams& params;
   const TensorMaps& maps;
@@ -197,19 +199,40 @@ struct IntraChunkSolve {
                                                                                     ptx::ex2(own.y + other.y)};
   }
 
-  // Pairs of the later step's tokens 8 w .. 8 w + 7 with 16 of the earlier step's: elements 0, 1 belong to q k^T, 2, 3 to k k^T.
-  __device__ __forceinline__ void multiply_across(const Producer& make, float (&d)[2][4]) const {
+  // Pairs of the later step's tokens 8 w .. 8 w + 7 with 16 of the earlier step's: elements 0, 1 belong to q k^T, 2, 3 to k k^T. With `inside`, also the
+  // pairs of the own step, as StepProducer::multiply_with_middle_reference(): chains of products run side by side.
+  __device__ __forceinline__ void multiply_across(const Producer& make, float (&across)[2][4],
+                                                  float (*inside)[4]) const {
     const int matrix = lane >> 3, row = lane & 7;
     const uint32_t keys = ptx::shared_address(shared) + Config::kGated + Config::kRowsOfStepBytes;
     const uint32_t later = matrix & 1 ? keys : keys + Config::kGatedQueries;
     const uint32_t earlier = ptx::shared_address(raw(0)) + Config::kSecondGate;
+    const uint32_t own = ptx::shared_address(raw(step()));
 #pragma unroll
     for (int kt = 0; kt < K / 16; ++kt) {
-      uint32_t a[4], b[4];
-      ptx::ldmatrix_x4(a, later + GatedTile::unit_offset(8 * make.row_warp() + row, 2 * kt + (matrix >> 1)));
-      ptx::ldmatrix_x4(b, earlier + KeyTile::unit_offset(16 * step() + 8 * (matrix >> 1) + row, 2 * kt + (matrix & 1)));
-      ptx::mma_m16n8k16_bf16(d[0], a[0], a[1], a[2], a[3], b[0], b[1]);
-      ptx::mma_m16n8k16_bf16(d[1], a[0], a[1], a[2], a[3], b[2], b[3]);
+      const auto load_b = [&](uint32_t(&b)[4], uint32_t tile, int block) {
+        ptx::ldmatrix_x4(b, tile + KeyTile::unit_offset(8 * (block + (matrix >> 1)) + row, 2 * kt + (matrix & 1)));
+      };
+      const int unit = 2 * kt + (matrix >> 1);
+      uint32_t a[4], b[4], own_a[4], own_b[2][4];
+      ptx::ldmatrix_x4(a, later + GatedTile::unit_offset(8 * make.row_warp() + row, unit));
+      load_b(b, earlier, 2 * step());
+      if (inside != nullptr) {
+        const uint32_t tile = own + (matrix & 1 ? Config::kRawK : Config::kRawQ);
+        ptx::ldmatrix_x4(own_a, tile + KeyTile::unit_offset(8 * make.row_warp() + row, unit));
+        load_b(own_b[0], own + Config::kRawG, 0);
+        load_b(own_b[1], own + Config::kRawG, 2);
+      }
+      const auto product = [](float(&d)[4], const uint32_t(&x)[4], uint32_t y0, uint32_t y1) {
+        ptx::mma_m16n8k16_bf16(d, x[0], x[1], x[2], x[3], y0, y1);
+      };
+      product(across[0], a, b[0], b[1]);
+      product(across[1], a, b[2], b[3]);
+      if (inside != nullptr) {
+        // Token blocks above the diagonal come along; their products, of any value, are not used.
+#pragma unroll
+        for (int n = 0; n < 4; ++n) product(inside[n], own_a, own_b[n / 2][2 * (n % 2)], own_b[n / 2][2 * (n % 2) + 1]);
+      }
     }
   }
 
@@ -312,90 +335,112 @@ struct IntraChunkSolve {
     return row < C / 2 ? column + C / 2 : column;
   }
 
-  // W = Tinv (K ⊙ e^G) for 16 channels, by one warp, over K ⊙ e^G and from there to memory.
+  // W = Tinv (K ⊙ e^G) for kUnits times 16 channels, by one warp, over K ⊙ e^G and from there to memory.
   __device__ __forceinline__ void multiply_keys(int channel) const {
     const uint32_t base = ptx::shared_address(shared);
     const uint32_t keys = base + Config::kGated, inverse = base + Config::kTinv;
-    float acc[4][2][4] = {};
+    float acc[kUnits][4][2][4] = {};
     const auto multiply = [&](int kt) {
-      uint32_t b[4];
-      GatedTile::load_b_trans(b, keys, 16 * kt, channel, lane);
+      uint32_t b[kUnits][4];
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) GatedTile::load_b_trans(b[u], keys, 16 * kt, channel + 16 * u, lane);
 #pragma unroll
       for (int mt = kt; mt < 4; ++mt) {
+        uint32_t a[2][4];  // high and low part
+        PairTile::load_a(a[0], inverse, 16 * mt, 16 * kt, lane);
+        PairTile::load_a(a[1], inverse, low_row(16 * mt), low_column(16 * mt, 16 * kt), lane);
 #pragma unroll
-        for (int part = 0; part < 2; ++part) {
-          uint32_t a[4];
-          PairTile::load_a(a, inverse, part == 0 ? 16 * mt : low_row(16 * mt),
-                           part == 0 ? 16 * kt : low_column(16 * mt, 16 * kt), lane);
-          ptx::mma_m16n8k16_bf16(acc[mt][0], a[0], a[1], a[2], a[3], b[0], b[1]);
-          ptx::mma_m16n8k16_bf16(acc[mt][1], a[0], a[1], a[2], a[3], b[2], b[3]);
+        for (const auto& x : a) {
+#pragma unroll
+          for (int u = 0; u < kUnits; ++u) {
+            ptx::mma_m16n8k16_bf16(acc[u][mt][0], x[0], x[1], x[2], x[3], b[u][0], b[u][1]);
+            ptx::mma_m16n8k16_bf16(acc[u][mt][1], x[0], x[1], x[2], x[3], b[u][2], b[u][3]);
+          }
         }
       }
     };
     multiply(2);
     multiply(3);
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const float2 decay = *reinterpret_cast<const float2*>(earlier_decay() + channel + 8 * n + 2 * member());
+    for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
-      for (int mt = 2; mt < 4; ++mt) {
-        acc[mt][n][0] *= decay.x, acc[mt][n][1] *= decay.y;
-        acc[mt][n][2] *= decay.x, acc[mt][n][3] *= decay.y;
+      for (int n = 0; n < 2; ++n) {
+        const float2 decay =
+            *reinterpret_cast<const float2*>(earlier_decay() + channel + 16 * u + 8 * n + 2 * member());
+#pragma unroll
+        for (int mt = 2; mt < 4; ++mt) {
+          float(&x)[4] = acc[u][mt][n];
+          x[0] *= decay.x, x[1] *= decay.y, x[2] *= decay.x, x[3] *= decay.y;
+        }
       }
     }
     multiply(0);
     multiply(1);
     __syncwarp();  // the warp has read all of its columns
 #pragma unroll
-    for (int mt = 0; mt < 4; ++mt) {
-      const float(&x)[2][4] = acc[mt];
-      const uint32_t packed[4] = {pack_bf16(x[0][0], x[0][1]), pack_bf16(x[0][2], x[0][3]), pack_bf16(x[1][0], x[1][1]),
-                                  pack_bf16(x[1][2], x[1][3])};
-      GatedTile::store_a(packed, keys, 16 * mt, channel, lane);
+    for (int u = 0; u < kUnits; ++u) {
+#pragma unroll
+      for (int mt = 0; mt < 4; ++mt) {
+        const float(&x)[2][4] = acc[u][mt];
+        const uint32_t packed[4] = {pack_bf16(x[0][0], x[0][1]), pack_bf16(x[0][2], x[0][3]),
+                                    pack_bf16(x[1][0], x[1][1]), pack_bf16(x[1][2], x[1][3])};
+        GatedTile::store_a(packed, keys, 16 * mt, channel + 16 * u, lane);
+      }
     }
     __syncwarp();
     uint8_t* const destination = params.W + tile * Config::kChunkKeyTileBytes;
+    constexpr int kRowUnits = 2 * kUnits, kRows = 32 / kRowUnits;  // units of 16 bytes; rows at once
 #pragma unroll
-    for (int token = 0; token < C; token += 16) {
-      const uint32_t offset = GatedTile::unit_offset(token + lane / 2, channel / 8 + lane % 2);
+    for (int token = 0; token < C; token += kRows) {
+      const uint32_t offset = GatedTile::unit_offset(token + lane / kRowUnits, channel / 8 + lane % kRowUnits);
       *reinterpret_cast<uint4*>(destination + offset) =
           *reinterpret_cast<const uint4*>(shared + Config::kGated + offset);
     }
   }
 
-  // U0^T = V^T Tinv^T for 16 rows, by one warp, straight to the workspace in accumulator order.
-  __device__ __forceinline__ void multiply_values(int row_tile) const {
+  // U0^T = V^T Tinv^T for kUnits times 16 rows, by one warp, straight to the workspace in accumulator order.
+  __device__ __forceinline__ void multiply_values(int row) const {
     const uint32_t base = ptx::shared_address(shared);
     const uint32_t inverse = base + Config::kTinv;
-    float acc[8][4] = {};
+    float acc[kUnits][8][4] = {};
 #pragma unroll
     for (int kt = 0; kt < 4; ++kt) {
-      uint32_t a[4];
-      GatedTile::load_a_trans(a, base + Config::kValues, 16 * kt, 16 * row_tile, lane);
-      uint32_t value[4], value_low[4];
+      SplitBf16 value[kUnits][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const SplitBf16 split = Packed2<Element>::split(a[i]);
-        value[i] = split.high, value_low[i] = split.low;
+      for (int u = 0; u < kUnits; ++u) {
+        uint32_t a[4];
+        GatedTile::load_a_trans(a, base + Config::kValues, 16 * kt, row + 16 * u, lane);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) value[u][i] = Packed2<Element>::split(a[i]);
       }
 #pragma unroll
       for (int nt = kt; nt < 4; ++nt) {
-        uint32_t high[4], low[4];
-        PairTile::load_b(high, inverse, 16 * nt, 16 * kt, lane);
-        PairTile::load_b(low, inverse, low_row(16 * nt), low_column(16 * nt, 16 * kt), lane);
-        const auto multiply = [&](const uint32_t(&v)[4], const uint32_t(&b)[4]) {
-          ptx::mma_m16n8k16_bf16(acc[2 * nt], v[0], v[1], v[2], v[3], b[0], b[1]);
-          ptx::mma_m16n8k16_bf16(acc[2 * nt + 1], v[0], v[1], v[2], v[3], b[2], b[3]);
+        uint32_t b[2][4];  // high and low part
+        PairTile::load_b(b[0], inverse, 16 * nt, 16 * kt, lane);
+        PairTile::load_b(b[1], inverse, low_row(16 * nt), low_column(16 * nt, 16 * kt), lane);
+        const auto multiply = [&](uint32_t SplitBf16::* part, const uint32_t(&x)[4]) {
+#pragma unroll
+          for (int u = 0; u < kUnits; ++u) {
+            const SplitBf16(&v)[4] = value[u];
+            ptx::mma_m16n8k16_bf16(acc[u][2 * nt], v[0].*part, v[1].*part, v[2].*part, v[3].*part, x[0], x[1]);
+            ptx::mma_m16n8k16_bf16(acc[u][2 * nt + 1], v[0].*part, v[1].*part, v[2].*part, v[3].*part, x[2], x[3]);
+          }
         };
-        multiply(value, high);
-        multiply(value, low);
-        if constexpr (!std::is_same_v<Element, BFloat16>) multiply(value_low, high);
+        multiply(&SplitBf16::high, b[0]);
+        multiply(&SplitBf16::high, b[1]);
+        if constexpr (!std::is_same_v<Element, BFloat16>) multiply(&SplitBf16::low, b[0]);
       }
     }
     float4* const destination =
-        reinterpret_cast<float4*>(params.U) + (tile * (V / 16) + row_tile) * (C / 8) * 32 + lane;
+        reinterpret_cast<float4*>(params.U) + (tile * (V / 16) + row / 16) * (C / 8) * 32 + lane;
 #pragma unroll
-    for (int n = 0; n < 8; ++n) destination[n * 32] = {acc[n][0], acc[n][1], acc[n][2], acc[n][3]};
+    for (int u = 0; u < kUnits; ++u) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const float(&x)[4] = acc[u][n];
+        destination[(u * (C / 8) + n) * 32] = {x[0], x[1], x[2], x[3]};
+      }
+    }
   }
 
   // As StepProducer::prepare(), of both steps.
@@ -474,11 +519,12 @@ struct IntraChunkSolve {
         const IntraChunkSolve solve_pairs = here();
         const Producer make = solve_pairs.producer();
         if (!far_apart) {
-          make.multiply_with_middle_reference(products);
+          products = {};
+          solve_pairs.multiply_across(make, across, products.tile);
         } else {
           solve_pairs.normalize(make, products);
+          solve_pairs.multiply_across(make, across, nullptr);
         }
-        solve_pairs.multiply_across(make, across);
       }
       ptx::fence_proxy_async_shared();
       __syncthreads();  // all operands of pairs have been read
@@ -504,11 +550,11 @@ struct IntraChunkSolve {
     next().load_last_inputs();
     const IntraChunkSolve solve = here();
 #pragma unroll
-    for (int unit = solve.warp(); unit < (K + V) / 16; unit += Config::kWarps) {
-      if (unit < K / 16) {
-        solve.multiply_keys(16 * unit);
+    for (int first = 16 * kUnits * solve.warp(); first < K + V; first += 16 * kUnits * Config::kWarps) {
+      if (first < K) {
+        solve.multiply_keys(first);
       } else {
-        solve.multiply_values(unit - K / 16);
+        solve.multiply_values(first - K);
       }
     }
   }
