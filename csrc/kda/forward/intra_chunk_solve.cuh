@@ -301,12 +301,21 @@ struct IntraChunkSolve {
     const int row = thread / 4, first = 16 * (thread % 4);
     if (first > row) return;
     float t[16], write[16];
-    Producer::load(t, &Akk().at(row, first));
-    Producer::load(write, rows(first / Config::C).write + first % Config::C);
-    if (row - first < 8) {  // a block of 8 above the diagonal
+    const auto load = [&](int i) {  // a block of 8
+      const int up = InverseBlocks::shift(row / 8, (first + i) / 8);
+      const float* const source = &Akk().at(row - 8 * up, first + i + 8 * up);
+      const float4 low = *reinterpret_cast<const float4*>(source), high = *reinterpret_cast<const float4*>(source + 4);
+      t[i] = low.x, t[i + 1] = low.y, t[i + 2] = low.z, t[i + 3] = low.w;
+      t[i + 4] = high.x, t[i + 5] = high.y, t[i + 6] = high.z, t[i + 7] = high.w;
+    };
+    load(0);
+    if (row - first >= 8) {
+      load(8);
+    } else {  // a block of 8 above the diagonal
 #pragma unroll
       for (int i = 8; i < 16; ++i) t[i] = 0.0f;
     }
+    Producer::load(write, rows(first / Config::C).write + first % Config::C);
     const uint32_t offset = PairTile::unit_offset(row, first / 8);
     // first is a multiple of 16: the second unit is at offset ^ 16
     const auto store = [&](uint8_t* destination, uint32_t at, const uint32_t(&v)[8]) {
@@ -565,6 +574,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     intra_chunk_solve_kernel(const __grid_constant__ IntraChunkSolveParams params) {
   using Solve = IntraChunkSolve<Config>;
   extern __shared__ __align__(1024) uint8_t shared[];
+  static_assert((Config::kThreads & (Config::kThreads - 1)) == 0);
   SolvePlace* const places = reinterpret_cast<SolvePlace*>(shared + Config::kPlaces);
 
   // The CTA's next chunk that has tokens, of those from `tile` on, found by one warp that has less to do than others before a barrier.
@@ -585,9 +595,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     if (lane == 0) places[ptx::opaque(turn) % kSolvePlaces] = place;
   };
   const auto at = [&](unsigned turn) -> Solve {
-    // What follows from the turn and from the thread is not kept.
+    // What follows from the turn and from the thread is not kept. That the latter is below kThreads makes its quotients shifts.
     const SolvePlace& place = places[ptx::opaque(turn) % kSolvePlaces];
-    const int thread = ptx::opaque(threadIdx.x);
+    const int thread = ptx::opaque(threadIdx.x) & (Config::kThreads - 1);
     return {params.stage, params.maps,    shared,           thread,    thread & 31,
             place,        place.location, place.value_head, place.tile};
   };
