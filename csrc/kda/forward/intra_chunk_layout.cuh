@@ -65,8 +65,11 @@ struct IntraChunkSolveConfig : StepTiles<K_> {
   static constexpr int kRowValues = kAfterValues + (kSolveFits ? 0 : SolveMatrix::kBytes);  // of each step
   static constexpr int kRowValuesBytes = 6 * C * 4;
   static constexpr int kEarlierDecay = kRowValues + kSteps * kRowValuesBytes;  // e^{G_C} of the earlier step   [K] fp32
-  static constexpr int kNextBeta = kEarlierDecay + K * 4;         // of the next chunk, as it came   [chunk] words
-  static constexpr int kBarriers = kNextBeta + kChunkTokens * 4;  // of the rows of q, k and g, and of V
+  // Of the next chunk:
+  static constexpr int kNextBeta = kEarlierDecay + K * 4;         // beta as it came   [chunk] words
+  static constexpr int kNextBias = kNextBeta + kChunkTokens * 4;  // GateConstants   [K] fp32
+  static constexpr int kNextRate = kNextBias + K * 4;
+  static constexpr int kBarriers = kNextRate + 16;  // of the rows of q, k and g, and of V
   static constexpr int kPlaces = kBarriers + 2 * 8;
   static constexpr int kSharedBytes = kPlaces + kSolvePlaces * sizeof(SolvePlace);
   static_assert(kGated % 1024 == 0 && kValues % 1024 == 0 && kPlaces % 16 == 0);

@@ -80,7 +80,7 @@ struct IntraChunkOperands : StepOperands<Config> {
   // The place of the thread's token i in a tile of rows of 128 bytes, from that of its first token, an offset into shared memory: i goes in by one
   // exclusive or and a constant.
   __device__ __forceinline__ uint8_t* at(uint32_t first, int i) const {
-    return shared + ((first ^ (i & 7) << 4) + i * 128);
+    return shared + ((first ^ ((i & 7) << 4)) + i * 128);
   }
   __device__ __forceinline__ uint32_t offset_of(const uint8_t* tile) const {
     return static_cast<uint32_t>(tile - shared);
@@ -155,7 +155,7 @@ struct IntraChunkOperands : StepOperands<Config> {
     const uint32_t across = destination.is_later ? gated + Config::kGatedQueries : rows + Config::kSecondGate;
     const auto word = [&](uint32_t first, int i) -> uint32_t& { return *reinterpret_cast<uint32_t*>(at(first, i)); };
     const auto to_memory = [&](uint8_t* tile, int i, uint32_t packed) {
-      *reinterpret_cast<uint32_t*>(tile + (in_gated ^ (i & 7) << 4) + i * 128) = packed;
+      *reinterpret_cast<uint32_t*>(tile + (in_gated ^ ((i & 7) << 4)) + i * 128) = packed;
     };
 
     constexpr int kTogether = kTokens / 8;

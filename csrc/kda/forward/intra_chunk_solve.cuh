@@ -69,6 +69,8 @@ struct IntraChunkSolve {
   __device__ __forceinline__ uint32_t* next_beta() const {
     return reinterpret_cast<uint32_t*>(shared + Config::kNextBeta);
   }
+  __device__ __forceinline__ float* next_rate() const { return reinterpret_cast<float*>(shared + Config::kNextRate); }
+  __device__ __forceinline__ float* next_bias() const { return reinterpret_cast<float*>(shared + Config::kNextBias); }
   __device__ __forceinline__ float* earlier_decay() const {
     return reinterpret_cast<float*>(shared + Config::kEarlierDecay);
   }
@@ -123,19 +125,36 @@ struct IntraChunkSolve {
     copy_inputs([&](auto copy) { copy(maps.g, 0, Config::kRawG, value_head); });
   }
 
-  // beta of token `thread`, as it is in memory: a conversion would wait for the load.
-  __device__ __forceinline__ uint32_t raw_beta() const {
+  // What a chunk needs of parameters of a token or a channel, one element a thread, as they are in memory, as a conversion would wait for the load: beta
+  // of token `thread`, A_log, dt_bias of a channel.
+  static constexpr int kRateThread = C, kFirstBiasThread = 128;
+  __device__ __forceinline__ uint32_t raw_parameter() const {
     const ChunkFwdParams& call = params.call;
-    if (thread >= location.tokens) return 0;
-    const TokenStrides& stride = call.beta_stride;
-    const int64_t index =
-        location.batch * stride.batch + (location.first_token + thread) * stride.token + value_head * stride.head;
-    return call.beta_type == DataType::kFloat32 ? static_cast<const uint32_t*>(call.beta)[index]
-                                                : static_cast<const uint16_t*>(call.beta)[index];
+    if (location.tokens == 0) return 0;
+    if (thread < location.tokens) {
+      const TokenStrides& stride = call.beta_stride;
+      const int64_t index =
+          location.batch * stride.batch + (location.first_token + thread) * stride.token + value_head * stride.head;
+      return call.beta_type == DataType::kFloat32 ? static_cast<const uint32_t*>(call.beta)[index]
+                                                  : static_cast<const uint16_t*>(call.beta)[index];
+    }
+    const int channel = thread - kFirstBiasThread;
+    if (call.dt_bias != nullptr && channel >= 0 && channel < K) {
+      return __float_as_uint(call.dt_bias[value_head * K + channel]);
+    }
+    if (call.A_log != nullptr && thread == kRateThread) return __float_as_uint(call.A_log[value_head]);
+    return 0;
   }
   // Until its chunk comes.
-  __device__ __forceinline__ void keep_beta(uint32_t bits) const {
-    if (thread < C) next_beta()[thread] = bits;
+  __device__ __forceinline__ void keep_parameter(uint32_t bits) const {
+    const int channel = thread - kFirstBiasThread;
+    if (thread < C) {
+      next_beta()[thread] = bits;
+    } else if (thread == kRateThread) {
+      *next_rate() = params.call.A_log != nullptr ? expf(__uint_as_float(bits)) : 1.0f;
+    } else if (channel >= 0 && channel < K) {
+      next_bias()[channel] = __uint_as_float(bits);
+    }
   }
 
   // If they are not, by all.
@@ -259,26 +278,30 @@ struct IntraChunkSolve {
     const RowValues own = rows(step());
     const float strength = own.write[row], later_strength = rows(1).write[row];
     const float diagonal = own.query_key[row] * (own.output_scale[row] * own.key_norm[row]);
-    const auto store_aqk = [&](int i, int j, float x, float y) {
-      *reinterpret_cast<uint32_t*>(shared + Config::kAqk + PairTile::pair_offset(i, j)) =
-          pack_bf16(scale * x, scale * y);
+    // Place of the lane's pair in the first block of 8 of blocks that begin at a multiple of 4: block n is at an exclusive or of 16 n.
+    const auto place_of = [&](int i, int j) { return Config::kAqk + PairTile::pair_offset(i, j + pair); };
+    const auto store_aqk = [&](uint32_t place, uint32_t packed) {
+      *reinterpret_cast<uint32_t*>(shared + place) = packed;
     };
+    static_assert(Config::kAqk % 128 == 0);
+    const uint32_t inside = place_of(first + row, first);
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       const int column = 8 * n + pair;
       const float(&p)[4] = products.tile[n];
       const auto select = [&](float value, int j) { return j < row ? value : (j == row ? diagonal : 0.0f); };
-      store_aqk(first + row, first + column, select(p[0], column), select(p[1], column + 1));
+      store_aqk(inside ^ (n << 4), pack_bf16(scale * select(p[0], column), scale * select(p[1], column + 1)));
       if (n <= make.row_warp()) {
         *reinterpret_cast<float2*>(&Akk().at(first + row, first + column)) = {strength * p[2], strength * p[3]};
       }
-      if (!is_later()) store_aqk(row, Config::C + column, 0.0f, 0.0f);
+      if (!is_later()) store_aqk(inside ^ ((4 + n) << 4), 0);
     }
+    const uint32_t below = place_of(Config::C + row, 16 * step());
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const int column = 16 * step() + 8 * n + pair;
       const float(&p)[4] = across[n];
-      store_aqk(Config::C + row, column, p[0], p[1]);
+      store_aqk(below ^ (n << 4), pack_bf16(scale * p[0], scale * p[1]));
       *reinterpret_cast<float2*>(&Akk().at(Config::C + row, column)) = {later_strength * p[2], later_strength * p[3]};
     }
   }
@@ -472,7 +495,8 @@ struct IntraChunkSolve {
                                                 int parity) const {
     const ChunkFwdParams& call = params.call;
     if (!params.vectorized) load_unaligned_inputs();
-    const GateConstants constants(call, value_head, make.channel_of(make.thread));
+    const GateConstants constants(call, *next_rate(),
+                                  *reinterpret_cast<const float2*>(next_bias() + make.channel_of(make.thread)));
     const RowValues values = rows(step());
     Operands operands(make.operands(constants), shared);
     const uint32_t beta_bits = next_beta()[Config::C * step() + 8 * make.row_warp() + group()];
@@ -542,14 +566,14 @@ struct IntraChunkSolve {
       const IntraChunkSolve solve = here();
       solve.store_products(solve.producer(), products, across);
     }
-    const uint32_t beta = next().raw_beta();
+    const uint32_t parameter = next().raw_parameter();
     __syncthreads();
     here().copy_aqk();
     {
       const IntraChunkSolve solve = here();
       invert_unit_lower_64x64(solve.Akk(), solve.warp(), solve.lane, all);
     }
-    next().keep_beta(beta);
+    next().keep_parameter(parameter);
     find();
     __syncthreads();
     here().store_inverse();
@@ -577,6 +601,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   static_assert((Config::kThreads & (Config::kThreads - 1)) == 0);
   SolvePlace* const places = reinterpret_cast<SolvePlace*>(shared + Config::kPlaces);
 
+  const auto place_of = [&](unsigned turn) -> SolvePlace& {
+    return places[static_cast<unsigned>(ptx::opaque(turn)) % kSolvePlaces];
+  };
+
   // The CTA's next chunk that has tokens, of those from `tile` on, found by one warp that has less to do than others before a barrier.
   constexpr int kFindingWarp = 3;
   const auto find = [&](uint32_t tile, unsigned turn) {
@@ -592,11 +620,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
       place = {locate_chunk(call, slot, lane), tile, static_cast<int>(value_head),
                static_cast<int>(value_head / (value_heads / heads))};
     }
-    if (lane == 0) places[ptx::opaque(turn) % kSolvePlaces] = place;
+    if (lane == 0) place_of(turn) = place;
   };
   const auto at = [&](unsigned turn) -> Solve {
     // What follows from the turn and from the thread is not kept. That the latter is below kThreads makes its quotients shifts.
-    const SolvePlace& place = places[ptx::opaque(turn) % kSolvePlaces];
+    const SolvePlace& place = place_of(turn);
     const int thread = ptx::opaque(threadIdx.x) & (Config::kThreads - 1);
     return {params.stage, params.maps,    shared,           thread,    thread & 31,
             place,        place.location, place.value_head, place.tile};
@@ -611,7 +639,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   __syncthreads();
   at(0).load_first_inputs();
   at(0).load_last_inputs();
-  at(0).keep_beta(at(0).raw_beta());
+  at(0).keep_parameter(at(0).raw_parameter());
   find(static_cast<uint32_t>(places[0].tile) + gridDim.x, 1);
   __syncthreads();
 #pragma unroll 1
