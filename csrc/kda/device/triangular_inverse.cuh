@@ -260,12 +260,13 @@ __device__ __forceinline__ void invert_unit_lower_64x64(SolveMatrix whole, int w
   {  // the 16 x 16 block: lane has elements (row, lane % 4) and (row + 8, lane % 4) of four columns
     const int column = 4 * of_half + (lane & 3);
     const bool is_left = of_half < 2;  // of T_11
-    const SolveMatrix lower_rows = is_left ? SolveMatrix{&matrix.at(-8, 8)} : matrix;
+    const int to_lower_rows =
+        is_left ? 8 - 8 * SolveMatrix::kStride : 0;  // of its block of rows 8 .. 15, see InverseBlocks
     float y[2] = {}, t[2] = {};
 #pragma unroll
     for (int k = 0; k < 16; k += 4) {
       if (k < 8 && !is_left) continue;
-      const SolveMatrix rows = k < 8 ? matrix : lower_rows;
+      const SolveMatrix rows = {matrix.data + (k < 8 ? 0 : to_lower_rows)};
       const float4 a = *reinterpret_cast<const float4*>(&matrix.at(16 + row, k));
       const float4 b = *reinterpret_cast<const float4*>(&matrix.at(24 + row, k));
       const float x[4] = {rows.at(k, column), rows.at(k + 1, column), rows.at(k + 2, column), rows.at(k + 3, column)};

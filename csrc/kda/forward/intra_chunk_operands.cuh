@@ -71,19 +71,14 @@ struct IntraChunkOperands : StepOperands<Config> {
                        kBatch = Base::kBatch;
   static_assert(kTokens % 8 == 0, "a thread's first token has its units in order");
 
-  uint8_t* const shared;
   float2 gates[kTokens];  // log2 of alpha, in units of `unit`
 
-  __device__ __forceinline__ IntraChunkOperands(const Base& operands, uint8_t* shared_)
-      : Base(operands), shared(shared_) {}
+  __device__ __forceinline__ explicit IntraChunkOperands(const Base& operands) : Base(operands) {}
 
-  // The place of the thread's token i in a tile of rows of 128 bytes, from that of its first token, an offset into shared memory: i goes in by one
-  // exclusive or and a constant.
-  __device__ __forceinline__ uint8_t* at(uint32_t first, int i) const {
-    return shared + ((first ^ ((i & 7) << 4)) + i * 128);
-  }
-  __device__ __forceinline__ uint32_t offset_of(const uint8_t* tile) const {
-    return static_cast<uint32_t>(tile - shared);
+  // The place of the thread's token i in a tile of rows of 128 bytes, from the address of its first token: i goes in by one exclusive or and a
+  // constant.
+  static __device__ __forceinline__ uint8_t* at(uint32_t first, int i) {
+    return static_cast<uint8_t*>(__cvta_shared_to_generic((first ^ ((i & 7) << 4)) + i * 128));
   }
 
   // Elements of g to gates; 0 past the end. Totals and the answer as in StepOperands::activate(). A barrier then follows: gates in memory have been
@@ -93,7 +88,7 @@ struct IntraChunkOperands : StepOperands<Config> {
 #pragma unroll
       for (int i = 0; i < kTokens; ++i) gates[i] = convert(at(first, i));
     };
-    const uint32_t rows = offset_of(raw) + Config::kRawG;
+    const uint32_t rows = ptx::shared_address(raw) + Config::kRawG;
     const auto load_16bit = [&](auto element) {
       load(rows + KeyTile::pair_offset(first_token(), channel), [](const uint8_t* pair) {
         return Packed2<decltype(element)>::to_float2(*reinterpret_cast<const uint32_t*>(pair));
@@ -148,12 +143,14 @@ struct IntraChunkOperands : StepOperands<Config> {
     const float2(&from_middle)[kTokens] = gates;  // from now on
     const float2 query_factor = destination.query_factor, key_factor = destination.key_factor;
 
-    const uint32_t rows = offset_of(raw) + KeyTile::pair_offset(first_token(), channel);
+    const uint32_t rows = ptx::shared_address(raw) + KeyTile::pair_offset(first_token(), channel);
     const uint32_t in_gated = GatedTile::pair_offset(first_token(), channel);
-    const uint32_t gated = offset_of(this->stage) + Config::kGated + in_gated;
+    const uint32_t gated = ptx::shared_address(this->stage) + Config::kGated + in_gated;
     // What pairs across the steps take of this one.
     const uint32_t across = destination.is_later ? gated + Config::kGatedQueries : rows + Config::kSecondGate;
-    const auto word = [&](uint32_t first, int i) -> uint32_t& { return *reinterpret_cast<uint32_t*>(at(first, i)); };
+    const auto word = [&](uint32_t first, int i, int region = 0) -> uint32_t& {
+      return *reinterpret_cast<uint32_t*>(at(first, i) + region);
+    };
     const auto to_memory = [&](uint8_t* tile, int i, uint32_t packed) {
       *reinterpret_cast<uint32_t*>(tile + (in_gated ^ ((i & 7) << 4)) + i * 128) = packed;
     };
@@ -167,7 +164,7 @@ struct IntraChunkOperands : StepOperands<Config> {
 #pragma unroll
       for (int n = 0; n < kBatch; ++n) {
         const int i = token_of(first + n);
-        q_packed[n] = word(rows + Config::kRawQ, i), k_packed[n] = word(rows + Config::kRawK, i);
+        q_packed[n] = word(rows, i, Config::kRawQ), k_packed[n] = word(rows, i, Config::kRawK);
         if constexpr (kNormalizes) {
           inverse_q[n] = destination.rows.output_scale[first_token() + i];
           inverse_k[n] = destination.rows.key_norm[first_token() + i];
@@ -184,9 +181,9 @@ struct IntraChunkOperands : StepOperands<Config> {
           k = {k.x * inverse_k[n], k.y * inverse_k[n]};
         }
         const float2 qP = {q.x * P.x, q.y * P.y}, kP = {k.x * P.x, k.y * P.y}, kR = {k.x * R.x, k.y * R.y};
-        word(rows + Config::kRawQ, i) = pack_bf16(qP.x, qP.y);
-        word(rows + Config::kRawK, i) = pack_bf16(kP.x, kP.y);
-        word(rows + Config::kRawG, i) = pack_bf16(kR.x, kR.y);
+        word(rows, i, Config::kRawQ) = pack_bf16(qP.x, qP.y);
+        word(rows, i, Config::kRawK) = pack_bf16(kP.x, kP.y);
+        word(rows, i, Config::kRawG) = pack_bf16(kR.x, kR.y);
         const float2 query = {qP.x * to_start.x, qP.y * to_start.y}, key = {kP.x * to_start.x, kP.y * to_start.y};
         const float2 decayed_key = {kR.x * to_end.x, kR.y * to_end.y};
         word(gated, i) = pack_bf16(key.x, key.y);

@@ -498,7 +498,7 @@ struct IntraChunkSolve {
     const GateConstants constants(call, *next_rate(),
                                   *reinterpret_cast<const float2*>(next_bias() + make.channel_of(make.thread)));
     const RowValues values = rows(step());
-    Operands operands(make.operands(constants), shared);
+    Operands operands(make.operands(constants));
     const uint32_t beta_bits = next_beta()[Config::C * step() + 8 * make.row_warp() + group()];
     if (params.vectorized) {
       ptx::mbarrier_wait_parity(loaded(0), parity);
