@@ -371,11 +371,18 @@ struct IntraChunkSolve {
   __device__ __forceinline__ void multiply_keys(int channel) const {
     const uint32_t base = ptx::shared_address(shared);
     const uint32_t keys = base + Config::kGated, inverse = base + Config::kTinv;
+    // Of the lane's row in the tile of rows 0 .. 15, from where rows are constant offsets.
+    uint32_t columns[kUnits];
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      columns[u] = GatedTile::unit_address(keys, 0, lane & 15, lane >> 4, channel + 16 * u);
+    }
+    constexpr int kTileBytes = 16 * GatedTile::kRowBytes;
     float acc[kUnits][4][2][4] = {};
     const auto multiply = [&](int kt) {
       uint32_t b[kUnits][4];
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u) GatedTile::load_b_trans(b[u], keys, 16 * kt, channel + 16 * u, lane);
+      for (int u = 0; u < kUnits; ++u) ptx::ldmatrix_x4_trans(b[u], columns[u] + kt * kTileBytes);
 #pragma unroll
       for (int mt = kt; mt < 4; ++mt) {
         uint32_t a[2][4];  // high and low part
@@ -414,19 +421,20 @@ struct IntraChunkSolve {
 #pragma unroll
       for (int mt = 0; mt < 4; ++mt) {
         const float(&x)[2][4] = acc[u][mt];
-        const uint32_t packed[4] = {pack_bf16(x[0][0], x[0][1]), pack_bf16(x[0][2], x[0][3]),
-                                    pack_bf16(x[1][0], x[1][1]), pack_bf16(x[1][2], x[1][3])};
-        GatedTile::store_a(packed, keys, 16 * mt, channel + 16 * u, lane);
+        ptx::stmatrix_x4(columns[u] + mt * kTileBytes, pack_bf16(x[0][0], x[0][1]), pack_bf16(x[0][2], x[0][3]),
+                         pack_bf16(x[1][0], x[1][1]), pack_bf16(x[1][2], x[1][3]));
       }
     }
     __syncwarp();
-    uint8_t* const destination = params.W + tile * Config::kChunkKeyTileBytes;
     constexpr int kRowUnits = 2 * kUnits, kRows = 32 / kRowUnits;  // units of 16 bytes; rows at once
+    static_assert(kRows % 8 == 0, "the order of a lane's units is the same");
+    const uint32_t offset = GatedTile::unit_offset(lane / kRowUnits, channel / 8 + lane % kRowUnits);
+    const uint8_t* const source = shared + Config::kGated + offset;
+    uint8_t* const destination = params.W + tile * Config::kChunkKeyTileBytes + offset;
 #pragma unroll
     for (int token = 0; token < C; token += kRows) {
-      const uint32_t offset = GatedTile::unit_offset(token + lane / kRowUnits, channel / 8 + lane % kRowUnits);
-      *reinterpret_cast<uint4*>(destination + offset) =
-          *reinterpret_cast<const uint4*>(shared + Config::kGated + offset);
+      *reinterpret_cast<uint4*>(destination + token * GatedTile::kRowBytes) =
+          *reinterpret_cast<const uint4*>(source + token * GatedTile::kRowBytes);
     }
   }
 
@@ -434,6 +442,12 @@ struct IntraChunkSolve {
   __device__ __forceinline__ void multiply_values(int row) const {
     const uint32_t base = ptx::shared_address(shared);
     const uint32_t inverse = base + Config::kTinv;
+    uint32_t values[kUnits];  // of the lane's row in the tile of rows 0 .. 15
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      values[u] =
+          GatedTile::unit_address(base + Config::kValues, 0, (lane & 7) + (lane >> 4) * 8, lane >> 3 & 1, row + 16 * u);
+    }
     float acc[kUnits][8][4] = {};
 #pragma unroll
     for (int kt = 0; kt < 4; ++kt) {
@@ -441,7 +455,7 @@ struct IntraChunkSolve {
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
         uint32_t a[4];
-        GatedTile::load_a_trans(a, base + Config::kValues, 16 * kt, row + 16 * u, lane);
+        ptx::ldmatrix_x4_trans(a, values[u] + kt * 16 * GatedTile::kRowBytes);  // as load_a_trans()
 #pragma unroll
         for (int i = 0; i < 4; ++i) value[u][i] = Packed2<Element>::split(a[i]);
       }
