@@ -69,8 +69,8 @@ struct IntraChunkSolveConfig : StepTiles<K_> {
   static constexpr int kNextBeta = kEarlierDecay + K * 4;         // beta as it came   [chunk] words
   static constexpr int kNextBias = kNextBeta + kChunkTokens * 4;  // GateConstants   [K] fp32
   static constexpr int kNextRate = kNextBias + K * 4;
-  static constexpr int kBarriers = kNextRate + 16;  // of the rows of q, k and g, and of V
-  static constexpr int kPlaces = kBarriers + 2 * 8;
+  static constexpr int kBarriers = kNextRate + 16;  // of copies
+  static constexpr int kPlaces = kBarriers + 4 * 8;
   static constexpr int kSharedBytes = kPlaces + kSolvePlaces * sizeof(SolvePlace);
   static_assert(kGated % 1024 == 0 && kValues % 1024 == 0 && kPlaces % 16 == 0);
   static_assert(kCtasPerSm * (kSharedBytes + 1024) <= 228 * 1024);

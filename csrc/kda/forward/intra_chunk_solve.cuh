@@ -92,27 +92,36 @@ struct IntraChunkSolve {
     }
   }
 
-  __device__ __forceinline__ uint32_t loaded(int i) const {
-    return ptx::shared_address(shared) + Config::kBarriers + 8 * i;
+  // Copies by the copy engine, which barriers count, in each of the CTA's chunks once: of q, k and the later step's g, of the earlier step's g, and of V.
+  enum class Copies { kFirst, kLast, kValues };
+  static constexpr int kCopies = 3;
+  __device__ __forceinline__ uint32_t loaded(Copies copies) const {
+    return ptx::shared_address(shared) + Config::kBarriers + 8 * static_cast<int>(copies);
+  }
+  // parity: of the number of the CTA's chunk.
+  __device__ __forceinline__ void wait_for(Copies copies, int parity) const {
+    ptx::mbarrier_wait_parity(loaded(copies), parity);
   }
 
   // q, k and g, if they are aligned: first those that lie where nothing is read any more when the pairs of the chunk before have been multiplied, then
   // g of the earlier step, in the place of the inverse. By one thread, of a warp with few products to store, after a barrier that a fence of all
   // threads precedes. Rows past the end are of any content.
   static constexpr int kCopyingThread = 128, kValueCopyingThread = 160;
+  __device__ __forceinline__ int gate_bytes() const {  // of a step
+    return (params.call.gate_type == DataType::kFloat32 ? 2 : 1) * Config::kKeyTileBytes;
+  }
   template <typename Copy>
-  __device__ __forceinline__ void copy_inputs(Copy copy) const {
+  __device__ __forceinline__ void copy_inputs(Copies copies, int bytes, Copy copy) const {
     if (thread != kCopyingThread || !params.vectorized || location.tokens == 0) return;
+    ptx::mbarrier_arrive_expect_tx(loaded(copies), bytes);
     copy([&](const CUtensorMap& map, int of_step, int region, int head) {
       ptx::cp_async_bulk_tensor_load(ptx::shared_address(raw(of_step)) + region, &map, 0,
                                      static_cast<int>(location.first_token) + of_step * Config::C, 0, head,
-                                     static_cast<int>(location.batch), loaded(0));
+                                     static_cast<int>(location.batch), loaded(copies));
     });
   }
   __device__ __forceinline__ void load_first_inputs() const {
-    copy_inputs([&](auto copy) {
-      const bool gate_is_fp32 = params.call.gate_type == DataType::kFloat32;
-      ptx::mbarrier_arrive_expect_tx(loaded(0), Config::kSteps * (gate_is_fp32 ? 4 : 3) * Config::kKeyTileBytes);
+    copy_inputs(Copies::kFirst, Config::kSteps * 2 * Config::kKeyTileBytes + gate_bytes(), [&](auto copy) {
 #pragma unroll
       for (int i = 0; i < Config::kSteps; ++i) {
         copy(maps.q, i, Config::kRawQ, place.key_head);
@@ -122,7 +131,7 @@ struct IntraChunkSolve {
     });
   }
   __device__ __forceinline__ void load_last_inputs() const {
-    copy_inputs([&](auto copy) { copy(maps.g, 0, Config::kRawG, value_head); });
+    copy_inputs(Copies::kLast, gate_bytes(), [&](auto copy) { copy(maps.g, 0, Config::kRawG, value_head); });
   }
 
   // What a chunk needs of parameters of a token or a channel, one element a thread, as they are in memory, as a conversion would wait for the load: beta
@@ -180,14 +189,15 @@ struct IntraChunkSolve {
     if (params.vectorized) {
       if (thread != kValueCopyingThread) return;
       const int token = static_cast<int>(location.first_token), batch = static_cast<int>(location.batch);
-      ptx::mbarrier_arrive_expect_tx(loaded(1), C * V * 2);
+      ptx::mbarrier_arrive_expect_tx(loaded(Copies::kValues), C * V * 2);
 #pragma unroll
       for (int i = 0; i < Config::kSteps; ++i) {
 #pragma unroll
         for (int block = 0; block < V / 64; ++block) {
           const uint32_t rows =
               ptx::shared_address(shared + Config::kValues) + GatedTile::unit_offset(i * Config::C, 8 * block);
-          ptx::cp_async_bulk_tensor_load(rows, &maps.v, 0, token + i * Config::C, block, value_head, batch, loaded(1));
+          ptx::cp_async_bulk_tensor_load(rows, &maps.v, 0, token + i * Config::C, block, value_head, batch,
+                                         loaded(Copies::kValues));
         }
       }
       return;
@@ -197,10 +207,10 @@ struct IntraChunkSolve {
     });
   }
 
-  // Waits for V; parity: of the CTA's chunk. Rows past the end, where those of another sequence may lie, become zero: a barrier then follows for all.
+  // Waits for V. Rows past the end, where those of another sequence may lie, become zero: a barrier then follows for all.
   __device__ __forceinline__ void wait_for_values(int parity) const {
     if (!params.vectorized) return;
-    ptx::mbarrier_wait_parity(loaded(1), parity);
+    wait_for(Copies::kValues, parity);
     if (location.tokens == C) return;
 #pragma unroll 1
     for (int i = thread; i < C * V / 8; i += Config::kThreads) {
@@ -491,7 +501,7 @@ struct IntraChunkSolve {
 
   // As StepProducer::prepare(), of both steps.
   __device__ __forceinline__ bool prepare(const Producer& make, Operands& operands, const GateConstants& constants,
-                                          uint32_t beta_bits) const {
+                                          uint32_t beta_bits, int parity) const {
     if (location.tokens < C) {
       operands.clear_rows_past_end();
       __syncthreads();
@@ -499,6 +509,7 @@ struct IntraChunkSolve {
     const float beta = 8 * make.row_warp() + group() < make.tokens ? make.activate_beta(beta_bits) : 0.0f;
     bool far_apart = make.store_row_values(rows(step()), beta);
     far_apart |= params.call.gate != GateKind::kSigmoid && beta > 1.0f;
+    if (params.vectorized && !is_later()) wait_for(Copies::kLast, parity);
     far_apart |= operands.activate(params.call, constants.decay_rate, constants.bias);
     return __syncthreads_or(far_apart);  // one answer for both steps: they go through the same barriers
   }
@@ -515,12 +526,12 @@ struct IntraChunkSolve {
     Operands operands(make.operands(constants));
     const uint32_t beta_bits = next_beta()[Config::C * step() + 8 * make.row_warp() + group()];
     if (params.vectorized) {
-      ptx::mbarrier_wait_parity(loaded(0), parity);
+      wait_for(Copies::kFirst, parity);
     } else {
       __syncthreads();
     }
 
-    const bool far_apart = prepare(make, operands, constants, beta_bits);
+    const bool far_apart = prepare(make, operands, constants, beta_bits, parity);
     const StepOperands<Config> others = {raw(0),         shared,      scratch(1 - step()), operands.channel,
                                          operands.group, make.tokens, constants.unit};
     const float2 other = others.total_of(0, Operands::kGroups);
@@ -645,8 +656,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   };
 
   if (threadIdx.x == 0) {
-    ptx::mbarrier_init(at(0).loaded(0), 1);
-    ptx::mbarrier_init(at(0).loaded(1), 1);
+#pragma unroll
+    for (int i = 0; i < Solve::kCopies; ++i)
+      ptx::mbarrier_init(at(0).loaded(static_cast<typename Solve::Copies>(i)), 1);
     ptx::fence_mbarrier_init();
   }
   find(blockIdx.x, 0);
