@@ -30,7 +30,7 @@ struct IntraChunkSolveConfig : StepTiles<K_> {
   static constexpr int V = V_;
   static constexpr int kSteps = 2, kGroupThreads = 128, kThreads = kSteps * kGroupThreads, kBarrierThreads = kThreads,
                        kWarps = kThreads / 32;
-  static constexpr int kCtasPerSm = 2;
+  static constexpr int kCtasPerSm = kSolveCtasPerSm;
   static constexpr bool kNormalizes = true;
   static_assert(kSteps * C == kChunkTokens);
 

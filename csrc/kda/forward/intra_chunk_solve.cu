@@ -1,7 +1,5 @@
 #include "intra_chunk_solve.cuh"
 
-#include <algorithm>
-
 #include "launch.cuh"
 
 namespace kda {
@@ -18,9 +16,8 @@ cudaError_t launch_intra_chunk_solve(const ChunkFwdKernelParams& stage, cudaStre
   }
   return for_instantiation(problem, [&](auto key_dim, auto value_dim, auto element) {
     using Config = IntraChunkSolveConfig<key_dim(), value_dim(), decltype(element)>;
-    const int64_t resident = int64_t{problem.sm_count} * Config::kCtasPerSm;
-    const int64_t ctas = resident > 0 ? std::min(tiles, resident) : tiles;
-    return launch(intra_chunk_solve_kernel<Config>, ctas, Config::kThreads, Config::kSharedBytes, stream, params);
+    return launch(intra_chunk_solve_kernel<Config>, solve_ctas(problem, tiles), Config::kThreads, Config::kSharedBytes,
+                  stream, params);
   });
 }
 

@@ -7,10 +7,10 @@
 //   Q_gated = scale * Q ⊙ e^G,   K_decayed = K ⊙ e^{G_C - G},   chunk_decay = e^{G_C}.
 //
 // Grid: as many CTAs as are resident, of 8 warps; each goes on by the grid's size among tiles of (chunk slot, value head), past slots without tokens.
-// The next chunk's rows are copied as soon as their place is free, so that its work begins without a wait. The chunk is two steps of 32 tokens, earlier and later, of four warps each, which make
-// pairs inside of them as in the forward (step_producer.cuh). For a pair across the steps exp(G_i - G_j) is split at the boundary between them: it
-// is a product of rows of Q ⊙ e^G and K ⊙ e^G of the later step and of K ⊙ e^{G_C - G} of the earlier one. From the solve on a warp owns columns
-// of W or rows of U0^T.
+// The next chunk's rows are copied as soon as their place is free, so that its work begins without a wait. The chunk is two steps of 32 tokens, earlier
+// and later, of four warps each, which make pairs inside of them as in the forward (step_producer.cuh). For a pair across the steps exp(G_i - G_j) is
+// split at the boundary between them: it is a product of rows of Q ⊙ e^G and K ⊙ e^G of the later step and of K ⊙ e^{G_C - G} of the earlier one. From
+// the solve on a warp owns columns of W or rows of U0^T.
 //
 // Numerics: gate factors as in step_operands.cuh; if one step is out of range of one reference, both go by levels. q and k are normalised in fp32
 // before they are gated and rounded. The diagonal of Aqk comes from q and k as they are in memory, whose products are exact. Tinv enters as the sum
@@ -22,7 +22,7 @@
 //   step and the totals 18432  ->  Akk and its inverse 17408  ->  g of the next chunk
 //   K ⊙ e^G 16384  ->  W, in place;   Q ⊙ e^G 16384  ->  V
 //   Aqk 8192  ->  high and low part of Tinv 12288
-//   values of rows and channels, and where the chunks are 2464
+//   values of rows and channels, and where the chunks are 3024
 // Registers: at most 128, so that two CTAs fit a multiprocessor. Every barrier is one of the whole CTA.
 // Bound by its own instructions and latency between barriers, with memory not far behind at many heads: 64 KiB in and 97 KiB out for a chunk.
 #pragma once
@@ -566,7 +566,6 @@ struct IntraChunkSolve {
   static __device__ __forceinline__ void run(unsigned turn, At at, Find find) {
     const auto here = [&] { return at(0); };
     const auto next = [&] { return at(1); };
-    const auto all = [] { __syncthreads(); };
     {
       typename Producer::Products products;
       float across[2][4] = {};
@@ -596,10 +595,13 @@ struct IntraChunkSolve {
     here().copy_aqk();
     {
       const IntraChunkSolve solve = here();
-      invert_unit_lower_64x64(solve.Akk(), solve.warp(), solve.lane, all);
+      int barriers = 0;
+      invert_unit_lower_64x64(solve.Akk(), solve.warp(), solve.lane, [&] {
+        if (++barriers == 4) find();  // the finding warp has had one product, where others had four
+        __syncthreads();
+      });
     }
     next().keep_parameter(parameter);
-    find();
     __syncthreads();
     here().store_inverse();
     here().wait_for_values(ptx::opaque(turn) & 1);
@@ -630,7 +632,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     return places[static_cast<unsigned>(ptx::opaque(turn)) % kSolvePlaces];
   };
 
-  // The CTA's next chunk that has tokens, of those from `tile` on, found by one warp that has less to do than others before a barrier.
+  // The CTA's next chunk that has tokens, of those from `tile` on, found by one warp.
   constexpr int kFindingWarp = 3;
   const auto find = [&](uint32_t tile, unsigned turn) {
     const int thread = ptx::opaque(threadIdx.x), lane = thread & 31;
