@@ -70,7 +70,7 @@ struct IntraChunkSolveConfig : StepTiles<K_> {
   static constexpr int kNextBias = kNextBeta + kChunkTokens * 4;  // GateConstants   [K] fp32
   static constexpr int kNextRate = kNextBias + K * 4;
   static constexpr int kBarriers = kNextRate + 16;  // of copies
-  static constexpr int kPlaces = kBarriers + 4 * 8;
+  static constexpr int kPlaces = (kBarriers + 3 * 8 + 15) / 16 * 16;
   static constexpr int kSharedBytes = kPlaces + kSolvePlaces * sizeof(SolvePlace);
   static_assert(kGated % 1024 == 0 && kValues % 1024 == 0 && kPlaces % 16 == 0);
   static_assert(kCtasPerSm * (kSharedBytes + 1024) <= 228 * 1024);

@@ -94,7 +94,6 @@ struct IntraChunkSolve {
 
   // Copies by the copy engine, which barriers count, in each of the CTA's chunks once: of q, k and the later step's g, of the earlier step's g, and of V.
   enum class Copies { kFirst, kLast, kValues };
-  static constexpr int kCopies = 3;
   __device__ __forceinline__ uint32_t loaded(Copies copies) const {
     return ptx::shared_address(shared) + Config::kBarriers + 8 * static_cast<int>(copies);
   }
@@ -104,15 +103,13 @@ struct IntraChunkSolve {
   }
 
   // q, k and g, if they are aligned: first those that lie where nothing is read any more when the pairs of the chunk before have been multiplied, then
-  // g of the earlier step, in the place of the inverse. By one thread, of a warp with few products to store, after a barrier that a fence of all
-  // threads precedes. Rows past the end are of any content.
-  static constexpr int kCopyingThread = 128, kValueCopyingThread = 160;
-  __device__ __forceinline__ int gate_bytes() const {  // of a step
-    return (params.call.gate_type == DataType::kFloat32 ? 2 : 1) * Config::kKeyTileBytes;
-  }
+  // g of the earlier step, in the place of the inverse. After a barrier that a fence of all threads precedes, by one thread of each warp of the later
+  // step, which have fewer products to store. Rows past the end are of any content.
+  enum CopyingThread { kOfRows = 128, kOfValues = 160, kOfLaterRows = 192, kOfGates = 224 };
+  static constexpr int kFirstArrivals = 3;
   template <typename Copy>
-  __device__ __forceinline__ void copy_inputs(Copies copies, int bytes, Copy copy) const {
-    if (thread != kCopyingThread || !params.vectorized || location.tokens == 0) return;
+  __device__ __forceinline__ void copy_inputs(Copies copies, CopyingThread by, int bytes, Copy copy) const {
+    if (thread != by || !params.vectorized || location.tokens == 0) return;
     ptx::mbarrier_arrive_expect_tx(loaded(copies), bytes);
     copy([&](const CUtensorMap& map, int of_step, int region, int head) {
       ptx::cp_async_bulk_tensor_load(ptx::shared_address(raw(of_step)) + region, &map, 0,
@@ -120,19 +117,22 @@ struct IntraChunkSolve {
                                      static_cast<int>(location.batch), loaded(copies));
     });
   }
+  __device__ __forceinline__ void copy_gates(Copies copies, int of_step) const {
+    const bool is_fp32 = params.call.gate_type == DataType::kFloat32;
+    copy_inputs(copies, kOfGates, (is_fp32 ? 2 : 1) * Config::kKeyTileBytes,
+                [&](auto copy) { copy(maps.g, of_step, Config::kRawG, value_head); });
+  }
   __device__ __forceinline__ void load_first_inputs() const {
-    copy_inputs(Copies::kFirst, Config::kSteps * 2 * Config::kKeyTileBytes + gate_bytes(), [&](auto copy) {
 #pragma unroll
-      for (int i = 0; i < Config::kSteps; ++i) {
+    for (int i = 0; i < Config::kSteps; ++i) {
+      copy_inputs(Copies::kFirst, i == 0 ? kOfRows : kOfLaterRows, 2 * Config::kKeyTileBytes, [&](auto copy) {
         copy(maps.q, i, Config::kRawQ, place.key_head);
         copy(maps.k, i, Config::kRawK, place.key_head);
-      }
-      copy(maps.g, 1, Config::kRawG, value_head);
-    });
+      });
+    }
+    copy_gates(Copies::kFirst, 1);
   }
-  __device__ __forceinline__ void load_last_inputs() const {
-    copy_inputs(Copies::kLast, gate_bytes(), [&](auto copy) { copy(maps.g, 0, Config::kRawG, value_head); });
-  }
+  __device__ __forceinline__ void load_last_inputs() const { copy_gates(Copies::kLast, 0); }
 
   // What a chunk needs of parameters of a token or a channel, one element a thread, as they are in memory, as a conversion would wait for the load: beta
   // of token `thread`, A_log, dt_bias of a channel.
@@ -187,7 +187,7 @@ struct IntraChunkSolve {
   __device__ __forceinline__ void load_values() const {
     const ChunkFwdParams& call = params.call;
     if (params.vectorized) {
-      if (thread != kValueCopyingThread) return;
+      if (thread != kOfValues) return;
       const int token = static_cast<int>(location.first_token), batch = static_cast<int>(location.batch);
       ptx::mbarrier_arrive_expect_tx(loaded(Copies::kValues), C * V * 2);
 #pragma unroll
@@ -658,9 +658,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   };
 
   if (threadIdx.x == 0) {
-#pragma unroll
-    for (int i = 0; i < Solve::kCopies; ++i)
-      ptx::mbarrier_init(at(0).loaded(static_cast<typename Solve::Copies>(i)), 1);
+    ptx::mbarrier_init(at(0).loaded(Solve::Copies::kFirst), Solve::kFirstArrivals);
+    ptx::mbarrier_init(at(0).loaded(Solve::Copies::kLast), 1);
+    ptx::mbarrier_init(at(0).loaded(Solve::Copies::kValues), 1);
     ptx::fence_mbarrier_init();
   }
   find(blockIdx.x, 0);
