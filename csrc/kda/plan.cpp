@@ -117,7 +117,7 @@ JsonObject stage_ctas(const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
   }
   if (plan.path == ChunkFwdPath::kStaged) {
     const int64_t tiles = plan.chunk_slots * p.value_heads;
-    ctas.add("intra_chunk_solve", tiles);
+    ctas.add("intra_chunk_solve", solve_ctas(p, tiles));
     ctas.add("state_recurrence", p.sequences * p.value_heads * (p.value_dim / plan.value_tile));
     // With cu_seqlens, one slot more: it clears rows past the last entry.
     ctas.add("output_gemm", tiles + (p.varlen && p.tokens > 0 ? p.value_heads : 0));

@@ -39,6 +39,13 @@ struct ChunkFwdProblem {
   return problem.aligned_inputs && problem.tokens <= kMaxCoordinate && problem.batch <= kMaxCoordinate;
 }
 
+// CTAs of stage 1 of the staged path: as many as are resident, which go from one (chunk slot, value head) to the next. tiles: how many of those there are.
+inline constexpr int kSolveCtasPerSm = 2;
+[[nodiscard]] inline int64_t solve_ctas(const ChunkFwdProblem& problem, int64_t tiles) {
+  const int64_t resident = int64_t{problem.sm_count} * kSolveCtasPerSm;
+  return resident > 0 && resident < tiles ? resident : tiles;
+}
+
 enum class ChunkFwdPath : int32_t {
   kComposite = 0,  // no CUDA kernel: PyTorch operators, or the CPU kernels of a host tensor
   kStaged = 1,     // three kernels: intra-chunk solve, state recurrence, output GEMM; for inputs that are not aligned

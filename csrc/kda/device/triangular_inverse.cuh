@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "ptx.cuh"
 
@@ -112,56 +113,66 @@ __device__ __forceinline__ void invert_unit_lower_32x32(SolveMatrix32 matrix, in
   store_16x16(off_diagonal, t, -1.0f, lane);
 }
 
+// Replaces a unit lower triangular 8 x 8 block by its inverse; entries on and above the diagonal are not read. Lane c computes column c % 8; one warp.
+template <typename Matrix>
+__device__ __forceinline__ void invert_diagonal_8x8(Matrix block, int lane) {
+  const int column = lane & 7;
+  float x[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = i == column ? 1.0f : 0.0f;
+#pragma unroll
+  for (int m = 0; m < 8; m += 4) {
+    float4 rows[8];
+#pragma unroll
+    for (int i = m + 1; i < 8; ++i) rows[i] = *reinterpret_cast<const float4*>(&block.at(i, m));
+#pragma unroll
+    for (int i = m + 1; i < 8; ++i) x[i] -= rows[i].x * x[m];
+#pragma unroll
+    for (int i = m + 2; i < 8; ++i) x[i] -= rows[i].y * x[m + 1];
+#pragma unroll
+    for (int i = m + 3; i < 8; ++i) x[i] -= rows[i].z * x[m + 2];
+#pragma unroll
+    for (int i = m + 4; i < 8; ++i) x[i] -= rows[i].w * x[m + 3];
+  }
+  __syncwarp();
+  if (lane < 8) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) block.at(i, column) = x[i];
+  }
+}
+
+// Element (row, column) of T_21 of a 16 x 16 matrix whose blocks on the diagonal are inverted already: row = lane / 4, column = lane % 4, or 4 more. One warp.
+template <typename Matrix>
+__device__ __forceinline__ float invert_off_diagonal_8x8(Matrix pair, int row, int column, int lane) {
+  float y = 0.0f, t = 0.0f;
+#pragma unroll
+  for (int k = 0; k < 8; k += 4) {
+    const float4 a = *reinterpret_cast<const float4*>(&pair.at(8 + row, k));
+    y += a.x * pair.at(k, column) + a.y * pair.at(k + 1, column);
+    y += a.z * pair.at(k + 2, column) + a.w * pair.at(k + 3, column);
+  }
+#pragma unroll
+  for (int k = 0; k < 8; k += 4) {
+    const float4 a = *reinterpret_cast<const float4*>(&pair.at(8 + row, 8 + k));
+    const float elements[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) t -= elements[i] * __shfl_sync(0xffffffffu, y, 4 * (k + i) + (lane & 3));
+  }
+  return t;
+}
+
 // The same by a group of four warps, none of which waits for another for long. Blocks of 8, then of 16, then the whole:
 //   T_21 = -T_22 A_21 T_11,
 // of which a warp takes a few columns, so that A_21 T_11 stays in its registers. sync(): a barrier of the group; the result is there after one more.
 template <typename Matrix, typename Sync>
 __device__ __forceinline__ void invert_unit_lower_32x32(Matrix matrix, int warp, int lane, Sync sync) {
-  {  // lane c computes column c % 8 of a block on the diagonal
-    const Matrix block = {&matrix.at(8 * warp, 8 * warp)};
-    const int column = lane & 7;
-    float x[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = i == column ? 1.0f : 0.0f;
-#pragma unroll
-    for (int m = 0; m < 8; m += 4) {
-      float4 rows[8];
-#pragma unroll
-      for (int i = m + 1; i < 8; ++i) rows[i] = *reinterpret_cast<const float4*>(&block.at(i, m));
-#pragma unroll
-      for (int i = m + 1; i < 8; ++i) x[i] -= rows[i].x * x[m];
-#pragma unroll
-      for (int i = m + 2; i < 8; ++i) x[i] -= rows[i].y * x[m + 1];
-#pragma unroll
-      for (int i = m + 3; i < 8; ++i) x[i] -= rows[i].z * x[m + 2];
-#pragma unroll
-      for (int i = m + 4; i < 8; ++i) x[i] -= rows[i].w * x[m + 3];
-    }
-    __syncwarp();
-    if (lane < 8) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) block.at(i, column) = x[i];
-    }
-  }
+  invert_diagonal_8x8(Matrix{&matrix.at(8 * warp, 8 * warp)}, lane);
   sync();
   const int row = lane >> 2;
   {  // two 8 x 8 blocks, of each four columns a warp: lane has element (row, lane % 4)
     const Matrix pair = {&matrix.at(16 * (warp >> 1), 16 * (warp >> 1))};
     const int column = 4 * (warp & 1) + (lane & 3);
-    float y = 0.0f, t = 0.0f;
-#pragma unroll
-    for (int k = 0; k < 8; k += 4) {
-      const float4 a = *reinterpret_cast<const float4*>(&pair.at(8 + row, k));
-      y += a.x * pair.at(k, column) + a.y * pair.at(k + 1, column);
-      y += a.z * pair.at(k + 2, column) + a.w * pair.at(k + 3, column);
-    }
-#pragma unroll
-    for (int k = 0; k < 8; k += 4) {
-      const float4 a = *reinterpret_cast<const float4*>(&pair.at(8 + row, 8 + k));
-      const float elements[4] = {a.x, a.y, a.z, a.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) t -= elements[i] * __shfl_sync(0xffffffffu, y, 4 * (k + i) + (lane & 3));
-    }
+    const float t = invert_off_diagonal_8x8(pair, row, column, lane);
     sync();
     pair.at(8 + row, column) = t;
   }
@@ -200,12 +211,13 @@ __device__ __forceinline__ void invert_unit_lower_32x32(Matrix matrix, int warp,
   matrix.at(24 + row, column) = t[1];
 }
 
-// acc (16 x 8) += a * b for a 16 x 8 block and an 8 x 8 block in shared memory; one warp. upper_is_zero: the upper eight rows of a are not read.
-template <typename Matrix>
-__device__ __forceinline__ void multiply_add_16x8(float (&acc)[4], Matrix a, Matrix b, bool upper_is_zero, int lane) {
+// acc (16 x 8) += a * b for a 16 x 8 block, of an upper and a lower one of 8 x 8, and an 8 x 8 block in shared memory; one warp. kUpperIsZero: the upper one
+// is not read.
+template <bool kUpperIsZero, typename Matrix>
+__device__ __forceinline__ void multiply_add_16x8(float (&acc)[4], Matrix upper, Matrix lower, Matrix b, int lane) {
   const int group = lane >> 2, member = lane & 3;
-  const SplitTf32 a0(upper_is_zero ? 0.0f : a.at(group, member)), a1(a.at(group + 8, member));
-  const SplitTf32 a2(upper_is_zero ? 0.0f : a.at(group, member + 4)), a3(a.at(group + 8, member + 4));
+  const SplitTf32 a0(kUpperIsZero ? 0.0f : upper.at(group, member)), a1(lower.at(group, member));
+  const SplitTf32 a2(kUpperIsZero ? 0.0f : upper.at(group, member + 4)), a3(lower.at(group, member + 4));
   const SplitTf32 b0(b.at(member, group)), b1(b.at(member + 4, group));
   const uint32_t a_high[4] = {a0.high, a1.high, a2.high, a3.high}, a_low[4] = {a0.low, a1.low, a2.low, a3.low};
   const uint32_t b_high[2] = {b0.high, b1.high}, b_low[2] = {b0.low, b1.low};
@@ -214,36 +226,106 @@ __device__ __forceinline__ void multiply_add_16x8(float (&acc)[4], Matrix a, Mat
   ptx::mma_m16n8k8_tf32(acc, a_high, b_high);
 }
 
-// Replaces the strictly lower triangular A by T = (I + A)^-1, in place: the 8 x 8 blocks on and below the diagonal are written, those above it are
-// neither read nor written. By eight warps, after a barrier of all of them. sync(): a barrier of all; the result is there after one more.
+// The inverse of a 64 x 64 matrix as invert_unit_lower_64x64() leaves it. No block is written where others may still read A: the off-diagonal block T_21
+// of 8 or 16 rows lies above the diagonal, in the place of T_12, which is zero; what is elsewhere above the diagonal is of any value.
+struct InverseBlocks {
+  SolveMatrix matrix;
+
+  // How far up and to the right, in units of 8, the block of row r and column c <= r, in units of 8, lies.
+  static __device__ __forceinline__ constexpr int shift(int r, int c) {
+    const int differing = r ^ c;
+    return differing & 4 ? 0 : (differing & 2 ? 2 : differing);
+  }
+  __device__ __forceinline__ SolveMatrix block(int r, int c) const {
+    const int up = shift(r, c);
+    return {&matrix.at(8 * (r - up), 8 * (c + up))};
+  }
+};
+
+// From the strictly lower triangular A to T = (I + A)^-1, over it; see InverseBlocks. What is above the diagonal blocks of 8 is not read. By eight
+// warps, after a barrier of all of them. sync(): a barrier of all; the result is there after one more.
 template <typename Sync>
-__device__ __forceinline__ void invert_unit_lower_64x64(SolveMatrix matrix, int warp, int lane, Sync sync) {
-  const int half = warp >> 2;
-  invert_unit_lower_32x32(matrix.block(2 * half, 2 * half), warp & 3, lane, sync);
+__device__ __forceinline__ void invert_unit_lower_64x64(SolveMatrix whole, int warp, int lane, Sync sync) {
+  const int half = warp >> 2, of_half = warp & 3;
+  const SolveMatrix matrix = whole.block(2 * half, 2 * half);  // 32 x 32
+  invert_diagonal_8x8(SolveMatrix{&matrix.at(8 * of_half, 8 * of_half)}, lane);
   sync();
-  // The 32 x 32 block below: of each 16 rows eight columns a warp.
-  const auto eight = [&](int row, int column) { return SolveMatrix{&matrix.at(8 * row, 8 * column)}; };
-  const int row = 4 + 2 * half, column = warp & 3;  // in units of 8
-  const SolveMatrix mine = eight(row, column);
-  const auto store = [&](const float(&acc)[4], float sign) {
-    float* const place = &mine.at(lane >> 2, 2 * (lane & 3));
-    *reinterpret_cast<float2*>(place) = {sign * acc[0], sign * acc[1]};
-    *reinterpret_cast<float2*>(place + 8 * SolveMatrix::kStride) = {sign * acc[2], sign * acc[3]};
+  const int row = lane >> 2;
+  {  // two 8 x 8 blocks, of each four columns a warp: lane has element (row, lane % 4)
+    const SolveMatrix pair = {&matrix.at(16 * (of_half >> 1), 16 * (of_half >> 1))};
+    const int column = 4 * (of_half & 1) + (lane & 3);
+    pair.at(row, 8 + column) = invert_off_diagonal_8x8(pair, row, column, lane);
+  }
+  sync();
+  {  // the 16 x 16 block: lane has elements (row, lane % 4) and (row + 8, lane % 4) of four columns
+    const int column = 4 * of_half + (lane & 3);
+    const bool is_left = of_half < 2;  // of T_11
+    const int to_lower_rows =
+        is_left ? 8 - 8 * SolveMatrix::kStride : 0;  // of its block of rows 8 .. 15, see InverseBlocks
+    float y[2] = {}, t[2] = {};
+#pragma unroll
+    for (int k = 0; k < 16; k += 4) {
+      if (k < 8 && !is_left) continue;
+      const SolveMatrix rows = {matrix.data + (k < 8 ? 0 : to_lower_rows)};
+      const float4 a = *reinterpret_cast<const float4*>(&matrix.at(16 + row, k));
+      const float4 b = *reinterpret_cast<const float4*>(&matrix.at(24 + row, k));
+      const float x[4] = {rows.at(k, column), rows.at(k + 1, column), rows.at(k + 2, column), rows.at(k + 3, column)};
+      y[0] += a.x * x[0] + a.y * x[1], y[1] += b.x * x[0] + b.y * x[1];
+      y[0] += a.z * x[2] + a.w * x[3], y[1] += b.z * x[2] + b.w * x[3];
+    }
+#pragma unroll
+    for (int k = 0; k < 16; k += 4) {
+      const float4 b =
+          *reinterpret_cast<const float4*>(k < 8 ? &matrix.at(16 + row, 24 + k) : &matrix.at(24 + row, 16 + k));
+      const float lower[4] = {b.x, b.y, b.z, b.w};
+      float upper[4] = {};
+      if (k < 8) {
+        const float4 a = *reinterpret_cast<const float4*>(&matrix.at(16 + row, 16 + k));
+        upper[0] = a.x, upper[1] = a.y, upper[2] = a.z, upper[3] = a.w;
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float value = __shfl_sync(0xffffffffu, y[k / 8], 4 * ((k + i) % 8) + (lane & 3));
+        if (k < 8) t[0] -= upper[i] * value;
+        t[1] -= lower[i] * value;
+      }
+    }
+    matrix.at(row, 16 + column) = t[0];
+    matrix.at(8 + row, 16 + column) = t[1];
+  }
+  sync();
+  // The 32 x 32 block: of each 16 rows eight columns a warp. A_21 T_11 goes above the diagonal.
+  const InverseBlocks inverse = {whole};
+  const auto eight = [&](int r, int c) { return SolveMatrix{&whole.at(8 * r, 8 * c)}; };
+  const auto store = [&](SolveMatrix place, const float(&acc)[4], float sign) {
+    float* const first = &place.at(lane >> 2, 2 * (lane & 3));
+    *reinterpret_cast<float2*>(first) = {sign * acc[0], sign * acc[1]};
+    *reinterpret_cast<float2*>(first + 8 * SolveMatrix::kStride) = {sign * acc[2], sign * acc[3]};
   };
+  const int column = of_half;  // in units of 8
   float y[4] = {}, t[4] = {};
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    if (k >= column) multiply_add_16x8(y, eight(row, k), eight(k, column), false, lane);
+    if (k < column) continue;
+    multiply_add_16x8<false>(y, eight(4 + 2 * half, k), eight(5 + 2 * half, k), inverse.block(k, column), lane);
   }
+  store(eight(2 * half, 4 + column), y, 1.0f);
   sync();
-  store(y, 1.0f);
-  sync();
+  const auto multiply = [&](auto upper_rows) {
+    constexpr int kRow = 4 + 2 * decltype(upper_rows)::value;
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    if (k < 2 * (half + 1)) multiply_add_16x8(t, eight(row, 4 + k), eight(4 + k, column), k == 2 * half + 1, lane);
+    for (int k = 4; k <= kRow; ++k) {
+      multiply_add_16x8<false>(t, inverse.block(kRow, k), inverse.block(kRow + 1, k), eight(k - 4, 4 + column), lane);
+    }
+    const SolveMatrix last = inverse.block(kRow + 1, kRow + 1);
+    multiply_add_16x8<true>(t, last, last, eight(kRow - 3, 4 + column), lane);
+  };
+  if (half == 0) {
+    multiply(std::integral_constant<int, 0>());
+  } else {
+    multiply(std::integral_constant<int, 1>());
   }
-  sync();
-  store(t, -1.0f);
+  store(eight(4 + 2 * half, column), t, -1.0f);
 }
 
 }  // namespace kda

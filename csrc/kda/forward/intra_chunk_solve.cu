@@ -6,8 +6,8 @@ namespace kda {
 
 cudaError_t launch_intra_chunk_solve(const ChunkFwdKernelParams& stage, cudaStream_t stream) {
   const ChunkFwdProblem& problem = stage.call.problem;
-  const int64_t chunks = stage.chunk_slots * problem.value_heads;
-  if (chunks == 0) return cudaSuccess;
+  const int64_t tiles = stage.chunk_slots * problem.value_heads;
+  if (tiles == 0) return cudaSuccess;
   IntraChunkSolveParams params = {stage, {}};
   params.stage.vectorized = copy_engine_reaches(problem) && stage.vectorized;
   if (params.stage.vectorized) {
@@ -16,7 +16,8 @@ cudaError_t launch_intra_chunk_solve(const ChunkFwdKernelParams& stage, cudaStre
   }
   return for_instantiation(problem, [&](auto key_dim, auto value_dim, auto element) {
     using Config = IntraChunkSolveConfig<key_dim(), value_dim(), decltype(element)>;
-    return launch(intra_chunk_solve_kernel<Config>, chunks, Config::kThreads, Config::kSharedBytes, stream, params);
+    return launch(intra_chunk_solve_kernel<Config>, solve_ctas(problem, tiles), Config::kThreads, Config::kSharedBytes,
+                  stream, params);
   });
 }
 

@@ -145,30 +145,40 @@ struct StepOperands {
     return activate_with(call, decay_rate, bias, [&](Token t) { return gate(t); });
   }
 
-  template <typename Load>
-  __device__ __forceinline__ bool activate_with(const ChunkFwdParams& call, float decay_rate, float2 bias,
-                                                Load load) const {
-    float2 total = {0.0f, 0.0f};
+  // Calls f with what makes gates of elements of g.
+  template <typename Function>
+  static __device__ __forceinline__ void with_activation(const ChunkFwdParams& call, float decay_rate, float2 bias,
+                                                         Function f) {
     if (call.gate == GateKind::kSigmoid) {
       // sigmoid(x) = 1 / (1 + 2^(-x log2 e)). Where the exponential exceeds fp32, the sigmoid is below its smallest normal number, and
       // comes out as 0.
       const float rate = -decay_rate * kLog2E;
       const float2 offset = {rate * bias.x, rate * bias.y};
-      activate_all(total, load, [&](float2 g) {
+      f([&](float2 g) {
         return float2{ptx::rcp(1.0f + ptx::ex2(fmaf(g.x, rate, offset.x))),
                       ptx::rcp(1.0f + ptx::ex2(fmaf(g.y, rate, offset.y)))};
       });
     } else if (call.gate == GateKind::kSoftplus) {
       const float rate = -decay_rate * kLog2E;
-      activate_all(total, load, [&](float2 g) {
-        return float2{clamp(rate * softplus(g.x + bias.x)), clamp(rate * softplus(g.y + bias.y))};
-      });
+      f([&](float2 g) { return float2{clamp(rate * softplus(g.x + bias.x)), clamp(rate * softplus(g.y + bias.y))}; });
     } else {
-      activate_all(total, load, [&](float2 g) { return float2{clamp(g.x * kLog2E), clamp(g.y * kLog2E)}; });
+      f([&](float2 g) { return float2{clamp(g.x * kLog2E), clamp(g.y * kLog2E)}; });
     }
-    *totals(group) = total;
+  }
+
+  // Whether a thread's tokens, of which this is the sum of log-gates, are too far apart for one reference.
+  static __device__ __forceinline__ bool is_far_apart(float2 total) {
     constexpr float kRange = kMidRange / (kGroups / 2);  // of one group
     return !(total.x >= -kRange && total.y >= -kRange);
+  }
+
+  template <typename Load>
+  __device__ __forceinline__ bool activate_with(const ChunkFwdParams& call, float decay_rate, float2 bias,
+                                                Load load) const {
+    float2 total = {0.0f, 0.0f};
+    with_activation(call, decay_rate, bias, [&](auto activation) { activate_all(total, load, activation); });
+    *totals(group) = total;
+    return is_far_apart(total);
   }
 
   template <typename Load, typename Activation>

@@ -19,10 +19,12 @@ struct GateConstants {
   float2 bias;       // of the thread's two channels
   float unit;        // the bounded gate is kept as the sigmoid, in units of its bound
 
+  __device__ __forceinline__ GateConstants(const ChunkFwdParams& call, float decay_rate_, float2 bias_)
+      : decay_rate(decay_rate_),
+        bias(bias_),
+        unit(call.gate == GateKind::kSigmoid ? call.lower_bound * kLog2E : 1.0f) {}
   __device__ __forceinline__ GateConstants(const ChunkFwdParams& call, int value_head, int channel)
-      : decay_rate(call.A_log != nullptr ? expf(call.A_log[value_head]) : 1.0f),
-        bias{0.0f, 0.0f},
-        unit(call.gate == GateKind::kSigmoid ? call.lower_bound * kLog2E : 1.0f) {
+      : GateConstants(call, call.A_log != nullptr ? expf(call.A_log[value_head]) : 1.0f, {0.0f, 0.0f}) {
     if (call.dt_bias != nullptr) {
       const float* source = call.dt_bias + int64_t{value_head} * call.problem.key_dim + channel;
       bias = {source[0], source[1]};
