@@ -220,14 +220,17 @@ struct IntraChunkGradients : BlockGradients<Config> {
     float of_rate[2] = {}, of_bias[2] = {};
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
-      const int tt = first_tile() + i;
       cumulative[i].for_each([&](float& x, int, int hi, int) { x = size * ((x + later[hi]) + outside[hi]); });
-      this->clear_rows_past_end(cumulative[i], tt);
-      if (activation.kind != GateKind::kLog) {  // a log-gate in range of one reference has a gradient, whatever it is
-        activation.differentiate(cumulative[i], this->load_gate(tt), of_rate, of_bias);
-      }
-      this->store_gate_gradient(cumulative[i], tt);
+      this->clear_rows_past_end(cumulative[i], first_tile() + i);
     }
+    if (activation.kind != GateKind::kLog) {  // a log-gate in range of one reference has a gradient, whatever it is
+      Block gates;                            // once more, as the next chunk's are where they were
+      this->load_gates(gates, first_tile());
+#pragma unroll
+      for (int i = 0; i < kBlockTiles; ++i) activation.differentiate(cumulative[i], gates[i], of_rate, of_bias);
+    }
+#pragma unroll
+    for (int i = 0; i < kBlockTiles; ++i) this->store_gate_gradient(cumulative[i], first_tile() + i);
     if (params.dA_log_parts == nullptr) return;
 #pragma unroll
     for (int hi = 0; hi < 2; ++hi) {

@@ -634,6 +634,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     intra_chunk_solve_kernel(const __grid_constant__ IntraChunkSolveParams params) {
   using Solve = IntraChunkSolve<Config>;
   extern __shared__ __align__(1024) uint8_t shared[];
+  ptx::launch_dependents();
   clear_progress(params.stage);
   static_assert((Config::kThreads & (Config::kThreads - 1)) == 0);
   SolvePlace* const places = reinterpret_cast<SolvePlace*>(shared + Config::kPlaces);
