@@ -92,21 +92,6 @@ struct GradientsContext {
     return operand;
   }
 
-  // Fragments [16 channels, 16 of V] of S or dS', as A operands: the first of V / 16.
-  __device__ __forceinline__ const uint4* state_fragments(const uint4* fragments) const {
-    return fragments + (tile * (V / 16) * (K / 16) + group()) * 32 + lane;
-  }
-  static constexpr int kFragmentStride = K / 16 * 32;
-
-  // acc (16 channels, 16 tokens) += operand (16 channels, V) * rows^T of a [C, V] tile, for 16 of V.
-  __device__ __forceinline__ void multiply_state(ChannelTile& acc, const ChannelOperand& operand, int offset, int tt,
-                                                 int kt) const {
-    uint32_t b[4];
-    Config::ValueTile::load_b(b, address(offset), 16 * tt, 16 * kt, lane);
-    operand.multiply(acc.value[0], b[0], b[1]);
-    operand.multiply(acc.value[1], b[2], b[3]);
-  }
-
   // A tile into 16-byte units that only this lane sees, 32 units apart, and back.
   static __device__ __forceinline__ void keep(float4* units, const ChannelTile& values) {
 #pragma unroll

@@ -9,19 +9,21 @@
 //        the states included
 // and then the derivatives of the transforms.
 //
-// Grid: one CTA for each (chunk slot, value head), and with cu_seqlens one more slot; K / 16 warps. First a warp owns
-// rows of V or of pairs (value_gradients.cuh), then 16 channels of a block of 32 tokens, the later block first, transposed
-// (channel_tile.cuh): decay factors, operands and results have one layout (block_gradients.cuh).
+// Grid: kCtasPerSm CTAs of K / 8 warps for each multiprocessor, which take a chunk slot of a value head after the other; with cu_seqlens there is one
+// more slot, whose CTAs clear rows past the end. First a warp owns rows of V, and a warpgroup a matrix of pairs (value_gradients.cuh), then a warp 16
+// channels of one of two blocks of 32 tokens, transposed (channel_tile.cuh): decay factors, operands and results have one layout (block_gradients.cuh).
+// What a chunk needs is copied as soon as the one before has no more use for the room: g, rows of q, k and dO by cp.async, in groups whose order the waits
+// count on, contiguous tiles by the copy engine.
 //
 // Numerics: in each block one reference in its middle serves all pairs, as in step_operands.cuh. A chunk whose gates
 // decay too much on either side of it, whose q or k are too large for that (see kWideLog2Range), or which has a beta that
 // nothing can be divided by, is left to level_gradients.cuh by a flag. Operands are single bf16. The terms of dg that belong to pairs
 // cancel between their two tokens outside of what they cross; both sides take the same rounded operands, so that they cancel to fp32.
 //
-// Shared memory (bytes, K = V = 128): dO, Y, U 16384 each; q, k 16384 each, then dq, dk; two matrices of pairs 8192
-// each, first the inverse; 9 KiB over tokens and channels: two CTAs share a multiprocessor.
-// Registers: 128 (K = 128). The two blocks go through the same code, as the instruction cache is small. Bound by latency: loads of
-// fragments, with 16 warps a multiprocessor, and 54 000 instructions a chunk and head.
+// Shared memory (bytes, K = V = 128): g, then log2 of P, 32768; dU, then Y, 16384; U 16384; the inverse 8192; S and dS', then operands of pairs, 65536;
+// dO 16384; q and k, then dq and dk, 32768; two matrices of pairs 16384; 18 KiB over tokens and channels.
+// Registers: at most 128 for 16 warps. Nothing is kept from phase to phase but sums and operands: where a lane's elements lie, and where the chunk is, is found
+// again, as a spilled register is a round trip to L2. Bound by latencies, at half of the issue slots: 52 000 instructions a chunk and head.
 #pragma once
 
 #include "../device/sum_rows.cuh"
@@ -265,8 +267,8 @@ struct IntraChunkGradients : BlockGradients<Config> {
 
   enum class Result {
     kDone,
-    kLeft  // to the levels; none of the next chunk's copies are on their way
-  };
+    kLeft
+  };  // kLeft: to the levels; nothing of the next chunk is on its way, nor has it been looked for
 
   __device__ __forceinline__ Result leave_to_levels(Result result) const {
     if (this->thread == 0) params.by_levels[tile] = result != Result::kDone;
@@ -274,7 +276,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
   }
 
   // here(), next(): this chunk, and the one to copy from memory meanwhile, looked up in shared memory again by each part, as there are few
-  // registers. raw_beta: of this chunk, then of the next.
+  // registers. find_next(): where the next one is.
   template <typename Here, typename Next, typename Find>
   static __device__ __forceinline__ Result run(int turn, Here here, Next next, Find find_next) {
     bool is_wide;

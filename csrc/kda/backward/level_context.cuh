@@ -70,7 +70,8 @@ struct LevelGradientsConfig {
 template <typename Config>
 struct LevelContext : GradientsRows<Config> {
   using Rows = GradientsRows<Config>;
-  using Rows::K, Rows::group, Rows::keep, Rows::kept, Rows::lane, Rows::shared, Rows::warp;
+  using Rows::address, Rows::group, Rows::K, Rows::keep, Rows::kept, Rows::lane, Rows::shared, Rows::tile, Rows::V,
+      Rows::warp;
 
   // Half of the chunk of this warp, and the first tile of that half.
   __device__ __forceinline__ int part() const { return warp / Config::kGroups; }
@@ -80,6 +81,21 @@ struct LevelContext : GradientsRows<Config> {
     return reinterpret_cast<float*>(shared + Config::kCrossing) + part * K;
   }
   __device__ __forceinline__ float* carry() const { return reinterpret_cast<float*>(shared + Config::kCarry); }
+
+  // Fragments [16 channels, 16 of V] of S or dS', as A operands: the first of V / 16.
+  __device__ __forceinline__ const uint4* state_fragments(const uint4* fragments) const {
+    return fragments + (tile * (V / 16) * (K / 16) + group()) * 32 + lane;
+  }
+  static constexpr int kFragmentStride = K / 16 * 32;
+
+  // acc (16 channels, 16 tokens) += operand (16 channels, V) * rows^T of a [C, V] tile, for 16 of V.
+  __device__ __forceinline__ void multiply_state(ChannelTile& acc, const ChannelOperand& operand, int offset, int tt,
+                                                 int kt) const {
+    uint32_t b[4];
+    Config::ValueTile::load_b(b, address(offset), 16 * tt, 16 * kt, lane);
+    operand.multiply(acc.value[0], b[0], b[1]);
+    operand.multiply(acc.value[1], b[2], b[3]);
+  }
 
   // Two tiles of values that only this lane sees; which: 0 or 1.
   __device__ __forceinline__ float4* lane_units(int tt, int which) const {
