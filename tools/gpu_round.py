@@ -34,7 +34,7 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PARTS = ("tests", *SANITIZERS, "board")
 
 DEFAULT_BUDGET_S = 465  # the round ends within eight minutes
-TIMEOUT_S = {"tests": 420, "board": 455} | dict.fromkeys(SANITIZERS, 150)
+TIMEOUT_S = {"tests": 420, "board": 455} | dict.fromkeys(SANITIZERS, 150) | {"racecheck": 240}
 FULL_BOARD_S = 400  # with less time left the board is a quick one; alone (--only board) it is a full one
 QUICK_BOARD_S = 50
 PROGRESS_EVERY_S = 15

@@ -21,6 +21,7 @@ from gpu_support import (
 )
 from gradient_support import assert_gradients, backward, composite_fp64, planned
 from test_forward_accuracy import draw_call
+from test_forward_limits import WRONG_CONTENTS
 
 from kda_cuda import composite
 from kda_cuda.accuracy import relative_rmse
@@ -248,6 +249,21 @@ def test_in_a_cuda_graph() -> None:
         expected = backward(inputs, do, dstate)
         for name, gradient in captured.items():
             assert_same_bits(gradient, expected[name], f"{contents} {name}")
+
+
+@needs_cuda
+@pytest.mark.parametrize("contents", WRONG_CONTENTS.values(), ids=WRONG_CONTENTS)
+def test_wrong_contents_harm_nothing(contents: list[int]) -> None:
+    """The gradients mean nothing, but the call ends: no stage waits for a chunk that no sequence has."""
+    inputs = make_inputs("long", lengths=[100, 0, 200], H=4, with_state=True, device=DEVICE)
+    do, dstate = output_gradients(inputs)
+    expected = backward(inputs, do, dstate)
+    wrong = dict(inputs, cu_seqlens=torch.tensor(contents, device=DEVICE))
+    gradients = backward(wrong, do, dstate)
+    torch.cuda.synchronize()
+    assert {name: x.shape for name, x in gradients.items()} == {name: x.shape for name, x in expected.items()}
+    for name, gradient in backward(inputs, do, dstate).items():
+        assert_same_bits(gradient, expected[name], name)
 
 
 @needs_cuda
