@@ -54,7 +54,7 @@ struct ReverseRecurrenceConfig : RecurrenceThreads<kGroups_> {
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    reverse_recurrence_kernel(const __grid_constant__ ChunkBwdKernelParams params, int stages) {
+    reverse_recurrence_kernel(const __grid_constant__ ChunkBwdKernelParams params, int stages, bool beside) {
   constexpr int K = Config::K, C = Config::C;
   using KeyTile = typename Config::KeyTile;
   using Element = typename Config::Element;
@@ -63,6 +63,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int V = call.problem.value_dim, value_heads = call.problem.value_heads;
   const RecurrenceSegments& segments = params.forward.segments;
   const RecurrenceBlock found(call, segments.chunks, Config::kRows, V / Config::kRows, 0, threadIdx.x & 31);
+  if (!beside) ptx::wait_for_kernel_before();
   if (!found.segment.is_used || (Config::kSummary && found.segment.is_first)) {
     ptx::wait_for_kernel_before();  // see below
     return;
