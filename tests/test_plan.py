@@ -762,7 +762,7 @@ class TestBackward:
             ({"heads": 96}, False),
             ({"heads": 8, "value_heads": 16}, False),  # parts of dq and dk would need room of their own
             ({"heads": 2}, False),  # cut
-            ({"heads": 12, "tokens": 2048, "varlen": True}, True),
+            ({"heads": 12, "tokens": 2048, "varlen": True}, False),  # what cu_seqlens holds is not known
         ],
     )
     def test_gradients_beside_the_recurrences(self, changes: dict[str, Any], is_beside: bool) -> None:

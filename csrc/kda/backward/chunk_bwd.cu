@@ -106,9 +106,9 @@ cudaError_t chunk_bwd(const ChunkBwdParams& call, const ChunkBwdPlan& plan, cuda
   if (computes_state) {
     stages.run("kda.state_recurrence", [&] { return launch_state_recurrence(forward, plan.value_tile, stream); });
   }
-  const bool beside = computes_state && plan.side_by_side;
+  const bool overlaps = computes_state && plan.side_by_side;
   stages.run("kda.reverse_recurrence",
-             [&] { return launch_reverse_recurrence(params, plan.value_tile, beside, stream); });
+             [&] { return launch_reverse_recurrence(params, plan.value_tile, overlaps, stream); });
   stages.run("kda.intra_chunk_gradients", [&] { return launch_intra_chunk_gradients(params, stream); });
   stages.run("kda.level_gradients", [&] { return launch_level_gradients(params, stream); });
   stages.run("kda.reduce_gradients", [&] { return launch_reduce_gradients(params, stream); });

@@ -102,15 +102,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
     const bool is_used = location.tokens > 0;
     if (is_used && params.forward.progress != nullptr) {
       const uint32_t* const progress = params.forward.progress + tile;
-      // With contents of cu_seqlens that are no sequences a chunk may be none of a recurrence's: their end is waited for then.
-      constexpr int kMostPolls = 20000;
-      for (int polls = 0; ptx::load_acquire(progress) < params.progress_wanted; ++polls) {
-        if (polls == kMostPolls) {
-          ptx::wait_for_kernel_before();
-          break;
-        }
-        __nanosleep(100);
-      }
+      while (ptx::load_acquire(progress) < params.progress_wanted) __nanosleep(100);
       ptx::fence_proxy_async_global();  // for the states, too, which this thread asks for later
     }
     ptx::mbarrier_arrive_expect_tx(barrier(Copies::kValues),
@@ -379,13 +371,12 @@ struct IntraChunkGradients : BlockGradients<Config> {
 };
 
 // The tile that is there as the index-th one, when both recurrences go through a sequence at the same pace: from its middle to its ends, for all
-// sequences and heads. With cu_seqlens as if it were one sequence, which is an order like any other.
+// sequences, which have equal lengths, and heads.
 __device__ __forceinline__ int64_t tile_left_at(const ChunkFwdKernelParams& params, uint32_t index) {
-  const uint32_t value_heads = params.call.problem.value_heads;
+  const uint32_t value_heads = params.call.problem.value_heads,
+                 sequences = static_cast<uint32_t>(params.call.problem.sequences), chains = sequences * value_heads;
   if (index >= params.chunk_slots * value_heads) return index;
-  const uint32_t sequences =
-      params.call.cu_seqlens != nullptr ? 1 : static_cast<uint32_t>(params.call.problem.sequences);
-  const uint32_t chains = sequences * value_heads, chunks = static_cast<uint32_t>(params.chunk_slots) / sequences;
+  const uint32_t chunks = static_cast<uint32_t>(params.chunk_slots) / sequences;
   const uint32_t turn = index / chains, chain = index % chains;
   const uint32_t chunk = turn % 2 == 1 ? chunks / 2 - (turn + 1) / 2 : chunks / 2 + turn / 2;
   return int64_t{chain / value_heads * chunks + chunk} * value_heads + chain % value_heads;

@@ -28,8 +28,8 @@ struct ChunkBwdKernelParams {
 // Launches of the stages, for the K, V and types of the call. Each returns the error of its launch.
 // What becomes of the gradient in each segment of a cut, from zero; it runs beside the summary of the state.
 cudaError_t launch_reverse_summary(const ChunkBwdKernelParams& params, cudaStream_t stream);
-// beside: the kernel before is the recurrence of the state, and both run side by side; else this one waits for its end.
-cudaError_t launch_reverse_recurrence(const ChunkBwdKernelParams& params, int value_tile, bool beside,
+// overlaps: the kernel before is the recurrence of the state, and both run side by side.
+cudaError_t launch_reverse_recurrence(const ChunkBwdKernelParams& params, int value_tile, bool overlaps,
                                       cudaStream_t stream);
 cudaError_t launch_intra_chunk_gradients(const ChunkBwdKernelParams& params, cudaStream_t stream);
 cudaError_t launch_level_gradients(const ChunkBwdKernelParams& params, cudaStream_t stream);

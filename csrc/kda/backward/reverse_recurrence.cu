@@ -6,13 +6,13 @@ namespace kda {
 namespace {
 
 template <typename Config>
-cudaError_t launch_config(const ChunkBwdKernelParams& params, bool beside, cudaStream_t stream) {
+cudaError_t launch_config(const ChunkBwdKernelParams& params, bool overlaps, cudaStream_t stream) {
   const ChunkFwdProblem& problem = params.forward.call.problem;
   const int64_t ctas = params.forward.segments.slots * problem.value_heads * (problem.value_dim / Config::kRows);
   constexpr int kStages = stages_of_ring<Config>();
   return launch_grid(reverse_recurrence_kernel<Config>,
-                     {ctas, Config::kThreads, recurrence_shared_bytes<Config>(kStages), 1, /*overlaps=*/true}, stream,
-                     params, kStages, beside);
+                     {ctas, Config::kThreads, recurrence_shared_bytes<Config>(kStages), 1, overlaps}, stream, params,
+                     kStages);
 }
 
 // Calls f with K and a value of the activation type.
@@ -28,14 +28,14 @@ cudaError_t for_key_dim(const ChunkBwdKernelParams& params, Function f) {
 
 }  // namespace
 
-cudaError_t launch_reverse_recurrence(const ChunkBwdKernelParams& params, int value_tile, bool beside,
+cudaError_t launch_reverse_recurrence(const ChunkBwdKernelParams& params, int value_tile, bool overlaps,
                                       cudaStream_t stream) {
   return for_key_dim(params, [&](auto key_dim, auto element) {
     using Element = decltype(element);
     if (value_tile == kRecurrenceRows) {
-      return launch_config<ReverseRecurrenceConfig<key_dim(), Element, 1>>(params, beside, stream);
+      return launch_config<ReverseRecurrenceConfig<key_dim(), Element, 1>>(params, overlaps, stream);
     }
-    return launch_config<ReverseRecurrenceConfig<key_dim(), Element, 2>>(params, beside, stream);
+    return launch_config<ReverseRecurrenceConfig<key_dim(), Element, 2>>(params, overlaps, stream);
   });
 }
 

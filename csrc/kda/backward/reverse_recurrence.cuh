@@ -54,7 +54,7 @@ struct ReverseRecurrenceConfig : RecurrenceThreads<kGroups_> {
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    reverse_recurrence_kernel(const __grid_constant__ ChunkBwdKernelParams params, int stages, bool beside) {
+    reverse_recurrence_kernel(const __grid_constant__ ChunkBwdKernelParams params, int stages) {
   constexpr int K = Config::K, C = Config::C;
   using KeyTile = typename Config::KeyTile;
   using Element = typename Config::Element;
@@ -63,7 +63,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int V = call.problem.value_dim, value_heads = call.problem.value_heads;
   const RecurrenceSegments& segments = params.forward.segments;
   const RecurrenceBlock found(call, segments.chunks, Config::kRows, V / Config::kRows, 0, threadIdx.x & 31);
-  if (!beside) ptx::wait_for_kernel_before();
   if (!found.segment.is_used || (Config::kSummary && found.segment.is_first)) {
     ptx::wait_for_kernel_before();  // see below
     return;
@@ -132,8 +131,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
       for (int i = 0; i < Config::kGroups; ++i) {
         uint8_t* const area = staging + (thread / 32 + 4 * i) * Staged::kBytes;
-        Staged::template store_state<true, Config::stored_at_once(K / 16)>(states + i * 4 * (K / 16) * 32,
-                                                                           ptx::shared_address(area), lane);
+        Staged::template store_state<true>(states + i * 4 * (K / 16) * 32, ptx::shared_address(area), lane);
         Staged::store_values(values + i * 4 * (C / 16) * 32, area, lane);
       }
       states -= tiles_of_chunk * (K / 16) * 32;

@@ -142,9 +142,7 @@ struct ValueGradients : GradientsRows<Config> {
 
   // The operands of 16 of V of a tile of dO, Y or U, for rows from that of tile tt on.
   __device__ __forceinline__ uint64_t value_descriptor(int offset, int tt) const {
-    // The same in all lanes, which the compiler does not know of what depends on the warp.
-    const uint32_t rows = __shfl_sync(0xffffffffu, tt * 16 * Config::ValueTile::kRowBytes, 0);
-    return wgmma::descriptor(address(offset) + rows, Config::ValueTile::kBlockBytes);
+    return wgmma::descriptor(address(offset) + tt * 16 * Config::ValueTile::kRowBytes, Config::ValueTile::kBlockBytes);
   }
   static __device__ __forceinline__ uint64_t value_operand(uint64_t descriptor, int kt) {
     return wgmma::advance(descriptor, (kt >> 2) * Config::ValueTile::kBlockBytes + (kt & 3) * 32);

@@ -54,8 +54,6 @@ struct RecurrenceThreads {
   static constexpr int kGroups = kGroups_;
   static constexpr int kConsumers = 128 * kGroups, kThreads = kConsumers + 128;
   static constexpr int kRows = kRecurrenceRows * kGroups;
-  // Fragments that a mover stores at once, of `count`: two where a chain's time counts, all where the memory's does.
-  static constexpr int stored_at_once(int count) { return kGroups == 1 ? 2 : count; }
   // The CTA starts with kRegisters a thread; what the movers give up of them is all that the consumers can get.
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
   static constexpr int kMoverRegisters = 72;
@@ -214,25 +212,21 @@ struct StagedOperands {
   static __device__ __forceinline__ void put_values(uint8_t* area, const uint4& operand, int kt, int lane) {
     reinterpret_cast<uint4*>(area + kStateBytes)[kt * 32 + lane] = operand;
   }
-  // To the fragments of the row tile; kTransposed: operands of S rather than of S^T. kAtOnce of them: bursts of stores hold up what the consumers read of
-  // shared memory, pairs take longer.
-  template <bool kTransposed, int kAtOnce>
+  // To the fragments of the row tile; kTransposed: operands of S rather than of S^T.
+  template <bool kTransposed>
   static __device__ __forceinline__ void store_state(uint4* destination, uint32_t area, int lane) {
+    uint32_t operands[K / 16][4];
 #pragma unroll
-    for (int first = 0; first < K / 16; first += kAtOnce) {
-      uint32_t operands[kAtOnce][4];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if constexpr (kTransposed) {
-          StateTile::load_a_trans(operands[i], area, 0, 16 * (first + i), lane);
-        } else {
-          StateTile::load_a(operands[i], area, 0, 16 * (first + i), lane);
-        }
+    for (int kt = 0; kt < K / 16; ++kt) {
+      if constexpr (kTransposed) {
+        StateTile::load_a_trans(operands[kt], area, 0, 16 * kt, lane);
+      } else {
+        StateTile::load_a(operands[kt], area, 0, 16 * kt, lane);
       }
+    }
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        destination[(first + i) * 32 + lane] = {operands[i][0], operands[i][1], operands[i][2], operands[i][3]};
-      }
+    for (int kt = 0; kt < K / 16; ++kt) {
+      destination[kt * 32 + lane] = {operands[kt][0], operands[kt][1], operands[kt][2], operands[kt][3]};
     }
   }
   static __device__ __forceinline__ void store_values(uint4* destination, const uint8_t* area, int lane) {

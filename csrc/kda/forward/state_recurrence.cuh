@@ -120,8 +120,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
       for (int i = 0; i < Config::kGroups; ++i) {
         uint8_t* const area = staging + (first_mine + 4 * i) * Staged::kBytes;
-        Staged::template store_state<Config::kSaves, Config::stored_at_once(K / 16)>(states + i * 4 * (K / 16) * 32,
-                                                                                     ptx::shared_address(area), lane);
+        Staged::template store_state<Config::kSaves>(states + i * 4 * (K / 16) * 32, ptx::shared_address(area), lane);
         if constexpr (Config::kSaves) Staged::store_values(values + i * 4 * (C / 16) * 32, area, lane);
       }
       states += tiles_of_chunk * (K / 16) * 32;
