@@ -5,6 +5,13 @@
 
 namespace kda {
 
+// Where a tile's chunk is, found once for a CTA.
+struct ChunkPlace {
+  ChunkLocation location;
+  int64_t tile, slot;
+  int value_head;
+};
+
 template <int K_, int V_, typename Element_>
 struct IntraChunkGradientsConfig {
   static constexpr int K = K_, V = V_, C = kChunkTokens;
@@ -22,12 +29,12 @@ struct IntraChunkGradientsConfig {
                        kStateBytes = K * V * 2, kGateTileBytes = C * K * 4, kFragmentBytes = 32 * 16;
 
   // What is copied from memory, in the order of the groups of copies (see intra_chunk_gradients.cuh).
-  static constexpr int kGates = 0;                          // g, see gate_offset(); then log2 of P, see exponents()
-  static constexpr int kY = kGates + kGateTileBytes;        // dU as in memory, then Y
-  static constexpr int kU = kY + kValueTileBytes;           // U as in memory, then a tile of it
-  static constexpr int kInverse = kU + kValueTileBytes;     // A^-1
-  static constexpr int kState = kInverse + kPairTileBytes;  // S as in memory
-  static constexpr int kDState = kState + kStateBytes;      // dS' as in memory
+  static constexpr int kGates = 0;                                  // g, GateTile; then log2 of P, see exponents()
+  static constexpr int kY = kGates + kGateTileBytes;                // dU as in memory, then Y
+  static constexpr int kU = kY + kValueTileBytes;                   // U as in memory, then a tile of it
+  static constexpr int kInverse = kU + kValueTileBytes;             // A^-1
+  static constexpr int kState = kInverse + kPairTileBytes;          // S as in memory
+  static constexpr int kDState = kState + kStateBytes;              // dS' as in memory
   static constexpr int kOutputGradient = kDState + kStateBytes;     // dO
   static constexpr int kQuery = kOutputGradient + kValueTileBytes;  // q, then dq
   static constexpr int kKey = kQuery + kKeyTileBytes;               // k, then dk
@@ -74,7 +81,7 @@ struct IntraChunkGradientsConfig {
   static constexpr int kLargest =
       kChannels + kChannelArrays * kBlocks * K * 4;            // [kWarps]: the largest pair in magnitude; and one word
   static constexpr int kPlaces = kLargest + (kWarps + 4) * 4;  // [2] of ChunkPlace
-  static constexpr int kBarriers = kPlaces + 2 * 48;           // [2]: of copies of values and of states
+  static constexpr int kBarriers = kPlaces + 2 * sizeof(ChunkPlace);  // [2]: of copies of values and of states
   static constexpr int kEnd = kBarriers + 2 * 8;
 
   // Operands of pairs, when all have read the states: of each warp P q and P k, and of each group of channels X k.
@@ -90,21 +97,16 @@ struct IntraChunkGradientsConfig {
                        kCtasThatFit = 228 * 1024 / (kSharedBytes + 1024);  // 128 registers a thread
   static constexpr int kCtasPerSm = kMostCtas < kCtasThatFit ? kMostCtas : kCtasThatFit;
 
-  // Byte offset of the 16-byte unit of a token in the tile of g. Units are permuted so that lanes with two tokens less or more and the
-  // same channels meet other banks; unit_channels: 4 of fp32, or 8.
-  static __device__ __forceinline__ uint32_t gate_offset(int token, int unit, int unit_channels) {
-    const int turn = (token >> 1 & 3) * (unit_channels == 4 ? 2 : 1);
-    return (token * (K / unit_channels) + (unit ^ turn)) * 16;
-  }
+  // g  [C][K]. Units are permuted so that lanes with two tokens less or more and the same channels meet other banks.
+  template <typename Gate>
+  struct GateTile {
+    static constexpr int kUnitChannels = 16 / sizeof(Gate), kRowBytes = K * sizeof(Gate);
+    static __device__ __forceinline__ uint32_t unit_offset(int token, int unit) {
+      const int turn = (token >> 1 & 3) * (kUnitChannels == 4 ? 2 : 1);
+      return token * kRowBytes + (unit ^ turn) * 16;
+    }
+  };
 };
-
-// Where a tile's chunk is, found once for a CTA.
-struct ChunkPlace {
-  ChunkLocation location;
-  int64_t tile, slot;
-  int value_head;
-};
-static_assert(sizeof(ChunkPlace) <= 48);
 
 // A block goes by one reference if log2 of its decay on either side of its middle, and squares of the norms of q and k, are in one of two
 // ranges: 64 sums of pairs of at most 1 times q or k stay in fp32, 2^(112 + 6 + 8) and 2^(117 + 6 + 4). The wide one is for gates with a bound

@@ -23,18 +23,17 @@ struct GradientsRows : GradientsContext<Config> {
   }
 
   // Rows of `Columns` elements into a tile; rows past the end are zero.
-  template <typename Tile, int Columns>
-  __device__ __forceinline__ void load_rows(int offset, const Element* first, int64_t row_stride,
-                                            bool vectorized) const {
-    constexpr int kUnits = Columns / 8, kRowsAtOnce = Config::kThreads / kUnits;
+  template <typename Tile, int Columns, typename T>
+  __device__ __forceinline__ void load_rows(int offset, const T* first, int64_t row_stride, bool vectorized) const {
+    constexpr int kOfUnit = 16 / sizeof(T), kUnits = Columns / kOfUnit, kRowsAtOnce = Config::kThreads / kUnits;
     static_assert(kRowsAtOnce % 8 == 0 && C % kRowsAtOnce == 0, "the swizzle of a thread's rows is the same");
     const int row = this->thread / kUnits, unit = this->thread % kUnits;
-    const Element* const source = first + row * row_stride + 8 * unit;
+    const T* const source = first + row * row_stride + kOfUnit * unit;
     uint8_t* const destination = shared + offset + Tile::unit_offset(row, unit);
 #pragma unroll
     for (int i = 0; i < C / kRowsAtOnce; ++i) {
       const bool in_range = row + i * kRowsAtOnce < location.tokens;
-      const Element* const elements = in_range ? source + i * kRowsAtOnce * row_stride : first;
+      const T* const elements = in_range ? source + i * kRowsAtOnce * row_stride : first;
       uint8_t* const to = destination + i * kRowsAtOnce * Tile::kRowBytes;
       if (vectorized) {
         ptx::cp_async_16(ptx::shared_address(to), elements, in_range ? 16 : 0);

@@ -46,31 +46,14 @@ struct IntraChunkGradients : BlockGradients<Config> {
 
   // ---- Copies from memory ----
 
-  // g into the tile at kGates; zeros past the end.
   template <typename Gate>
   __device__ __forceinline__ void copy_gates_of() const {
-    constexpr int kUnitChannels = 16 / sizeof(Gate), kUnits = K / kUnitChannels,
-                  kRowsAtOnce = Config::kThreads / kUnits;
-    static_assert(kRowsAtOnce % 8 == 0 && C % kRowsAtOnce == 0, "the order of a thread's units is the same");
     const ChunkFwdParams& c = call();
-    const int row = this->thread / kUnits, unit = this->thread % kUnits;
     const Gate* const first =
-        static_cast<const Gate*>(c.g) + (location.batch * c.g_stride.batch + location.first_token * c.g_stride.token +
-                                         value_head * c.g_stride.head + unit * kUnitChannels);
-    const Gate* const source = first + row * c.g_stride.token;
-    uint8_t* const destination = shared + Config::kGates + Config::gate_offset(row, unit, kUnitChannels);
-#pragma unroll
-    for (int i = 0; i < C / kRowsAtOnce; ++i) {
-      const bool in_range = row + i * kRowsAtOnce < location.tokens;
-      const Gate* const gates = in_range ? source + i * kRowsAtOnce * c.g_stride.token : first;
-      uint8_t* const to = destination + i * kRowsAtOnce * K * sizeof(Gate);
-      if (params.forward.vectorized) {
-        ptx::cp_async_16(ptx::shared_address(to), gates, in_range ? 16 : 0);
-      } else {
-#pragma unroll
-        for (int e = 0; e < kUnitChannels; ++e) reinterpret_cast<Gate*>(to)[e] = in_range ? gates[e] : Gate(0.0f);
-      }
-    }
+        static_cast<const Gate*>(c.g) +
+        (location.batch * c.g_stride.batch + location.first_token * c.g_stride.token + value_head * c.g_stride.head);
+    this->template load_rows<typename Config::template GateTile<Gate>, K>(Config::kGates, first, c.g_stride.token,
+                                                                          params.forward.vectorized);
   }
 
   __device__ __forceinline__ void copy_gates() const {
@@ -140,12 +123,12 @@ struct IntraChunkGradients : BlockGradients<Config> {
   __device__ __forceinline__ ChannelTile copied_gate(int tt) const {
     const auto load = [&](auto element) {
       using Gate = decltype(element);
-      constexpr int kUnitChannels = 16 / sizeof(Gate);
+      using Tile = typename Config::template GateTile<Gate>;
       return ChannelTile::make([&](int b, int hi, int p) {
         const int c = channel(hi);
         const uint8_t* const unit =
-            shared + Config::kGates + Config::gate_offset(token(tt, b, p), c / kUnitChannels, kUnitChannels);
-        return to_float(reinterpret_cast<const Gate*>(unit)[c % kUnitChannels]);
+            shared + Config::kGates + Tile::unit_offset(token(tt, b, p), c / Tile::kUnitChannels);
+        return to_float(reinterpret_cast<const Gate*>(unit)[c % Tile::kUnitChannels]);
       });
     };
     if (call().gate_type == DataType::kFloat32) return load(0.0f);
@@ -265,26 +248,24 @@ struct IntraChunkGradients : BlockGradients<Config> {
 
   // ---- One chunk ----
 
-  enum class Result {
-    kDone,
-    kLeft
-  };  // kLeft: to the levels; nothing of the next chunk is on its way, nor has it been looked for
-
-  __device__ __forceinline__ Result leave_to_levels(Result result) const {
-    if (this->thread == 0) params.by_levels[tile] = result != Result::kDone;
-    return result;
+  __device__ __forceinline__ void leave_to_levels(bool wanted) const {
+    if (this->thread == 0) params.by_levels[tile] = wanted;
   }
 
   // here(), next(): this chunk, and the one to copy from memory meanwhile, looked up in shared memory again by each part, as there are few
-  // registers. find_next(): where the next one is.
+  // registers. find_next(): where the next one is. Returns whether the chunk is
+  // done: else it is left to the levels, nothing of the next one is on its way, nor has it been looked for.
   template <typename Here, typename Next, typename Find>
-  static __device__ __forceinline__ Result run(int turn, Here here, Next next, Find find_next) {
+  static __device__ __forceinline__ bool run(int turn, Here here, Next next, Find find_next) {
     bool is_wide;
     {
       Block exponent;
       const Range range = here().activate(exponent);
       is_wide = range.is_wide;
-      if (here().store_beta(here().copied_beta(), range.is_too_wide)) return here().leave_to_levels(Result::kLeft);
+      if (here().store_beta(here().copied_beta(), range.is_too_wide)) {
+        here().leave_to_levels(true);
+        return false;
+      }
       here().keep_exponents(exponent);
     }
     {
@@ -304,9 +285,9 @@ struct IntraChunkGradients : BlockGradients<Config> {
     here().multiply_pairs(pairs);
     const float most = is_wide ? kWideSquaredNorm : kMaxSquaredNorm;
     const bool is_large = __syncthreads_or(!(here().store_norms() <= most));
-    if (is_large) return here().leave_to_levels(Result::kLeft);
+    here().leave_to_levels(is_large);
+    if (is_large) return false;
     find_next();
-    here().leave_to_levels(Result::kDone);
     here().scale_pairs(pairs);
     here().beta_gradient();
     here().store_value_gradient();
@@ -357,7 +338,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
     here().store_gate_parameters();
     if (here().params.dq_parts != nullptr) {
       next().copy_keys();
-      return Result::kDone;
+      return true;
     }
     typename Blocks::template RowUnits<K> dq, dk;
     here().template take_rows<K>(dq, Config::kQuery);
@@ -366,7 +347,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
     next().copy_keys();
     here().template store_rows<K>(dq, here().params.dq, here().key_row(0), here().call().problem.heads);
     here().template store_rows<K>(dk, here().params.dk, here().key_row(0), here().call().problem.heads);
-    return Result::kDone;
+    return true;
   }
 };
 
@@ -386,7 +367,6 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     intra_chunk_gradients_kernel(const __grid_constant__ ChunkBwdKernelParams params, int64_t slots) {
   using Gradients = IntraChunkGradients<Config>;
-  using Result = typename Gradients::Result;
   extern __shared__ __align__(1024) uint8_t shared[];
   ChunkPlace* const places = reinterpret_cast<ChunkPlace*>(shared + Config::kPlaces);
 
@@ -447,7 +427,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     const auto find_next = [&] { find(turns + 1); };
     const ChunkPlace& place = places[turn];
     if (place.location.tokens > 0) {
-      if (Gradients::run(turn, here, next, find_next) == Result::kDone) continue;
+      if (Gradients::run(turn, here, next, find_next)) continue;
     } else {
       if (place.slot < params.forward.chunk_slots && threadIdx.x == 0) params.by_levels[place.tile] = 0;
       clear_unused_slot<Config>(params, place.slot, place.value_head);
