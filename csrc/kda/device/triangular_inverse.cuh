@@ -161,6 +161,41 @@ __device__ __forceinline__ float invert_off_diagonal_8x8(Matrix pair, int row, i
   return t;
 }
 
+// Elements (row, column) and (row + 8, column) of T_21 of a 32 x 32 matrix with blocks of 16; one warp has four columns. T_11 and T_22 have nothing in their
+// upper right quarter. is_left: of T_11, so that all of its rows count. rows_of_t11(k): a matrix in which its rows k .. k + 3 are; lower_of_t22(k): where
+// row 8 + `row` of T_22 has columns k .. k + 3.
+template <typename Matrix, typename Rows, typename Lower>
+__device__ __forceinline__ void invert_off_diagonal_16x16(float (&t)[2], Matrix matrix, int row, int column, int lane,
+                                                          bool is_left, Rows rows_of_t11, Lower lower_of_t22) {
+  float y[2] = {};
+#pragma unroll
+  for (int k = 0; k < 16; k += 4) {
+    if (k < 8 && !is_left) continue;
+    const Matrix rows = rows_of_t11(k);
+    const float4 a = *reinterpret_cast<const float4*>(&matrix.at(16 + row, k));
+    const float4 b = *reinterpret_cast<const float4*>(&matrix.at(24 + row, k));
+    const float x[4] = {rows.at(k, column), rows.at(k + 1, column), rows.at(k + 2, column), rows.at(k + 3, column)};
+    y[0] += a.x * x[0] + a.y * x[1], y[1] += b.x * x[0] + b.y * x[1];
+    y[0] += a.z * x[2] + a.w * x[3], y[1] += b.z * x[2] + b.w * x[3];
+  }
+#pragma unroll
+  for (int k = 0; k < 16; k += 4) {
+    const float4 b = *reinterpret_cast<const float4*>(lower_of_t22(k));
+    const float lower[4] = {b.x, b.y, b.z, b.w};
+    float upper[4] = {};
+    if (k < 8) {
+      const float4 a = *reinterpret_cast<const float4*>(&matrix.at(16 + row, 16 + k));
+      upper[0] = a.x, upper[1] = a.y, upper[2] = a.z, upper[3] = a.w;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float value = __shfl_sync(0xffffffffu, y[k / 8], 4 * ((k + i) % 8) + (lane & 3));
+      if (k < 8) t[0] -= upper[i] * value;
+      t[1] -= lower[i] * value;
+    }
+  }
+}
+
 // The same by a group of four warps, none of which waits for another for long. Blocks of 8, then of 16, then the whole:
 //   T_21 = -T_22 A_21 T_11,
 // of which a warp takes a few columns, so that A_21 T_11 stays in its registers. sync(): a barrier of the group; the result is there after one more.
@@ -177,35 +212,12 @@ __device__ __forceinline__ void invert_unit_lower_32x32(Matrix matrix, int warp,
     pair.at(8 + row, column) = t;
   }
   sync();
-  // The 16 x 16 block: lane has elements (row, lane % 4) and (row + 8, lane % 4) of four columns. T_11 and T_22 have nothing in their upper right quarter.
+  // The 16 x 16 block, of each four columns a warp.
   const int column = 4 * warp + (lane & 3);
-  float y[2] = {}, t[2] = {};
-#pragma unroll
-  for (int k = 0; k < 16; k += 4) {
-    if (k < 8 && warp >= 2) continue;
-    const float4 a = *reinterpret_cast<const float4*>(&matrix.at(16 + row, k));
-    const float4 b = *reinterpret_cast<const float4*>(&matrix.at(24 + row, k));
-    const float x[4] = {matrix.at(k, column), matrix.at(k + 1, column), matrix.at(k + 2, column),
-                        matrix.at(k + 3, column)};
-    y[0] += a.x * x[0] + a.y * x[1], y[1] += b.x * x[0] + b.y * x[1];
-    y[0] += a.z * x[2] + a.w * x[3], y[1] += b.z * x[2] + b.w * x[3];
-  }
-#pragma unroll
-  for (int k = 0; k < 16; k += 4) {
-    const float4 b = *reinterpret_cast<const float4*>(&matrix.at(24 + row, 16 + k));
-    const float lower[4] = {b.x, b.y, b.z, b.w};
-    float upper[4] = {};
-    if (k < 8) {
-      const float4 a = *reinterpret_cast<const float4*>(&matrix.at(16 + row, 16 + k));
-      upper[0] = a.x, upper[1] = a.y, upper[2] = a.z, upper[3] = a.w;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float value = __shfl_sync(0xffffffffu, y[k / 8], 4 * ((k + i) % 8) + (lane & 3));
-      if (k < 8) t[0] -= upper[i] * value;
-      t[1] -= lower[i] * value;
-    }
-  }
+  float t[2] = {};
+  invert_off_diagonal_16x16(
+      t, matrix, row, column, lane, warp < 2, [&](int) { return matrix; },
+      [&](int k) { return &matrix.at(24 + row, 16 + k); });
   sync();
   matrix.at(16 + row, column) = t[0];
   matrix.at(24 + row, column) = t[1];
@@ -262,34 +274,11 @@ __device__ __forceinline__ void invert_unit_lower_64x64(SolveMatrix whole, int w
     const bool is_left = of_half < 2;  // of T_11
     const int to_lower_rows =
         is_left ? 8 - 8 * SolveMatrix::kStride : 0;  // of its block of rows 8 .. 15, see InverseBlocks
-    float y[2] = {}, t[2] = {};
-#pragma unroll
-    for (int k = 0; k < 16; k += 4) {
-      if (k < 8 && !is_left) continue;
-      const SolveMatrix rows = {matrix.data + (k < 8 ? 0 : to_lower_rows)};
-      const float4 a = *reinterpret_cast<const float4*>(&matrix.at(16 + row, k));
-      const float4 b = *reinterpret_cast<const float4*>(&matrix.at(24 + row, k));
-      const float x[4] = {rows.at(k, column), rows.at(k + 1, column), rows.at(k + 2, column), rows.at(k + 3, column)};
-      y[0] += a.x * x[0] + a.y * x[1], y[1] += b.x * x[0] + b.y * x[1];
-      y[0] += a.z * x[2] + a.w * x[3], y[1] += b.z * x[2] + b.w * x[3];
-    }
-#pragma unroll
-    for (int k = 0; k < 16; k += 4) {
-      const float4 b =
-          *reinterpret_cast<const float4*>(k < 8 ? &matrix.at(16 + row, 24 + k) : &matrix.at(24 + row, 16 + k));
-      const float lower[4] = {b.x, b.y, b.z, b.w};
-      float upper[4] = {};
-      if (k < 8) {
-        const float4 a = *reinterpret_cast<const float4*>(&matrix.at(16 + row, 16 + k));
-        upper[0] = a.x, upper[1] = a.y, upper[2] = a.z, upper[3] = a.w;
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float value = __shfl_sync(0xffffffffu, y[k / 8], 4 * ((k + i) % 8) + (lane & 3));
-        if (k < 8) t[0] -= upper[i] * value;
-        t[1] -= lower[i] * value;
-      }
-    }
+    float t[2] = {};
+    invert_off_diagonal_16x16(
+        t, matrix, row, column, lane, is_left,
+        [&](int k) { return SolveMatrix{matrix.data + (k < 8 ? 0 : to_lower_rows)}; },
+        [&](int k) { return k < 8 ? &matrix.at(16 + row, 24 + k) : &matrix.at(24 + row, 16 + k); });
     matrix.at(row, 16 + column) = t[0];
     matrix.at(8 + row, 16 + column) = t[1];
   }
