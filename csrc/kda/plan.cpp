@@ -246,13 +246,13 @@ ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool 
   plan.segment_chunks = options.segment_chunks ? *options.segment_chunks : choose_segment_chunks(p);
   plan.segment_slots = segment_slots(p, plan.segment_chunks);
   plan.value_tile = plan.segment_chunks > 0 ? kScanRows : options.value_tile.value_or(choose_value_tile(p));
-  plan.side_by_side = plan.segment_chunks > 0 || 2 * chains_of(p) * (p.value_dim / plan.value_tile) <= p.sm_count;
+  const int64_t ctas = chains_of(p) * (p.value_dim / plan.value_tile);  // of one recurrence, uncut
+  plan.side_by_side = plan.segment_chunks > 0 || 2 * ctas <= p.sm_count;
 
   // Not with cu_seqlens, as no contents may let it wait for a chunk that no sequence has, or count one twice; not with parts of dq and dk, which would
   // need room of their own; and not if hardly a multiprocessor is left.
   plan.gradients_beside = !saved && !p.varlen && plan.side_by_side && plan.segment_chunks == 0 &&
-                          p.value_heads == p.heads &&
-                          8 * chains_of(p) * (p.value_dim / plan.value_tile) <= 3 * p.sm_count;
+                          p.value_heads == p.heads && 2 * ctas <= p.sm_count * 3 / 4;
 
   constexpr size_t kBf16 = 2, kFp32 = 4, C = kChunkTokens;
   const size_t tiles = static_cast<size_t>(plan.chunk_slots) * p.value_heads;

@@ -72,10 +72,7 @@ struct BlockGradients : ValueGradients<Config> {
   // later tokens.
   __device__ __forceinline__ void multiply_earlier(ChannelTile& acc, const ChannelOperand& operand, int offset, int tt,
                                                    int other) const {
-    uint32_t b[4];
-    Config::PairTile::load_b(b, address(offset), 16 * tt, 16 * other, lane);
-    operand.multiply(acc.value[0], b[0], b[1]);
-    operand.multiply(acc.value[1], b[2], b[3]);
+    this->template multiply<typename Config::PairTile>(acc, operand, offset, 16 * tt, 16 * other);
   }
   __device__ __forceinline__ void multiply_later(ChannelTile& acc, const ChannelOperand& operand, int offset, int tt,
                                                  int other) const {

@@ -92,6 +92,16 @@ struct GradientsContext {
     return operand;
   }
 
+  // acc (16 channels, 16 n) += operand (16 channels, 16 k) * B of a tile, whose rows row .. row + 15 are n and columns column .. column + 15 are k.
+  template <typename Tile>
+  __device__ __forceinline__ void multiply(ChannelTile& acc, const ChannelOperand& operand, int offset, int row,
+                                           int column) const {
+    uint32_t b[4];
+    Tile::load_b(b, address(offset), row, column, lane);
+    operand.multiply(acc.value[0], b[0], b[1]);
+    operand.multiply(acc.value[1], b[2], b[3]);
+  }
+
   // A tile into 16-byte units that only this lane sees, 32 units apart, and back.
   static __device__ __forceinline__ void keep(float4* units, const ChannelTile& values) {
 #pragma unroll

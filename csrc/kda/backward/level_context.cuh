@@ -70,8 +70,7 @@ struct LevelGradientsConfig {
 template <typename Config>
 struct LevelContext : GradientsRows<Config> {
   using Rows = GradientsRows<Config>;
-  using Rows::address, Rows::group, Rows::K, Rows::keep, Rows::kept, Rows::lane, Rows::shared, Rows::tile, Rows::V,
-      Rows::warp;
+  using Rows::group, Rows::K, Rows::keep, Rows::kept, Rows::lane, Rows::shared, Rows::tile, Rows::V, Rows::warp;
 
   // Half of the chunk of this warp, and the first tile of that half.
   __device__ __forceinline__ int part() const { return warp / Config::kGroups; }
@@ -91,10 +90,7 @@ struct LevelContext : GradientsRows<Config> {
   // acc (16 channels, 16 tokens) += operand (16 channels, V) * rows^T of a [C, V] tile, for 16 of V.
   __device__ __forceinline__ void multiply_state(ChannelTile& acc, const ChannelOperand& operand, int offset, int tt,
                                                  int kt) const {
-    uint32_t b[4];
-    Config::ValueTile::load_b(b, address(offset), 16 * tt, 16 * kt, lane);
-    operand.multiply(acc.value[0], b[0], b[1]);
-    operand.multiply(acc.value[1], b[2], b[3]);
+    this->template multiply<typename Config::ValueTile>(acc, operand, offset, 16 * tt, 16 * kt);
   }
 
   // Two tiles of values that only this lane sees; which: 0 or 1.
