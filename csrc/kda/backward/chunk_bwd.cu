@@ -61,8 +61,8 @@ ChunkBwdKernelParams kernel_params(const ChunkBwdParams& call, const ChunkBwdPla
   params.by_levels = reinterpret_cast<uint32_t*>(base + workspace.by_levels);
   if (plan.gradients_beside) {
     params.forward.progress = reinterpret_cast<uint32_t*>(base + workspace.progress);
-    constexpr int kRecurrences = 2, kWarpsOfCta = 4;  // that leave something
-    params.progress_wanted = kRecurrences * kWarpsOfCta * (problem.value_dim / plan.value_tile);
+    constexpr int kRecurrences = 2;
+    params.progress_wanted = kRecurrences * kMoverWarps * (problem.value_dim / plan.value_tile);
   }
   if (call.inputs.gate != GateKind::kLog) {
     params.dA_log_parts = floats(workspace.dA_log);

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
   const StageRing stage_ring = {static_cast<uint32_t>(ptx::opaque(ptx::shared_address(shared))), stages,
                                 Config::kStageBytes};
-  stage_ring.init(shared, found, 1 + 128, Config::kConsumers, 128);
+  stage_ring.init(shared, found, 1 + Config::kMovers, Config::kConsumers, Config::kMovers);
   ptx::launch_dependents();
   uint8_t* const staging = shared + staging_offset<Config>(stages);
   using Staged = typename Config::Staged;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int chunks = static_cast<int>(segment.chunks), first_row_tile = block.first_row_tile,
               value_head = block.value_head;
     // One thread asks for the bulk copies, and each copies 16-byte units of dO; rows past the end are zero.
-    constexpr int kUnits = Config::kRowBytes / 16, kRowsAtOnce = 128 / kUnits;
+    constexpr int kUnits = Config::kRowBytes / 16, kRowsAtOnce = Config::kMovers / kUnits;
     const SequenceRange range = sequence_range(call, segment.sequence);
     const int64_t first_token = range.begin + segment.first_chunk * C;  // of the segment
     const int tokens = static_cast<int>(min(range.end - first_token, segment.chunks * C));

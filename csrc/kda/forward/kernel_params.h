@@ -29,6 +29,9 @@ struct RecurrenceSegments {
   [[nodiscard]] SegmentMaps dstate_maps() const { return {transposed_map, dstate, nullptr, /*is_reversed=*/true}; }
 };
 
+// Warps of a CTA of a recurrence over chunks that move what it takes and leaves; each counts in ChunkFwdKernelParams::progress.
+inline constexpr int kMoverWarps = 4;
+
 struct ChunkFwdKernelParams {
   ChunkFwdParams call;
 

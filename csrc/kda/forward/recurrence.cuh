@@ -7,6 +7,7 @@
 #include "../device/elements.cuh"
 #include "../device/tile.cuh"
 #include "../device/wgmma.cuh"
+#include "kernel_params.h"
 #include "state_fragments.cuh"
 
 namespace kda {
@@ -52,7 +53,7 @@ struct RecurrenceBlock {
 template <int kGroups_>
 struct RecurrenceThreads {
   static constexpr int kGroups = kGroups_;
-  static constexpr int kConsumers = 128 * kGroups, kThreads = kConsumers + 128;
+  static constexpr int kConsumers = 128 * kGroups, kMovers = 32 * kMoverWarps, kThreads = kConsumers + kMovers;
   static constexpr int kRows = kRecurrenceRows * kGroups;
   // The CTA starts with kRegisters a thread; what the movers give up of them is all that the consumers can get.
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8;

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       *reinterpret_cast<uint4*>(shared + stage * Config::kStageBytes + Config::kU0 + 16 * unit) = {0, 0, 0, 0};
     }
   }
-  stage_ring.init(shared, found, 1, Config::kConsumers, 128);
+  stage_ring.init(shared, found, 1, Config::kConsumers, Config::kMovers);
   ptx::launch_dependents();  // the reverse recurrence needs nothing of this one, and finds room beside it
   uint8_t* const staging = shared + staging_offset<Config>(stages);
   using Staged = typename Config::Staged;
