@@ -746,7 +746,7 @@ class TestBackward:
     def test_which_shapes_are_cut(self, heads: int, tokens: int, is_cut: bool) -> None:
         assert (planner.plan_chunk_bwd(problem(heads=heads, tokens=tokens), False).segment_chunks > 0) == is_cut
 
-    @pytest.mark.parametrize(("heads", "side_by_side"), [(12, True), (33, True), (34, False), (96, False)])
+    @pytest.mark.parametrize(("heads", "side_by_side"), [(12, True), (33, True), (49, True), (50, False), (96, False)])
     def test_recurrences_side_by_side(self, heads: int, side_by_side: bool) -> None:
         """Where both find a multiprocessor for each of their CTAs; then U0 has a place of its own."""
         plan = planner.plan_chunk_bwd(problem(heads=heads), False)
@@ -758,7 +758,9 @@ class TestBackward:
         [
             ({"heads": 12, "tokens": 2048}, True),
             ({"heads": 24}, True),
-            ({"heads": 25}, False),  # 100 of 132 multiprocessors
+            ({"heads": 25}, True),  # not 100 of 132 multiprocessors with half of V each, but 50 with all of it
+            ({"heads": 49}, True),
+            ({"heads": 50}, False),  # 100
             ({"heads": 96}, False),
             ({"heads": 8, "value_heads": 16}, False),  # parts of dq and dk would need room of their own
             ({"heads": 2}, False),  # cut
@@ -768,8 +770,18 @@ class TestBackward:
     def test_gradients_beside_the_recurrences(self, changes: dict[str, Any], is_beside: bool) -> None:
         """Where the recurrences leave multiprocessors idle, and compute the state."""
         p = problem(**({"tokens": 8192} | changes))
-        assert planner.plan_chunk_bwd(p, False).gradients_beside == is_beside
-        assert not planner.plan_chunk_bwd(p, False, True).gradients_beside
+        plan, saved = planner.plan_chunk_bwd(p, False), planner.plan_chunk_bwd(p, False, True)
+        assert plan.gradients_beside == is_beside
+        assert plan.early_gradients == (p.sm_count - 2 * p.heads * (p.value_dim // plan.value_tile)) * is_beside
+        assert not saved.gradients_beside and saved.early_gradients == 0
+
+    @pytest.mark.parametrize(
+        ("heads", "saved", "tile"),
+        [(24, False, 64), (25, False, 128), (49, False, 128), (50, False, 64), (67, False, 128), (32, True, 64)],
+    )
+    def test_value_tile(self, heads: int, saved: bool, tile: int) -> None:
+        """Half of V a CTA where all of those find a multiprocessor, unless whole rows leave room for stage 4 beside them."""
+        assert planner.plan_chunk_bwd(problem(heads=heads, tokens=8192), False, saved).value_tile == tile
 
     def test_memory_of_gradients_beside_the_recurrences(self) -> None:
         """Flags and counts, and sums of an activated gate, have places of their own."""

@@ -178,6 +178,7 @@ struct ChunkBwdPlan {
   bool saved = false;             // the intermediates are those that the forward has saved
   bool side_by_side = false;      // the recurrence of the state and that of its gradient find room at the same time
   bool gradients_beside = false;  // and stage 4 works beside them on chunks that both have left
+  int64_t early_gradients = 0;    // then: CTAs of stage 4 that find a multiprocessor from the beginning
 
   // The cut of sequences into segments: the recurrences, from zero, and the maps of all segments are computed side by side before the
   // recurrences that write.

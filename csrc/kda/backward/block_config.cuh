@@ -1,6 +1,7 @@
 // The configuration of intra_chunk_gradients.cuh, with its shared-memory map.
 #pragma once
 
+#include "../forward/call_kind.h"
 #include "gradients_rows.cuh"
 
 namespace kda {
@@ -12,10 +13,11 @@ struct ChunkPlace {
   int value_head;
 };
 
-template <int K_, int V_, typename Element_>
+template <int K_, int V_, typename Element_, CallKind kKind_ = CallKind::kAny>
 struct IntraChunkGradientsConfig {
   static constexpr int K = K_, V = V_, C = kChunkTokens;
   using Element = Element_;
+  static constexpr CallKind kKind = kKind_;
   static constexpr int kTiles = C / 16;  // of tokens
   static constexpr int kBlocks = 2, kBlockTiles = kTiles / kBlocks, kBlockTokens = 16 * kBlockTiles;
   static constexpr int kGroups = K / 16;    // of 16 channels

@@ -60,6 +60,7 @@ ChunkBwdKernelParams kernel_params(const ChunkBwdParams& call, const ChunkBwdPla
   params.dU = fragments(workspace.dU);
   params.by_levels = reinterpret_cast<uint32_t*>(base + workspace.by_levels);
   if (plan.gradients_beside) {
+    params.early_ctas = plan.early_gradients;
     params.forward.progress = reinterpret_cast<uint32_t*>(base + workspace.progress);
     constexpr int kRecurrences = 2;
     params.progress_wanted = kRecurrences * kMoverWarps * (problem.value_dim / plan.value_tile);

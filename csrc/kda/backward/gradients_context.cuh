@@ -140,7 +140,7 @@ struct GradientsContext {
         const Gate* rows[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int t = min(token(first_tile + n, i >> 1, i & 1), location.tokens - 1);
+          const int t = min(token(first_tile + n, i >> 1, i & 1), max(location.tokens - 1, 0));
           rows[i] = first + static_cast<uint32_t>(t) * static_cast<uint64_t>(c.g_stride.token);
         }
         g[n].for_each(

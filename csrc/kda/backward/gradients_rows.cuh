@@ -260,29 +260,37 @@ struct GradientsRows : GradientsContext<Config> {
   }
 };
 
-// A slot without a chunk: its parts of the parameters' gradients are zero; and the gradients of rows that belong to no
-// sequence, 64 rows past the last entry of cu_seqlens for each slot past the last used one.
+// Slots without a chunk. Their parts of the parameters' gradients are zero.
 template <typename Config>
-__device__ __forceinline__ void clear_unused_slot(const ChunkBwdKernelParams& params, int64_t slot, int value_head) {
+__device__ __forceinline__ void clear_parts(const ChunkBwdKernelParams& params, int64_t tile) {
+  if (params.dA_log_parts == nullptr) return;
+  for (int c = threadIdx.x; c < Config::K; c += Config::kThreads) {
+    params.dA_log_parts[tile * Config::K + c] = params.ddt_bias_parts[tile * Config::K + c] = 0.0f;
+  }
+}
+
+// Each slot past the last used one clears the gradients of 64 rows past the last entry of cu_seqlens, which belong to no sequence: those from `first` on.
+struct RowsPastEnd {
+  int64_t first, count;  // none if count <= 0
+  __device__ __forceinline__ RowsPastEnd(const ChunkFwdParams& call, int64_t slot) : first(0), count(0) {
+    if (call.cu_seqlens == nullptr) return;
+    const int64_t end = cu_seqlens_at(call, call.problem.sequences);
+    const int64_t first_unused_slot = end / kChunkTokens + call.problem.sequences;
+    if (slot < first_unused_slot) return;
+    first = end + (slot - first_unused_slot) * kChunkTokens;
+    count = min(call.problem.tokens - first, int64_t{kChunkTokens});
+  }
+};
+
+template <typename Config>
+__device__ __forceinline__ void clear_rows(const ChunkBwdKernelParams& params, const RowsPastEnd& rows, int value_head) {
   constexpr int K = Config::K, V = Config::V;
   const ChunkFwdParams& call = params.forward.call;
   const ChunkFwdProblem& problem = call.problem;
-  if (slot < params.forward.chunk_slots && params.dA_log_parts != nullptr) {
-    for (int c = threadIdx.x; c < K; c += Config::kThreads) {
-      const int64_t part = (slot * problem.value_heads + value_head) * K + c;
-      params.dA_log_parts[part] = params.ddt_bias_parts[part] = 0.0f;
-    }
-  }
-  if (call.cu_seqlens == nullptr) return;
-  const int64_t end = cu_seqlens_at(call, problem.sequences);
-  const int64_t first_unused_slot = end / kChunkTokens + problem.sequences;
-  if (slot < first_unused_slot) return;
-  const int64_t first = end + (slot - first_unused_slot) * kChunkTokens;
-  const int64_t rows = min(problem.tokens - first, int64_t{kChunkTokens});
   const auto clear = [&](void* base, int heads, int head, int row_bytes) {
     const int words = row_bytes / 2;  // every type has a whole number of them
-    for (int64_t i = threadIdx.x; i < rows * words; i += Config::kThreads) {
-      static_cast<uint16_t*>(base)[((first + i / words) * heads + head) * words + i % words] = 0;
+    for (int64_t i = threadIdx.x; i < rows.count * words; i += Config::kThreads) {
+      static_cast<uint16_t*>(base)[((rows.first + i / words) * heads + head) * words + i % words] = 0;
     }
   };
   const auto bytes_of = [](DataType type) { return type == DataType::kFloat32 ? 4 : 2; };

@@ -9,8 +9,8 @@
 //        the states included
 // and then the derivatives of the transforms.
 //
-// Grid: kCtasPerSm CTAs of K / 8 warps for each multiprocessor, which take a chunk slot of a value head after the other; with cu_seqlens there is one
-// more slot, whose CTAs clear rows past the end. First a warp owns rows of V, and a warpgroup a matrix of pairs (value_gradients.cuh), then a warp 16
+// Grid: kCtasPerSm CTAs of K / 8 warps for each multiprocessor, which take a chunk slot of a value head after the other; rows past
+// the last sequence are left to level_gradients.cuh. First a warp owns rows of V, and a warpgroup a matrix of pairs (value_gradients.cuh), then a warp 16
 // channels of one of two blocks of 32 tokens, transposed (channel_tile.cuh): decay factors, operands and results have one layout (block_gradients.cuh).
 // What a chunk needs is copied as soon as the one before has no more use for the room: g, rows of q, k and dO by cp.async, in groups whose order the waits
 // count on, contiguous tiles by the copy engine.
@@ -228,7 +228,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
   }
 
   __device__ __forceinline__ void store_gate_parameters() const {
-    if (params.dA_log_parts == nullptr || is_second() || member != 0) return;
+    if (params.dA_log_parts == nullptr || is_second() || member != 0 || location.tokens == 0) return;
 #pragma unroll
     for (int hi = 0; hi < 2; ++hi) {
       params.dA_log_parts[tile * K + channel(hi)] =
@@ -249,11 +249,11 @@ struct IntraChunkGradients : BlockGradients<Config> {
   // ---- One chunk ----
 
   __device__ __forceinline__ void leave_to_levels(bool wanted) const {
-    if (this->thread == 0) params.by_levels[tile] = wanted;
+    if (this->thread == 0 && location.tokens > 0) params.by_levels[tile] = wanted;
   }
 
   // here(), next(): this chunk, and the one to copy from memory meanwhile, looked up in shared memory again by each part, as there are few
-  // registers. find_next(): where the next one is. Returns whether the chunk is
+  // registers. find_next(): where the next one is. turn: of the chunk, modulo 2. Returns whether the chunk is
   // done: else it is left to the levels, nothing of the next one is on its way, nor has it been looked for.
   template <typename Here, typename Next, typename Find>
   static __device__ __forceinline__ bool run(int turn, Here here, Next next, Find find_next) {
@@ -363,12 +363,30 @@ __device__ __forceinline__ int64_t tile_left_at(const ChunkFwdKernelParams& para
   return int64_t{chain / value_heads * chunks + chunk} * value_heads + chain % value_heads;
 }
 
+// Some of the CTAs that come early, spread over the device.
+__device__ __forceinline__ bool is_rehearsing(const ChunkBwdKernelParams& params, int cta) {
+  constexpr int kRehearsing = 8;
+  const int early = static_cast<int>(params.early_ctas), stride = early > kRehearsing ? early / kRehearsing : 1;
+  return cta < early && cta % stride == 0;
+}
+
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
-    intra_chunk_gradients_kernel(const __grid_constant__ ChunkBwdKernelParams params, int64_t slots) {
+    intra_chunk_gradients_kernel(const __grid_constant__ ChunkBwdKernelParams given) {
+  ChunkBwdKernelParams params = given;
+  fix<Config::kKind>(params.forward.call);
+  if constexpr (Config::kKind != CallKind::kAny) params.forward.vectorized = true, params.dq_parts = nullptr;
+  if constexpr (Config::kKind == CallKind::kProcessed) params.dA_log_parts = nullptr;
   using Gradients = IntraChunkGradients<Config>;
   extern __shared__ __align__(1024) uint8_t shared[];
   ChunkPlace* const places = reinterpret_cast<ChunkPlace*>(shared + Config::kPlaces);
+
+  // The first chunk of a CTA is none: it goes on from there to its first tile as from one to the next. Beside the recurrences some CTAs go through it as
+  // through others, again and again until there is a tile: so all find their instructions, 52 KB of them, in the L2 cache, where what the
+  // recurrences read and write would not leave them.
+  bool rehearses = is_rehearsing(params, blockIdx.x);
+  const ChunkPlace nowhere = {{0, 0, 0}, 0, -1, 0};
+  const int64_t slots = params.forward.chunk_slots;
 
   // One warp, which has little to do meanwhile, looks for the next place; past the last tile it has no tokens. Beside the recurrences, CTAs
   // that find room early take more tiles than others, in the order in which these are left.
@@ -377,7 +395,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     const int thread = ptx::opaque(threadIdx.x), lane = thread & 31;
     if (thread >> 5 != kFindingWarp) return;
     const unsigned value_heads = params.forward.call.problem.value_heads;
-    int64_t tile = blockIdx.x + int64_t{turns} * gridDim.x;
+    const ChunkPlace& before = places[turns & 1 ^ 1];
+    int64_t tile = before.slot < 0 ? blockIdx.x : before.tile + gridDim.x;
     if (params.forward.progress != nullptr) {
       unsigned taken = 0;
       if (lane == 0) taken = atomicAdd(params.forward.progress + params.forward.chunk_slots * value_heads, 1u);
@@ -387,7 +406,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     if (tile < slots * value_heads) {  // fewer than 2^31
       place.slot = static_cast<uint32_t>(tile) / value_heads;
       place.value_head = static_cast<int>(static_cast<uint32_t>(tile) % value_heads);
-      if (place.slot < params.forward.chunk_slots) place.location = locate_chunk(params.forward.call, place.slot, lane);
+      place.location = locate_chunk(params.forward.call, place.slot, lane);
     }
     if (lane == 0) places[turns & 1] = place;
   };
@@ -398,12 +417,20 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
                 place.tile}}}}};
   };
 
-  find(0);
   if (threadIdx.x == 0) {
     const uint32_t barriers = ptx::shared_address(shared + Config::kBarriers);
-    ptx::mbarrier_init(barriers, 1);
-    ptx::mbarrier_init(barriers + 8, 1);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      ptx::mbarrier_init(barriers + 8 * i, 1);
+      ptx::mbarrier_arrive(barriers + 8 * i);  // nothing is copied of no chunk
+    }
     ptx::fence_mbarrier_init();
+    places[0] = places[1] = nowhere;
+  }
+  if (rehearses) {  // norms in range
+    for (int i = threadIdx.x; i < 2 * Config::kKeyTileBytes / 16; i += Config::kThreads) {
+      reinterpret_cast<uint4*>(shared + Config::kQuery)[i] = {0, 0, 0, 0};
+    }
   }
   __syncthreads();
   ptx::launch_dependents();
@@ -418,19 +445,25 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     ptx::cp_async_wait_group<2>();
     __syncthreads();
   };
-  copy(0);
+  const auto there_is_a_tile = [&] {
+    const uint32_t* const progress = params.forward.progress + tile_left_at(params.forward, 0);
+    return ptx::load_acquire(progress) >= params.progress_wanted;
+  };
 #pragma unroll 1
   for (unsigned turns = 0; places[turns & 1].slot < slots; ++turns) {
     const int turn = turns & 1;
     const auto here = [&] { return at(turn); };
     const auto next = [&] { return at(turn ^ 1); };
-    const auto find_next = [&] { find(turns + 1); };
+    rehearses = rehearses && !__syncthreads_or(threadIdx.x == 0 && there_is_a_tile());
+    const auto find_next = [&] {
+      if (!rehearses) find(turns + 1);
+    };
     const ChunkPlace& place = places[turn];
-    if (place.location.tokens > 0) {
+    if (place.location.tokens > 0 || rehearses) {
       if (Gradients::run(turn, here, next, find_next)) continue;
-    } else {
-      if (place.slot < params.forward.chunk_slots && threadIdx.x == 0) params.by_levels[place.tile] = 0;
-      clear_unused_slot<Config>(params, place.slot, place.value_head);
+    } else if (place.slot >= 0) {
+      clear_parts<Config>(params, place.tile);
+      if (threadIdx.x == 0) params.by_levels[place.tile] = RowsPastEnd(params.forward.call, place.slot).count > 0;
     }
     ptx::cp_async_wait_all();
     here().wait_for(Gradients::Copies::kValues, turn);

@@ -377,20 +377,30 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int thread = ptx::opaque(threadIdx.x);  // what follows from it is not kept over the loop
     const int warp = thread >> 5, lane = thread & 31;
     const int value_heads = params.forward.call.problem.value_heads;
-    const int64_t tiles = params.forward.chunk_slots * value_heads;
+    const int64_t flagged_tiles = params.forward.chunk_slots * value_heads;
+    const bool has_more = RowsPastEnd(params.forward.call, params.forward.chunk_slots).count > 0;  // rows past those of all slots
+    const int64_t tiles = flagged_tiles + (has_more ? value_heads : 0);
     int64_t tile = next;
     for (unsigned wanted = 0; tile < tiles; tile += 32 * gridDim.x) {
       const int64_t candidate = tile + int64_t{lane} * gridDim.x;
-      wanted = __ballot_sync(0xffffffffu, candidate < tiles && params.by_levels[candidate] != 0);
+      wanted = __ballot_sync(
+          0xffffffffu, candidate < tiles && (candidate >= flagged_tiles || params.by_levels[candidate] != 0));
       if (wanted != 0) {
         tile += int64_t{__ffs(wanted) - 1} * gridDim.x;
         break;
       }
     }
     if (tile >= tiles) return;
-    const ChunkLocation location = locate_chunk(params.forward.call, tile / value_heads, lane);
+    const int64_t slot = tile / value_heads;
+    const ChunkLocation location =
+        tile < flagged_tiles ? locate_chunk(params.forward.call, slot, lane) : ChunkLocation{0, 0, 0};
     __syncthreads();  // all have read where to begin; shared memory is free
     if (threadIdx.x == 0) next = static_cast<unsigned>(tile) + gridDim.x;
+    if (location.tokens == 0) {
+      clear_rows<Config>(params, RowsPastEnd(params.forward.call, slot), static_cast<int>(tile - slot * value_heads));
+      __syncthreads();
+      continue;
+    }
     GradientsContext<Config> context{
         params, shared, thread, warp, lane, lane >> 2, lane & 3, location, static_cast<int>(tile % value_heads), tile};
     LevelGradients<Config>{{{{{{context}}}, false}}}.run();

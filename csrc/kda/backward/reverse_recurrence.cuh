@@ -5,10 +5,10 @@
 //
 // Grid as in stage 2 of the forward: one CTA for each (sequence, value head, value tile). The gradient is kept
 // transposed, dS^T [V, K], in fp32 accumulators; a warpgroup owns 64 rows of V and all of K:
-//   dU^T = dO^T Aqk + dS'^T K_decayed^T                         A = dO^T; dS'^T as a sum of two bf16 operands
+//   dU^T = dO^T Aqk + dS'^T K_decayed^T                         A = dO^T; dS'^T
 //   dS^T = dS'^T Diag(e^{G_C}) + dO^T Q_gated - dU^T W          A = dO^T; dU^T as a sum of two
-// Both sums are needed for the gradient of beta of the last tokens, where one gradient of the final state meets few
-// tokens and no average hides the rounding of an operand.
+// In the last chunk dS' is the gradient of the final state, which may meet few tokens: there it enters as a sum of two operands, too, as no
+// average hides a rounding in the gradient of beta of the last tokens.
 // Where sequences are cut, as in stage 2: a summary of each segment finds what its outputs alone leave of the gradient at its beginning, or with
 // the gradient of the final state in the last one; how the gradient passes through a segment is told by the transpose of its map.
 //
@@ -198,24 +198,43 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     for (int n = 0; n < K / 8; ++n) factors[n] = *reinterpret_cast<const float2*>(decay + 8 * n);
 
     float du[C / 8][4];
+    const auto keys = [&](int kt) { return wgmma::descriptor(stage + Config::kKeyDecayed + channels_at<KeyTile>(kt), 0); };
+    const bool is_exact = step == 0 && segment.is_last && params.dfinal_state != nullptr;
+    if (is_exact) {  // what a rounded gradient of the final state leaves out
+      uint32_t low[K / 16][4];
+#pragma unroll
+      for (int kt = 0; kt < K / 16; ++kt) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float(&values)[4] = dstate.acc[2 * kt + half];
+          low[kt][2 * half] = SplitBf16(values[0], values[1]).low;
+          low[kt][2 * half + 1] = SplitBf16(values[2], values[3]).low;
+        }
+      }
+      wgmma::fence();
+#pragma unroll
+      for (int kt = 0; kt < K / 16; ++kt) wgmma::m64n64k16_bf16<false>(du, low[kt], keys(kt), kt > 0);
+      wgmma::commit_group();
+      wgmma::wait_group<0>();
+      wgmma::pin(du);
+    }
     wgmma::fence();
 #pragma unroll
     for (int kt = 0; kt < C / 16; ++kt) {
       const uint64_t pairs = wgmma::descriptor(stage + Config::kAqk + tokens_at(kt), 0);
-      wgmma::m64n64k16_bf16<true>(du, dO[kt], pairs, kt > 0);
+      wgmma::m64n64k16_bf16<true>(du, dO[kt], pairs, kt > 0 || is_exact);
     }
-    uint32_t high[K / 16][4], low[K / 16][4];  // of dS'; each is on its way while the next is made
+    uint32_t exits[K / 16][4];  // dS'; each is on its way while the next is made
 #pragma unroll
     for (int kt = 0; kt < K / 16; ++kt) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float(&values)[4] = dstate.acc[2 * kt + half];
-        split_half(high[kt], low[kt], half, values[0], values[1], values[2], values[3]);
+        exits[kt][2 * half] = pack_bf16(values[0], values[1]);
+        exits[kt][2 * half + 1] = pack_bf16(values[2], values[3]);
       }
-      const uint64_t keys = wgmma::descriptor(stage + Config::kKeyDecayed + channels_at<KeyTile>(kt), 0);
       wgmma::fence();
-      wgmma::m64n64k16_bf16<false>(du, high[kt], keys, true);
-      wgmma::m64n64k16_bf16<false>(du, low[kt], keys, true);
+      wgmma::m64n64k16_bf16<false>(du, exits[kt], keys(kt), true);
     }
     wgmma::commit_group();
 #pragma unroll
@@ -252,7 +271,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if constexpr (!Config::kSummary) {
       if (step > 0) ptx::mbarrier_wait_parity(stage_ring.taken(), (step - 1) & 1);
 #pragma unroll
-      for (int kt = 0; kt < K / 16; ++kt) Staged::put_state(ptx::shared_address(area), high[kt], kt, lane);
+      for (int kt = 0; kt < K / 16; ++kt) Staged::put_state(ptx::shared_address(area), exits[kt], kt, lane);
 #pragma unroll
       for (int kt = 0; kt < C / 16; ++kt) {
         const uint32_t(&operand)[4] = du_high[kt];
@@ -285,10 +304,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (call.state_type == DataType::kFloat32) {
     dstate.store(static_cast<float*>(params.dinitial_state) + offset, stride.row, stride.channel, lane);
   } else {
-    BFloat16* const destination = static_cast<BFloat16*>(params.dinitial_state) + offset;
-    dstate.for_each(lane, [&](float& value, int row, int channel) {
-      destination[row * stride.row + channel * stride.channel] = __float2bfloat16_rn(value);
-    });
+    dstate.store(static_cast<BFloat16*>(params.dinitial_state) + offset, stride.row, stride.channel, lane);
   }
 }
 

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t shared_base = ptx::shared_address(shared);
   const int clusters = gridDim.x / Config::kCtas;
-  const int stretch_index = clusters - 1 - blockIdx.x / Config::kCtas;
+  const auto stretch_index = [&] { return clusters - 1 - ptx::opaque(blockIdx.x) / Config::kCtas; };  // not kept
   const uint32_t rank = Config::kCtas == 1 ? 0 : ptx::cluster_cta_rank();
 
   if (threadIdx.x == 0) {
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
   auto& search = *reinterpret_cast<StretchSearch*>(shared + Config::kSearchOffset);
   auto& stretch = *reinterpret_cast<ScanStretch*>(shared + Config::kStretchOffset);
-  const ScanStretch& found = find_stretch(params.call, stretch_index, clusters, search);
+  const ScanStretch& found = find_stretch(params.call, stretch_index(), clusters, search);
   if (threadIdx.x == 0) {
     stretch = found;
     ptx::fence_proxy_async_shared();  // the copy engine writes into the place of the search
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   ptx::cluster_sync();
 
   const int group = threadIdx.x / Config::kGroupThreads, thread = threadIdx.x % Config::kGroupThreads;
-  const FusedRole role{params, stretch, shared, stretch_index, rank, group, thread, thread >> 5, thread & 31};
+  const FusedRole role{params, stretch, shared, stretch_index(), rank, group, thread, thread >> 5, thread & 31};
   if (group < Config::kProducerGroups) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
     FusedProducer<Config>{role}.run();

@@ -3,6 +3,7 @@
 
 #include "../device/chunk_location.cuh"
 #include "../device/triangular_inverse.cuh"
+#include "call_kind.h"
 #include "step_operands.cuh"
 #include "step_params.h"
 
@@ -22,11 +23,12 @@ struct SolvePlace {
 inline constexpr int kSolvePlaces = 4;
 
 // A chunk is two steps, of a group of four warps each.
-template <int K_, int V_, typename Element_>
+template <int K_, int V_, typename Element_, CallKind kKind_ = CallKind::kAny>
 struct IntraChunkSolveConfig : StepTiles<K_> {
   using Tiles = StepTiles<K_>;
   using Tiles::C, Tiles::K, Tiles::kKeyTileBytes;
   using Element = Element_;
+  static constexpr CallKind kKind = kKind_;
   static constexpr int V = V_;
   static constexpr int kSteps = 2, kGroupThreads = 128, kThreads = kSteps * kGroupThreads, kBarrierThreads = kThreads,
                        kWarps = kThreads / 32;

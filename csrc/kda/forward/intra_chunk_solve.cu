@@ -15,9 +15,18 @@ cudaError_t launch_intra_chunk_solve(const ChunkFwdKernelParams& stage, cudaStre
     if (status != cudaSuccess) return status;
   }
   return for_instantiation(problem, [&](auto key_dim, auto value_dim, auto element) {
-    using Config = IntraChunkSolveConfig<key_dim(), value_dim(), decltype(element)>;
-    return launch(intra_chunk_solve_kernel<Config>, solve_ctas(problem, tiles), Config::kThreads, Config::kSharedBytes,
-                  stream, params);
+    using Element = decltype(element);
+    const auto launch_kind = [&](auto kind) {
+      using Config = IntraChunkSolveConfig<key_dim(), value_dim(), Element, kind.value>;
+      return launch(intra_chunk_solve_kernel<Config>, solve_ctas(problem, tiles), Config::kThreads,
+                    Config::kSharedBytes, stream, params);
+    };
+    if constexpr (std::is_same_v<Element, BFloat16>) {
+      if (params.stage.vectorized) {
+        return for_call_kind<CallKind::kProcessed, CallKind::kRaw>(stage.call, launch_kind);
+      }
+    }
+    return launch_kind(CallKindConstant<CallKind::kAny>());
   });
 }
 

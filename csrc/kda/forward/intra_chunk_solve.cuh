@@ -631,11 +631,14 @@ __device__ __forceinline__ void clear_progress(const ChunkFwdKernelParams& param
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
-    intra_chunk_solve_kernel(const __grid_constant__ IntraChunkSolveParams params) {
+    intra_chunk_solve_kernel(const __grid_constant__ IntraChunkSolveParams given) {
+  ChunkFwdKernelParams params = given.stage;
+  fix<Config::kKind>(params.call);
+  if constexpr (Config::kKind != CallKind::kAny) params.vectorized = true;
   using Solve = IntraChunkSolve<Config>;
   extern __shared__ __align__(1024) uint8_t shared[];
   ptx::launch_dependents();
-  clear_progress(params.stage);
+  clear_progress(params);
   static_assert((Config::kThreads & (Config::kThreads - 1)) == 0);
   SolvePlace* const places = reinterpret_cast<SolvePlace*>(shared + Config::kPlaces);
 
@@ -648,9 +651,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   const auto find = [&](uint32_t tile, unsigned turn) {
     const int thread = ptx::opaque(threadIdx.x), lane = thread & 31;
     if (thread >> 5 != kFindingWarp) return;
-    const ChunkFwdParams& call = params.stage.call;
+    const ChunkFwdParams& call = params.call;
     const uint32_t value_heads = call.problem.value_heads, heads = call.problem.heads;
-    const int64_t tiles = params.stage.chunk_slots * value_heads;  // fewer than 2^31
+    const int64_t tiles = params.chunk_slots * value_heads;  // fewer than 2^31
     SolvePlace place = {{0, 0, 0}, tile, 0, 0};
 #pragma unroll 1
     for (; tile < tiles && place.location.tokens == 0; tile += gridDim.x) {
@@ -664,7 +667,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     // What follows from the turn and from the thread is not kept. That the latter is below kThreads makes its quotients shifts.
     const SolvePlace& place = place_of(turn);
     const int thread = ptx::opaque(threadIdx.x) & (Config::kThreads - 1);
-    return {params.stage, params.maps,    shared,           thread,    thread & 31,
+    return {params, given.maps, shared,           thread,    thread & 31,
             place,        place.location, place.value_head, place.tile};
   };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../device/elements.cuh"
+#include "../device/ptx.cuh"
 #include "../kda.h"
 
 namespace kda {
@@ -21,17 +22,42 @@ struct StateFragments {
     }
   }
 
+  // The same with the element's place in a matrix of `element_bytes` an element, whose first one that is this warp's lies at `first`. Addresses
+  // go on by additions: their code is run once a sequence, and waits for instructions rather than for memory.
+  template <typename Byte, typename Function>
+  __device__ __forceinline__ void for_each_in(Byte* first, int element_bytes, int64_t row_stride,
+                                              int64_t channel_stride, int lane, Function f) {
+    const int64_t channel_bytes = channel_stride * element_bytes, row_bytes = row_stride * element_bytes;
+    Byte* const even = first + (lane >> 2) * row_bytes + 2 * (lane & 3) * channel_bytes;
+    Byte* rows[2] = {even, even + 8 * row_bytes};
+#pragma unroll
+    for (int n = 0; n < K / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) f(acc[n][i], rows[i >> 1] + (i & 1) * channel_bytes);
+      // Else the compiler finds all addresses first, and has no registers for them.
+      for (Byte*& row : rows) row = ptx::opaque(row + 8 * channel_bytes);
+    }
+  }
+
   __device__ __forceinline__ void load(const void* source, DataType type, int64_t row_stride, int64_t channel_stride,
                                        int lane) {
-    for_each(lane, [&](float& value, int row, int channel) {
-      value = load_1(source, row * row_stride + channel * channel_stride, type);
+    const uint8_t* const first = static_cast<const uint8_t*>(source);
+    if (type == DataType::kFloat32) {
+      for_each_in(first, 4, row_stride, channel_stride, lane,
+                  [](float& value, const uint8_t* place) { value = *reinterpret_cast<const float*>(place); });
+      return;
+    }
+    const bool is_bf16 = type == DataType::kBFloat16;
+    for_each_in(first, 2, row_stride, channel_stride, lane, [&](float& value, const uint8_t* place) {
+      const uint16_t bits = *reinterpret_cast<const uint16_t*>(place);
+      value = is_bf16 ? __bfloat162float(__ushort_as_bfloat16(bits)) : __half2float(__ushort_as_half(bits));
     });
   }
 
-  __device__ __forceinline__ void store(float* destination, int64_t row_stride, int64_t channel_stride, int lane) {
-    for_each(lane, [&](float value, int row, int channel) {
-      destination[row * row_stride + channel * channel_stride] = value;
-    });
+  template <typename T>
+  __device__ __forceinline__ void store(T* destination, int64_t row_stride, int64_t channel_stride, int lane) {
+    for_each_in(reinterpret_cast<uint8_t*>(destination), sizeof(T), row_stride, channel_stride, lane,
+                [](float value, uint8_t* place) { *reinterpret_cast<T*>(place) = T(value); });
   }
 
   // The accumulators as they lie in registers: K / 8 fragments of 32 float4.
