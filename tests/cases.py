@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import kda_cuda
-from kda_cuda.reference import recurrent_kda
+from kda_cuda.reference import log_gate, recurrent_kda
 
 CHUNK_TOKENS = 64
 
@@ -164,6 +164,20 @@ def make_inputs(
     for name in ("q", "k", "v", "g", "beta"):
         inputs[name] = _strided(inputs[name], strided)
     return inputs
+
+
+def processed(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same call with its transforms done: log-gate and beta in fp32, q and k normalised in their type."""
+    done = {"use_qk_l2norm": False, "use_gate": False, "use_beta_sigmoid": False}
+    result = {name: x for name, x in inputs.items() if name not in ("A_log", "dt_bias", "lower_bound", *done)}
+    if inputs.get("use_gate"):
+        gate = (inputs.get(name) for name in ("A_log", "dt_bias", "lower_bound"))
+        result["g"] = log_gate(inputs["g"].float(), *gate)
+    result["g"] = result["g"].float()
+    result["beta"] = inputs["beta"].float().sigmoid()
+    for name in ("q", "k"):
+        result[name] = torch.nn.functional.normalize(inputs[name].float(), dim=-1).to(inputs[name].dtype)
+    return result
 
 
 def run(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:

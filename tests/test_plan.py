@@ -780,8 +780,15 @@ class TestBackward:
         [(24, False, 64), (25, False, 128), (49, False, 128), (50, False, 64), (67, False, 128), (32, True, 64)],
     )
     def test_value_tile(self, heads: int, saved: bool, tile: int) -> None:
-        """Half of V a CTA where all of those find a multiprocessor, unless whole rows leave room for stage 4 beside them."""
+        """Half of V a CTA where all of those find a multiprocessor, unless whole rows leave room for stage 4."""
         assert planner.plan_chunk_bwd(problem(heads=heads, tokens=8192), False, saved).value_tile == tile
+
+    def test_memory_of_recurrences_side_by_side(self) -> None:
+        """U0 has a place of its own; the chunks are counted as slots."""
+        p = problem(heads=32, varlen=True)
+        plan = planner.plan_chunk_bwd(p, False)
+        assert plan.side_by_side and not plan.gradients_beside
+        assert plan.workspace.total_bytes == (2568 + 512) * C * plan.chunk_slots * p.value_heads
 
     def test_memory_of_gradients_beside_the_recurrences(self) -> None:
         """Flags and counts, and sums of an activated gate, have places of their own."""
@@ -807,7 +814,6 @@ class TestBackward:
             ({}, True, 2568, 784 + 4 / C, 1800),
             ({"heads": 12, "value_heads": 36}, True, 2712 + 4 / C, 1808 + 4 / C, 1800),
             ({"key_dim": 64, "value_dim": 64}, True, 1156, 264 + 4 / C, 900),
-            ({"heads": 32}, False, 2568 + 512, 768 + 4 / C, 1800),
         ],
     )
     def test_memory_of_a_token(

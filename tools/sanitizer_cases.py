@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from cases import DIFFERENTIABLE, backward_arguments, make_inputs, output_gradients  # noqa: E402
+from cases import DIFFERENTIABLE, backward_arguments, make_inputs, output_gradients, processed  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import kda_cuda  # noqa: E402
@@ -57,6 +57,7 @@ class Case:
     segment_chunks: int | None = None  # of a cut of the stepwise path or the backward, 0: none; else as planned
     clusters: int | None = None  # of the fused path, at most; None: as many as run side by side
     zero_beta: bool = False  # every third token writes nothing
+    processed: bool = False  # transforms are done before
     is_wrong: bool = False  # the contents are no cu_seqlens: nothing to compare, and unwritten workspace may be read
 
 
@@ -109,6 +110,18 @@ def cases() -> list[Case]:
         Case("not_normalised", {"family": "unbounded", "T": 80, "use_qk_l2norm": False}),
         Case("fused_projection", {"B": 2, "T": 70, "HV": 4, "strided": "fused"}),
         Case("head_major", {"B": 2, "T": 70, "HV": 4, "strided": "head_major"}),
+        # Kernels of common kinds of calls, where a key head has one value head; stage 4 beside the recurrences.
+        *(
+            Case(
+                f"{'processed' if is_processed else 'raw'}_K{K}_V{V}",
+                {"T": 200, "K": K, "V": V, "with_state": True},
+                processed=is_processed,
+            )
+            for K in (64, 128)
+            for V in (64, 128)
+            for is_processed in (False, True)
+        ),
+        Case("processed_packed", {**packed, "K": 128, "V": 128}, processed=True),
         Case("as_planned", {**packed, "K": 128, "V": 128}, path=""),
         *(
             Case(
@@ -336,7 +349,9 @@ def make_call(case: Case) -> dict[str, Any]:
     if case.zero_beta:
         inputs["beta"] = inputs["beta"].float().sigmoid()
         inputs["beta"][:, ::3] = 0.0
-    if not inputs["use_qk_l2norm"]:
+    if case.processed:
+        inputs = processed(inputs)
+    elif not inputs["use_qk_l2norm"]:
         inputs |= {name: torch.nn.functional.normalize(inputs[name].float(), dim=-1).to(inputs[name]) for name in "qk"}
     if case.odd:
         inputs |= {name: odd_layout(inputs[name]) for name in ACTIVATIONS}

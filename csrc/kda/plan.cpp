@@ -259,12 +259,13 @@ ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool 
   plan.reason = "K, V and the types are covered by the kernels";
   plan.segment_chunks = options.segment_chunks ? *options.segment_chunks : choose_segment_chunks(p);
   plan.segment_slots = segment_slots(p, plan.segment_chunks);
-  plan.value_tile = plan.segment_chunks > 0 ? kScanRows : options.value_tile.value_or(choose_backward_value_tile(p, saved));
+  plan.value_tile =
+      plan.segment_chunks > 0 ? kScanRows : options.value_tile.value_or(choose_backward_value_tile(p, saved));
   const int64_t ctas = chains_of(p) * (p.value_dim / plan.value_tile);  // of one recurrence, uncut
   plan.side_by_side = plan.segment_chunks > 0 || 2 * ctas <= p.sm_count;
 
-  plan.gradients_beside = may_work_beside(p, saved) && plan.side_by_side && plan.segment_chunks == 0 &&
-                          2 * ctas <= most_ctas_beside(p);
+  plan.gradients_beside =
+      may_work_beside(p, saved) && plan.side_by_side && plan.segment_chunks == 0 && 2 * ctas <= most_ctas_beside(p);
   if (plan.gradients_beside) plan.early_gradients = p.sm_count - 2 * ctas;
 
   constexpr size_t kBf16 = 2, kFp32 = 4, C = kChunkTokens;

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DIFFERENTIABLE, backward_arguments, make_inputs, output_gradients
+from cases import DIFFERENTIABLE, backward_arguments, make_inputs, output_gradients, processed
 from gpu_support import (
     DEVICE,
     all_dtypes,
@@ -54,6 +54,21 @@ def check(inputs: dict[str, Any], with_dstate: bool = True) -> dict[str, torch.T
 def test_every_instantiation(family: str, K: int, V: int, dtype: torch.dtype) -> None:
     """Five chunks and a partial one, from a state and with a gradient of the final state."""
     check(make_inputs(family, T=330, H=HEADS, K=K, V=V, dtype=dtype, with_state=True, device=DEVICE))
+
+
+@all_families
+@all_head_sizes
+def test_processed_inputs(family: str, K: int, V: int) -> None:
+    """Gates and beta in fp32 as they enter the recurrence, q and k normalised: kernels of their own."""
+    check(processed(make_inputs(family, T=330, H=HEADS, K=K, V=V, with_state=True, device=DEVICE)))
+
+
+@all_families
+def test_processed_sequences(family: str) -> None:
+    """The same with sequences that end inside a chunk, and rows that belong to none."""
+    inputs = processed(make_inputs(family, lengths=[1, 70, 0, 64, 5, 130], H=HEADS, with_state=True, device=DEVICE))
+    check(inputs)
+    check(inputs | {"cu_seqlens": torch.tensor([0, 1, 70, 70, 134, 139, 200], device=DEVICE)})
 
 
 @all_families

@@ -283,7 +283,8 @@ struct RowsPastEnd {
 };
 
 template <typename Config>
-__device__ __forceinline__ void clear_rows(const ChunkBwdKernelParams& params, const RowsPastEnd& rows, int value_head) {
+__device__ __forceinline__ void clear_rows(const ChunkBwdKernelParams& params, const RowsPastEnd& rows,
+                                           int value_head) {
   constexpr int K = Config::K, V = Config::V;
   const ChunkFwdParams& call = params.forward.call;
   const ChunkFwdProblem& problem = call.problem;

@@ -11,7 +11,7 @@ struct ChunkBwdKernelParams {
 
   uint32_t progress_wanted;  // forward.progress of a chunk that both recurrences have left
 
-  int64_t early_ctas;        // of stage 4, if it works beside the recurrences: those that find room from the beginning
+  int64_t early_ctas;  // of stage 4, if it works beside the recurrences: those that find room from the beginning
 
   const void* dO;             // [B, T, HV, V] contiguous, activation type
   const float* dfinal_state;  // or null

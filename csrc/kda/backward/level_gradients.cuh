@@ -378,13 +378,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int warp = thread >> 5, lane = thread & 31;
     const int value_heads = params.forward.call.problem.value_heads;
     const int64_t flagged_tiles = params.forward.chunk_slots * value_heads;
-    const bool has_more = RowsPastEnd(params.forward.call, params.forward.chunk_slots).count > 0;  // rows past those of all slots
+    const bool has_more =
+        RowsPastEnd(params.forward.call, params.forward.chunk_slots).count > 0;  // rows past those of all slots
     const int64_t tiles = flagged_tiles + (has_more ? value_heads : 0);
     int64_t tile = next;
     for (unsigned wanted = 0; tile < tiles; tile += 32 * gridDim.x) {
       const int64_t candidate = tile + int64_t{lane} * gridDim.x;
-      wanted = __ballot_sync(
-          0xffffffffu, candidate < tiles && (candidate >= flagged_tiles || params.by_levels[candidate] != 0));
+      wanted = __ballot_sync(0xffffffffu,
+                             candidate < tiles && (candidate >= flagged_tiles || params.by_levels[candidate] != 0));
       if (wanted != 0) {
         tile += int64_t{__ffs(wanted) - 1} * gridDim.x;
         break;

@@ -198,7 +198,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     for (int n = 0; n < K / 8; ++n) factors[n] = *reinterpret_cast<const float2*>(decay + 8 * n);
 
     float du[C / 8][4];
-    const auto keys = [&](int kt) { return wgmma::descriptor(stage + Config::kKeyDecayed + channels_at<KeyTile>(kt), 0); };
+    const auto keys = [&](int kt) {
+      return wgmma::descriptor(stage + Config::kKeyDecayed + channels_at<KeyTile>(kt), 0);
+    };
     const bool is_exact = step == 0 && segment.is_last && params.dfinal_state != nullptr;
     if (is_exact) {  // what a rounded gradient of the final state leaves out
       uint32_t low[K / 16][4];

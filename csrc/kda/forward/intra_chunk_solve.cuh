@@ -667,8 +667,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     // What follows from the turn and from the thread is not kept. That the latter is below kThreads makes its quotients shifts.
     const SolvePlace& place = place_of(turn);
     const int thread = ptx::opaque(threadIdx.x) & (Config::kThreads - 1);
-    return {params, given.maps, shared,           thread,    thread & 31,
-            place,        place.location, place.value_head, place.tile};
+    return {params, given.maps, shared, thread, thread & 31, place, place.location, place.value_head, place.tile};
   };
 
   if (threadIdx.x == 0) {
