@@ -85,6 +85,7 @@ def test_against_the_recurrence(family: str) -> None:
 
 FEATURES: dict[str, dict[str, Any]] = {
     "batch": {"B": 3, "T": 100, "H": 8},
+    "whole_rows": {"T": 400, "H": 32, "K": 128, "V": 128, "with_state": True},  # of V a CTA, and stage 4 beside them
     "grouped": {"T": 200, "H": 4, "HV": 16, "with_state": True, "K": 128},
     "packed": {"lengths": [1, 70, 0, 64, 5, 130], "H": HEADS, "with_state": True, "gate_dtype": torch.float32},
     "packed_grouped": {"lengths": [65, 0, 0, 3, 190], "H": 8, "HV": 24, "index_dtype": torch.int32, "V": 128},

@@ -18,7 +18,8 @@
 // Shared memory of one stage (bytes, K = 128): W, K_decayed, Q_gated 16384 each, Aqk 8192, chunk_decay 512, and for dO
 // 64 rows of two bytes for each value row and 16 more, which keep ldmatrix free of bank conflicts.
 // Behind the ring 24576 for each 64 rows, through which dS' and dU leave.
-// Bound by the chain from dS' to dS: K / 8 instructions of 64 x 64 x 16 and 8 of 64 x K x 16; 4 of each, with dO, are beside it.
+// Bound by the chain from dS' to dS: K / 16 instructions of 64 x 64 x 16, 8 of 64 x K x 16 and the conversions between them; 4 of each, with dO,
+// are beside it.
 #pragma once
 
 #include <type_traits>
