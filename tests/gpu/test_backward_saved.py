@@ -34,7 +34,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "packed_grouped": {"lengths": [65, 0, 0, 3, 190], "H": 2, "HV": 4, "index_dtype": torch.int32},
     "v_first": {"T": 130, "H": 4, "K": 128, "V": 64, "with_state": True, "state_v_first": True},
     "fp16_odd": {"B": 2, "T": 100, "H": 4, "dtype": torch.float16, "strided": "fused"},
-    "whole_rows": {"T": 200, "H": 32, "K": 128, "V": 128, "with_state": True},  # of V a CTA, but not where they are saved
+    "whole_rows": {"T": 200, "H": 32, "K": 128, "V": 128, "with_state": True},  # of V a CTA, unless saved
     "long": {"T": 4130, "H": 8, "K": 128, "V": 128, "with_state": True},
 }
 all_features = pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
