@@ -3,7 +3,7 @@
 small calls of all kernels, and the board of times.
 
     python tools/gpu_round.py [--output build/gpu-round] [--only PART,PART] [--skip PART,PART] [--quick-board]
-                              [--pytest="-k graph"] [--cases NAME,NAME] [--budget SECONDS] [--one-by-one]
+                              [--pytest="-k graph"] [--workers N] [--cases NAME,NAME] [--budget SECONDS] [--one-by-one]
 
 Parts: tests, memcheck, racecheck, initcheck, synccheck (together: sanitizer), board. Tests and sanitizers run side by
 side, the board alone. Works with any Python that has torch and pytest, from the source tree with the extension built in
@@ -176,7 +176,8 @@ def find_sanitizer() -> str | None:
 def tests_part(args: argparse.Namespace) -> Part:
     junit = args.output / "tests.xml"
     junit.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", "-p", "no:xdist", "--durations=15"]
+    command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", "--durations=15"]
+    command += ["-n", str(args.workers)] if args.workers > 1 else ["-p", "no:xdist"]
     command += ["-o", "faulthandler_timeout=120", f"--junitxml={junit}", *shlex.split(args.pytest)]
     return Part("tests", command, args.output / "tests.log", TIMEOUT_S["tests"], judge_tests(junit))
 
@@ -255,6 +256,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--skip", type=choose_parts, default=[], metavar="PART[,PART...]", help="not these parts")
     add("--quick-board", action="store_true", help="a few shapes")
     add("--pytest", default="", metavar="ARGUMENTS", help='more arguments of pytest, as in --pytest="-k graph"')
+    add("--workers", type=int, default=1, metavar="N", help="processes of pytest, which then needs pytest-xdist")
     add("--cases", default="", metavar="NAME[,NAME...]", help="of tools/sanitizer_cases.py")
     add("--budget", type=float, default=DEFAULT_BUDGET_S, metavar="SECONDS", help="for all of it")
     add("--one-by-one", action="store_true", help="nothing side by side")
