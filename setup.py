@@ -130,6 +130,9 @@ def make_extension(cuda_home: Path | None) -> Extension:
     # The CUDA runtime stays private to the library. No rpath: torch is always loaded before it.
     link_flags = ["-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
 
+    if env_flag("KDA_TIMELINE"):  # marks for tools/timeline.py, in kernels that are slower for it
+        macros.append(("KDA_TIMELINE", "1"))
+
     if cuda_home:
         # torch sets CUDA_HOME only if it was built with CUDA itself, and compares its CUDA version with that of nvcc.
         # Neither matters here: the library has its own CUDA runtime.

@@ -40,7 +40,7 @@ def sources() -> list[Path]:
 
 def fingerprint(files: list[Path]) -> str:
     """Hash of the names and contents of the sources and of the chosen architectures."""
-    digest = hashlib.sha256(os.environ.get("KDA_CUDA_ARCHS", "").encode())
+    digest = hashlib.sha256(f"{os.environ.get('KDA_CUDA_ARCHS', '')} {os.environ.get('KDA_TIMELINE', '')}".encode())
     for path in files:
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -2,6 +2,8 @@
 // The first two stages are those of the forward; the backward runs them again unless the forward has saved what they
 // left.
 
+#include <cstdlib>
+
 #include "../device/nvtx_range.h"
 #include "kernel_params.h"
 
@@ -51,6 +53,13 @@ ChunkBwdKernelParams kernel_params(const ChunkBwdParams& call, const ChunkBwdPla
   params.forward.wants_output = false;
   params.forward.call.o = nullptr;
   params.forward.call.final_state = params.forward.call.chunk_states = nullptr;
+
+#ifdef KDA_TIMELINE
+  const char* const timeline = std::getenv("KDA_TIMELINE_BUFFER");  // address and places, in decimal digits
+  char* end = nullptr;
+  if (timeline != nullptr) params.forward.timeline = reinterpret_cast<void*>(std::strtoull(timeline, &end, 10));
+  if (end != nullptr) params.forward.timeline_places = static_cast<uint32_t>(std::strtoul(end, nullptr, 10));
+#endif
 
   params.dO = call.dO;
   params.dfinal_state = call.dfinal_state;

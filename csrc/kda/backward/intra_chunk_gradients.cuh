@@ -27,6 +27,7 @@
 #pragma once
 
 #include "../device/sum_rows.cuh"
+#include "../device/timeline.cuh"
 #include "block_gradients.cuh"
 
 namespace kda {
@@ -85,7 +86,9 @@ struct IntraChunkGradients : BlockGradients<Config> {
     const bool is_used = location.tokens > 0;
     if (is_used && params.forward.progress != nullptr) {
       const uint32_t* const progress = params.forward.progress + tile;
+      mark(params.forward, Mark::kGradientsWait, tile);
       while (ptx::load_acquire(progress) < params.progress_wanted) __nanosleep(100);
+      mark(params.forward, Mark::kGradientsThere, tile);
       ptx::fence_proxy_async_global();  // for the states, too, which this thread asks for later
     }
     ptx::mbarrier_arrive_expect_tx(barrier(Copies::kValues),
@@ -418,6 +421,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   };
 
   if (threadIdx.x == 0) {
+    mark(params.forward, Mark::kGradientsBegin, 0);
     const uint32_t barriers = ptx::shared_address(shared + Config::kBarriers);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -460,6 +464,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     };
     const ChunkPlace& place = places[turn];
     if (place.location.tokens > 0 || rehearses) {
+      if (threadIdx.x == 0) mark(params.forward, Mark::kGradientsChunk, place.tile);
       if (Gradients::run(turn, here, next, find_next)) continue;
     } else if (place.slot >= 0) {
       clear_parts<Config>(params, place.tile);
@@ -473,6 +478,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     __syncthreads();
     copy(turn ^ 1);
   }
+  if (threadIdx.x == 0) mark(params.forward, Mark::kGradientsEnd, 0);
   ptx::wait_for_kernel_before();  // who waits for this kernel relies on those before it, too
 }
 

@@ -25,6 +25,7 @@
 #include <type_traits>
 
 #include "../forward/recurrence.cuh"
+#include "../device/timeline.cuh"
 #include "kernel_params.h"
 
 namespace kda {
@@ -72,6 +73,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const StageRing stage_ring = {static_cast<uint32_t>(ptx::opaque(ptx::shared_address(shared))), stages,
                                 Config::kStageBytes};
   stage_ring.init(shared, found, 1 + Config::kMovers, Config::kConsumers, Config::kMovers);
+  if (threadIdx.x == 0) mark(params.forward, Mark::kReverseBegin, 0);
   ptx::launch_dependents();
   uint8_t* const staging = shared + staging_offset<Config>(stages);
   using Staged = typename Config::Staged;
@@ -139,6 +141,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       values -= tiles_of_chunk * (C / 16) * 32;
     };
     const auto tell = [&](int step, int count) {
+      if (thread == 0) mark(params.forward, Mark::kReverseChunks, step + count - 1);
       uint32_t* const progress = params.forward.progress;
       if (progress == nullptr) return;
       tell_progress(progress + last_tile - int64_t{step} * value_heads, -value_heads, count, lane);

@@ -27,6 +27,7 @@
 // Bound by its own instructions and latency between barriers, with memory not far behind at many heads: 64 KiB in and 97 KiB out for a chunk.
 #pragma once
 
+#include "../device/timeline.cuh"
 #include "intra_chunk_layout.cuh"
 #include "intra_chunk_operands.cuh"
 
@@ -637,6 +638,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   if constexpr (Config::kKind != CallKind::kAny) params.vectorized = true;
   using Solve = IntraChunkSolve<Config>;
   extern __shared__ __align__(1024) uint8_t shared[];
+  if (threadIdx.x == 0) mark(params, Mark::kSolveBegin, 0);
   ptx::launch_dependents();
   clear_progress(params);
   static_assert((Config::kThreads & (Config::kThreads - 1)) == 0);
@@ -685,10 +687,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   __syncthreads();
 #pragma unroll 1
   for (unsigned turn = 0; at(turn).location.tokens > 0; ++turn) {
+    if (threadIdx.x == 0) mark(params, Mark::kSolveChunk, places[turn % kSolvePlaces].tile);
     Solve::run(
         turn, [&](unsigned i) { return at(turn + i); },
         [&] { find(static_cast<uint32_t>(at(turn + 1).tile) + gridDim.x, turn + 2); });
   }
+  if (threadIdx.x == 0) mark(params, Mark::kSolveEnd, 0);
 }
 
 }  // namespace kda

@@ -59,6 +59,10 @@ struct ChunkFwdKernelParams {
 
   bool wants_output;  // stage 3 follows
   bool vectorized;    // every 8-element group of q, k, v and g starts at a multiple of 16 bytes
+#ifdef KDA_TIMELINE
+  void* timeline;  // where marks go, or null; see device/timeline.cuh
+  uint32_t timeline_places;
+#endif
 };
 
 // The parameters with the regions of a plan (ChunkFwdWorkspace, ChunkIntermediates) at `base`.

@@ -21,6 +21,7 @@
 // 64 x K x 16, and the two conversions between them.
 #pragma once
 
+#include "../device/timeline.cuh"
 #include "kernel_params.h"
 #include "recurrence.cuh"
 
@@ -86,6 +87,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
   }
   stage_ring.init(shared, found, 1, Config::kConsumers, Config::kMovers);
+  if (threadIdx.x == 0) mark(params, Mark::kStateBegin, 0);
   ptx::launch_dependents();  // the reverse recurrence needs nothing of this one, and finds room beside it
   uint8_t* const staging = shared + staging_offset<Config>(stages);
   using Staged = typename Config::Staged;
@@ -127,6 +129,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       values += tiles_of_chunk * (C / 16) * 32;
     };
     const auto tell = [&](int chunk, int count) {
+      if (threadIdx.x == Config::kConsumers) mark(params, Mark::kStateChunks, chunk + count - 1);
       if (params.progress == nullptr) return;
       tell_progress(params.progress + first_tile + int64_t{chunk} * value_heads, value_heads, count, lane);
     };
