@@ -47,7 +47,7 @@ def three_calls() -> list[tuple[int, int, int, int, int]]:
 def test_marks_are_read_in_order_of_time() -> None:
     marks = timeline.read_marks(buffer_of(three_calls()))
     assert len(marks) == 24 and [mark.us for mark in marks] == sorted(mark.us for mark in marks)
-    assert marks[0] == timeline.Mark(us=1000.0, event=BEGIN, index=0, cta=0, multiprocessor=7)
+    assert marks[0] == timeline.Mark(us=0.0, event=BEGIN, index=0, cta=0, multiprocessor=7)
 
 
 def test_marks_that_found_no_place_are_left_out() -> None:

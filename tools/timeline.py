@@ -61,11 +61,11 @@ class Mark:
 
 
 def read_marks(buffer: bytes) -> list[Mark]:
-    """Marks as they were made, their times in microseconds of the device's clock, ordered by time."""
+    """Marks ordered by time, which is in microseconds from the first of them."""
     (count,) = struct.unpack_from("<I", buffer)
     count = min(count, len(buffer) // PLACE.size - 1)
-    found = PLACE.iter_unpack(buffer[PLACE.size : (count + 1) * PLACE.size])
-    return sorted((Mark(ns / 1000, *rest) for ns, *rest in found), key=lambda mark: mark.us)
+    found = sorted(PLACE.iter_unpack(buffer[PLACE.size : (count + 1) * PLACE.size]))
+    return [Mark((ns - found[0][0]) / 1000, *rest) for ns, *rest in found]  # the clock has too many digits for a float
 
 
 def call_in_the_middle(marks: Sequence[Mark]) -> tuple[list[Mark], float]:

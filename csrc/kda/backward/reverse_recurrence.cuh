@@ -24,8 +24,8 @@
 
 #include <type_traits>
 
-#include "../forward/recurrence.cuh"
 #include "../device/timeline.cuh"
+#include "../forward/recurrence.cuh"
 #include "kernel_params.h"
 
 namespace kda {
