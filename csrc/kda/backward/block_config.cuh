@@ -20,10 +20,9 @@ struct IntraChunkGradientsConfig {
   static constexpr CallKind kKind = kKind_;
   static constexpr int kTiles = C / 16;  // of tokens
   static constexpr int kBlocks = 2, kBlockTiles = kTiles / kBlocks, kBlockTokens = 16 * kBlockTiles;
-  static constexpr int kGroups = K / 16;                                // of 16 channels
-  static constexpr int kRowTiles = V / 16;                              // of V
-  static constexpr int kOwnTiles = 1, kTileParts = kTiles / kOwnTiles;  // tiles of a warp from the second part on
-  static constexpr int kWarps = kGroups * kTileParts, kThreads = 32 * kWarps;
+  static constexpr int kGroups = K / 16;    // of 16 channels
+  static constexpr int kRowTiles = V / 16;  // of V
+  static constexpr int kWarps = kGroups * kBlocks, kThreads = 32 * kWarps;
 
   using KeyTile = SwizzledTile<K>;   // [C][K]
   using ValueTile = BlockedTile<C>;  // [C][V]
@@ -58,11 +57,10 @@ struct IntraChunkGradientsConfig {
     kTokenArrays,
   };
   static constexpr int kBetaParts = kTokens + kTokenArrays * C * 4;  // [V / 16][C]
-  static constexpr int kOwnTokens = 16 * kOwnTiles;
-  static constexpr int kDotParts = kBetaParts + kRowTiles * C * 4;  // [kWarps][2][kOwnTokens]: of q . dq and k . dk
-  static constexpr int kDotBytes = 2 * kOwnTokens * 4;              // of a warp
-  static constexpr int kTotals = kDotParts + kWarps * kDotBytes;    // [kTiles][K]: log2 of the decay over each tile
-  static constexpr int kDecays = kTotals + kTiles * K * 4;          // arrays over channels, below
+  static constexpr int kDotParts = kBetaParts + kRowTiles * C * 4;   // [kWarps][2][kBlockTokens]: of q . dq and k . dk
+  static constexpr int kDotBytes = 2 * kBlockTokens * 4;             // of a warp
+  static constexpr int kTotals = kDotParts + kWarps * kDotBytes;     // [kTiles][K]: log2 of the decay over each tile
+  static constexpr int kDecays = kTotals + kTiles * K * 4;           // arrays over channels, below
 
   // Arrays [K] of fp32: decay factors, and log2 of one.
   enum DecayArray {
@@ -74,37 +72,31 @@ struct IntraChunkGradientsConfig {
   };
   static constexpr int kChannels = kDecays + kDecayArrays * K * 4;  // arrays over channels, below
 
-  // Arrays [kTileParts][K] of fp32: sums over the tokens of a warp.
+  // Arrays [kBlocks][K] of fp32: sums over the tokens of a block.
   enum ChannelArray {
     kCrossing,  // what its tokens write that crosses the chunk
-    kGradient,  // of the gradient of G inside of them
+    kGradient,  // of the gradient of G inside the block
     kOfRate,    // for dA_log
     kOfBias,    // for ddt_bias
     kChannelArrays,
   };
   static constexpr int kLargest =
-      kChannels + kChannelArrays * kTileParts * K * 4;         // [kWarps]: the largest pair in magnitude; and one word
+      kChannels + kChannelArrays * kBlocks * K * 4;            // [kWarps]: the largest pair in magnitude; and one word
   static constexpr int kPlaces = kLargest + (kWarps + 4) * 4;  // [2] of ChunkPlace
   static constexpr int kBarriers = kPlaces + 2 * sizeof(ChunkPlace);  // [2]: of copies of values and of states
   static constexpr int kEnd = kBarriers + 2 * 8;
 
-  // Operands of pairs, when all have read the states, fragments of a tile of tokens and a group of channels: P q and P k of all tiles, X k of the first block,
-  // R k of the first tile of each block.
-  static constexpr int kOwnOperandBytes = 2 * kTiles * kGroups * kFragmentBytes,
-                       kCrossOperandBytes = kGroups * kBlockTiles * kFragmentBytes,
-                       kFirstOperandBytes = kGroups * kBlocks * kFragmentBytes,
-                       kMoreOperandBytes = kCrossOperandBytes + kFirstOperandBytes;
-  // The first when all have read S, the others when dS' has been read, too.
-  static constexpr bool kOwnOperandsFit = kOwnOperandBytes <= kStateBytes,
-                        kMoreOperandsFit = kMoreOperandBytes <= kStateBytes;
-  static constexpr int kOperands = kOwnOperandsFit ? kState : kEnd,
-                       kAfterOwnOperands = kEnd + (kOwnOperandsFit ? 0 : kOwnOperandBytes),
-                       kCrossOperands = kMoreOperandsFit ? kDState : kAfterOwnOperands,
-                       kFirstOperands = kCrossOperands + kCrossOperandBytes;
-  static constexpr int kSharedBytes = kAfterOwnOperands + (kMoreOperandsFit ? 0 : kMoreOperandBytes);
+  // Operands of pairs, when all have read the states: of each warp P q and P k, and of each group of channels X k.
+  static constexpr int kOperands = kState, kOwnOperands = 2 * kBlockTiles,
+                       kOwnOperandBytes = kWarps * kOwnOperands * kFragmentBytes,
+                       kCrossOperandBytes = kGroups * kBlockTiles * kFragmentBytes;
+  static_assert(kOwnOperandBytes <= 2 * kStateBytes);
+  static constexpr bool kCrossOperandsFit = kOwnOperandBytes + kCrossOperandBytes <= 2 * kStateBytes;
+  static constexpr int kCrossOperands = kCrossOperandsFit ? kOperands + kOwnOperandBytes : kEnd;
+  static constexpr int kSharedBytes = kEnd + (kCrossOperandsFit ? 0 : kCrossOperandBytes);
   static_assert(kSharedBytes <= 227 * 1024);
-  static constexpr int kMostCtas = 1024 / kThreads,
-                       kCtasThatFit = 228 * 1024 / (kSharedBytes + 1024);  // 64 registers a thread
+  static constexpr int kMostCtas = 512 / kThreads,
+                       kCtasThatFit = 228 * 1024 / (kSharedBytes + 1024);  // 128 registers a thread
   static constexpr int kCtasPerSm = kMostCtas < kCtasThatFit ? kMostCtas : kCtasThatFit;
 
   // g  [C][K]. Units are permuted so that lanes with two tokens less or more and the same channels meet other banks.

@@ -17,10 +17,9 @@ struct BlockGradients : ValueGradients<Config> {
   using Element = typename Config::Element;
   using Values::address, Values::channel, Values::group, Values::lane, Values::load_tokens, Values::member,
       Values::params, Values::tile, Values::totals;
-  static constexpr int K = Config::K, V = Config::V, kTiles = Config::kTiles, kBlockTiles = Config::kBlockTiles,
-                       kOwnTiles = Config::kOwnTiles;
+  static constexpr int K = Config::K, V = Config::V, kTiles = Config::kTiles, kBlockTiles = Config::kBlockTiles;
 
-  using Block = ChannelTile[kOwnTiles];  // of a warp
+  using Block = ChannelTile[kBlockTiles];
 
   static __device__ __forceinline__ ChannelTile zeros() {
     return ChannelTile::make([](int, int, int) { return 0.0f; });
@@ -83,12 +82,10 @@ struct BlockGradients : ValueGradients<Config> {
     operand.multiply(acc.value[1], b[2], b[3]);
   }
 
-  // The tiles of the warp, and the block that they are in.
-  __device__ __forceinline__ int part() const { return this->warp / Config::kGroups; }
-  __device__ __forceinline__ int first_tile() const { return part() * kOwnTiles; }
-  __device__ __forceinline__ int block() const { return first_tile() / kBlockTiles; }
+  // The block of the warp, and its first tile.
+  __device__ __forceinline__ int block() const { return this->warp / Config::kGroups; }
   __device__ __forceinline__ bool is_second() const { return block() > 0; }
-  __device__ __forceinline__ int first_of_block() const { return block() * kBlockTiles; }
+  __device__ __forceinline__ int first_tile() const { return block() * kBlockTiles; }
 
   // What a block collects, in units of 2^-exponent of the chunk (see store_pairs()). cumulative: the gradient of G.
   struct Sums {
@@ -97,27 +94,28 @@ struct BlockGradients : ValueGradients<Config> {
   // What a lane keeps in shared memory, as registers are few: log2 of P of a tile of the block, and operands of its tokens as the later
   // ones of their pairs, P q (which: 0) and P k (1), of a block of tokens; and X k of the first block.
   __device__ __forceinline__ float4* exponents(int i) const {
-    return reinterpret_cast<float4*>(this->shared + Config::kGates) + (this->warp * kOwnTiles + i) * 2 * 32 + lane;
+    return reinterpret_cast<float4*>(this->shared + Config::kGates) + (this->warp * kBlockTiles + i) * 2 * 32 + lane;
   }
   __device__ __forceinline__ ChannelTile exponent(int i) const { return this->kept(exponents(i)); }
-  __device__ __forceinline__ uint4& operand_at(int offset, int tile) const {
-    return *reinterpret_cast<uint4*>(this->shared + offset + ((tile * Config::kGroups + group()) * 32 + lane) * 16);
+  __device__ __forceinline__ uint4& later_operand(int which, int block, int i) const {
+    const int warp = block * Config::kGroups + group();
+    return *reinterpret_cast<uint4*>(this->shared + Config::kOperands +
+                                     ((warp * Config::kOwnOperands + which * kBlockTiles + i) * 32 + lane) * 16);
   }
-  __device__ __forceinline__ uint4& later_operand(int which, int tile) const {
-    return operand_at(Config::kOperands, which * kTiles + tile);
+  __device__ __forceinline__ uint4& cross_operand(int i) const {
+    return *reinterpret_cast<uint4*>(this->shared + Config::kCrossOperands +
+                                     ((group() * kBlockTiles + i) * 32 + lane) * 16);
   }
-  __device__ __forceinline__ uint4& cross_operand(int tile) const { return operand_at(Config::kCrossOperands, tile); }
-  __device__ __forceinline__ uint4& first_operand(int block) const { return operand_at(Config::kFirstOperands, block); }
   static __device__ __forceinline__ uint4 to_fragment(const ChannelOperand& operand) {
     return {operand.pair[0], operand.pair[1], operand.pair[2], operand.pair[3]};
   }
 
   // Operands in registers: P q and P k until they are left in shared memory, and R k.
   struct LaterOperands {
-    ChannelOperand q_P[kOwnTiles], k_P[kOwnTiles];
+    ChannelOperand q_P[kBlockTiles], k_P[kBlockTiles];
   };
   struct EarlierOperands {
-    ChannelOperand k_R[kOwnTiles];
+    ChannelOperand k_R[kBlockTiles];
   };
 
   // The fragment of the warp's channels and 16 of V, of S or dS'.
@@ -125,64 +123,50 @@ struct BlockGradients : ValueGradients<Config> {
     return *reinterpret_cast<const uint4*>(this->shared + offset + ((kt * Config::kGroups + group()) * 32 + lane) * 16);
   }
 
-  // D (64 x 16 or 32) of a warpgroup.
-  static __device__ __forceinline__ void multiply_rows(float (&d)[2][4], const uint32_t (&a)[4], uint64_t b,
-                                                       bool more) {
-    wgmma::m64n16k16_bf16<false>(d, a, b, more);
-  }
-  static __device__ __forceinline__ void multiply_rows(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b,
-                                                       bool more) {
-    wgmma::m64n32k16_bf16<false>(d, a, b, more);
-  }
-
   // Sums over V of a state's rows with those of kOperands of dO, Y and U, for the block's tokens. beside(): what does not need them.
   template <int kOperands, typename Beside>
   __device__ __forceinline__ void multiply_state(Block* const (&sums)[kOperands], int state,
                                                  const int (&values)[kOperands], Beside beside) const {
-    constexpr int kAtOnce = kOwnTiles == 1 && V > 64 ? 4 : V / 16;  // fragments in registers
-    float acc[kOperands][2 * kOwnTiles][4];
+    static_assert(kBlockTiles == 2);
+    uint32_t fragments[V / 16][4];
+#pragma unroll
+    for (int kt = 0; kt < V / 16; ++kt) {
+      const uint4 fragment = state_fragment(state, kt);
+      fragments[kt][0] = fragment.x, fragments[kt][1] = fragment.y;
+      fragments[kt][2] = fragment.z, fragments[kt][3] = fragment.w;
+    }
+    float acc[kOperands][4][4];
     uint64_t rows[kOperands];
 #pragma unroll
     for (int i = 0; i < kOperands; ++i) rows[i] = this->value_descriptor(values[i], first_tile());
+    wgmma::fence();
 #pragma unroll
-    for (int first = 0; first < V / 16; first += kAtOnce) {
-      uint32_t fragments[kAtOnce][4];
+    for (int kt = 0; kt < V / 16; ++kt) {
 #pragma unroll
-      for (int kt = 0; kt < kAtOnce; ++kt) {
-        const uint4 fragment = state_fragment(state, first + kt);
-        fragments[kt][0] = fragment.x, fragments[kt][1] = fragment.y;
-        fragments[kt][2] = fragment.z, fragments[kt][3] = fragment.w;
+      for (int i = 0; i < kOperands; ++i) {
+        wgmma::m64n32k16_bf16<false>(acc[i], fragments[kt], Values::value_operand(rows[i], kt), kt > 0);
       }
-      wgmma::fence();
-#pragma unroll
-      for (int kt = 0; kt < kAtOnce; ++kt) {
-#pragma unroll
-        for (int i = 0; i < kOperands; ++i) {
-          multiply_rows(acc[i], fragments[kt], Values::value_operand(rows[i], first + kt), first + kt > 0);
-        }
-      }
-      wgmma::commit_group();
-      if (first == 0) beside();
-      wgmma::wait_group<0>();
     }
+    wgmma::commit_group();
+    beside();
+    wgmma::wait_group<0>();
 #pragma unroll
     for (int i = 0; i < kOperands; ++i) {
       wgmma::pin(acc[i]);
 #pragma unroll
-      for (int n = 0; n < 2 * kOwnTiles; ++n) {
+      for (int n = 0; n < 4; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) (*sums[i])[n / 2].value[n % 2][e] = acc[i][n][e];
       }
     }
   }
 
-  // What crosses the whole chunk, e^{G_C} (S . dS') over a part of V for each warp, on the lane that has it. unit: 2^-exponent.
+  // What crosses the whole chunk, e^{G_C} (S . dS') over a half of V for each block's warp, on the lane that has it. unit: 2^-exponent.
   __device__ __forceinline__ void add_crossing_state(float (&crossing)[2], float unit) const {
     float dots[2][4] = {};  // rows of S against those of dS', of the lower 8 channels and of the upper
-    constexpr int kCount = V / 16 / Config::kTileParts;
 #pragma unroll 2
-    for (int i = 0; i < kCount; ++i) {
-      const int kt = part() * kCount + i;
+    for (int i = 0; i < V / 32; ++i) {
+      const int kt = block() * (V / 32) + i;
       const ChannelOperand entry = to_operand(state_fragment(Config::kState, kt));
       const uint4 exit = state_fragment(Config::kDState, kt);
       entry.multiply(dots[0], exit.x, exit.z);
@@ -205,7 +189,7 @@ struct BlockGradients : ValueGradients<Config> {
     load_decay(from_entry, Config::kFromEntry + block());
     from_entry[0] *= unit, from_entry[1] *= unit;
 #pragma unroll
-    for (int i = 0; i < kOwnTiles; ++i) {
+    for (int i = 0; i < kBlockTiles; ++i) {
       float asks[4], predicts[4], diagonal[4];
       {
         float betas[4];
@@ -242,7 +226,7 @@ struct BlockGradients : ValueGradients<Config> {
     load_decay(to_exit, Config::kToExit + block());
     to_exit[0] *= unit, to_exit[1] *= unit;
 #pragma unroll
-    for (int i = 0; i < kOwnTiles; ++i) {
+    for (int i = 0; i < kBlockTiles; ++i) {
       float norms[4];
       load_tokens(norms, Config::kKeyNorm, first + i);
       const ChannelTile R = inverse_power(exponent(i));
@@ -274,14 +258,12 @@ struct BlockGradients : ValueGradients<Config> {
   __device__ __forceinline__ void add_pairs_as_earlier(Sums& sums, const EarlierOperands& operands) const {
     const int first = first_tile();
 #pragma unroll
-    for (int i = 0; i < kOwnTiles; ++i) {
+    for (int i = 0; i < kBlockTiles; ++i) {
       ChannelTile sum = zeros();
 #pragma unroll
-      for (int b = 0; b < kBlockTiles; ++b) {
-        const int other = first_of_block() + b;
-        if (other < first + i) continue;
-        multiply_later(sum, to_operand(later_operand(0, other)), Config::kDqk, first + i, other);
-        multiply_later(sum, to_operand(later_operand(1, other)), Config::kDkk, first + i, other);
+      for (int other = i; other < kBlockTiles; ++other) {
+        multiply_later(sum, to_operand(later_operand(0, block(), other)), Config::kDqk, first + i, first + other);
+        multiply_later(sum, to_operand(later_operand(1, block(), other)), Config::kDkk, first + i, first + other);
       }
       add_earlier(sums, i, sum, inverse_power(exponent(i)), operands.k_R[i]);
     }
@@ -289,22 +271,16 @@ struct BlockGradients : ValueGradients<Config> {
 
   __device__ __forceinline__ void leave_operands(const LaterOperands& operands) const {
 #pragma unroll
-    for (int i = 0; i < kOwnTiles; ++i) {
-      later_operand(0, first_tile() + i) = to_fragment(operands.q_P[i]);
-      later_operand(1, first_tile() + i) = to_fragment(operands.k_P[i]);
+    for (int i = 0; i < kBlockTiles; ++i) {
+      later_operand(0, block(), i) = to_fragment(operands.q_P[i]);
+      later_operand(1, block(), i) = to_fragment(operands.k_P[i]);
     }
-  }
-
-  // In the place of dS': R k of the first tile of a block, and X k.
-  __device__ __forceinline__ void leave_operands(const EarlierOperands& operands) const {
-    if (first_tile() == first_of_block()) first_operand(block()) = to_fragment(operands.k_R[0]);
     if (is_second()) return;
     float middle[2];
     load_decay(middle, Config::kLog2Between);
 #pragma unroll
-    for (int i = 0; i < kOwnTiles; ++i) {
-      const int tt = first_tile() + i;
-      cross_operand(tt) = to_fragment(scaled_values(Config::kKey, tt, power_to(middle, exponent(i))));
+    for (int i = 0; i < kBlockTiles; ++i) {
+      cross_operand(i) = to_fragment(scaled_values(Config::kKey, i, power_to(middle, exponent(i))));
     }
   }
 
@@ -312,7 +288,7 @@ struct BlockGradients : ValueGradients<Config> {
   __device__ __forceinline__ void add_pairs_as_later(Sums& sums, const EarlierOperands& operands) const {
     const int first = first_tile();
 #pragma unroll
-    for (int i = 0; i < kOwnTiles; ++i) {
+    for (int i = 0; i < kBlockTiles; ++i) {
       ChannelTile query = zeros(), key = zeros();
       const auto add = [&](const ChannelOperand& earlier, int other) {
         multiply_earlier(query, earlier, Config::kDqk, first + i, other);
@@ -322,11 +298,11 @@ struct BlockGradients : ValueGradients<Config> {
 #pragma unroll
         for (int other = 0; other < kBlockTiles; ++other) add(to_operand(cross_operand(other)), other);
       }
-      if (first + i > first_of_block()) add(to_operand(first_operand(block())), first_of_block());
-      add(operands.k_R[i], first + i);
+#pragma unroll
+      for (int other = 0; other <= i; ++other) add(operands.k_R[other], first + other);
       const ChannelTile P = power(exponent(i));
-      const ChannelTile q_P = to_operand(later_operand(0, first + i)).template unpack<BFloat16>();
-      const ChannelTile k_P = to_operand(later_operand(1, first + i)).template unpack<BFloat16>();
+      const ChannelTile q_P = to_operand(later_operand(0, block(), i)).template unpack<BFloat16>();
+      const ChannelTile k_P = to_operand(later_operand(1, block(), i)).template unpack<BFloat16>();
       sums.dq[i].for_each([&](float& dq, int block, int hi, int p) {
         const int e = 2 * hi + p;
         dq += P.value[block][e] * query.value[block][e];
@@ -343,38 +319,33 @@ struct BlockGradients : ValueGradients<Config> {
     float middle[2];
     load_decay(middle, Config::kLog2Between);
 #pragma unroll
-    for (int i = 0; i < kOwnTiles; ++i) {
-      const int tt = first_tile() + i;
+    for (int i = 0; i < kBlockTiles; ++i) {
       ChannelTile sum = zeros();
 #pragma unroll
       for (int other = 0; other < kBlockTiles; ++other) {
-        multiply_later(sum, to_operand(later_operand(0, kBlockTiles + other)), Config::kDqk, tt, kBlockTiles + other);
-        multiply_later(sum, to_operand(later_operand(1, kBlockTiles + other)), Config::kDkk, tt, kBlockTiles + other);
+        multiply_later(sum, to_operand(later_operand(0, 1, other)), Config::kDqk, i, kBlockTiles + other);
+        multiply_later(sum, to_operand(later_operand(1, 1, other)), Config::kDkk, i, kBlockTiles + other);
       }
-      add_earlier(sums, i, sum, power_to(middle, exponent(i)), to_operand(cross_operand(tt)));
+      add_earlier(sums, i, sum, power_to(middle, exponent(i)), to_operand(cross_operand(i)));
     }
   }
 
-  // Parts over the warp's channels of the products of q with dq, and of k with dk, for the tokens of the warp.
-  __device__ __forceinline__ void store_dots(const Block& dq, const Block& dk) const {
+  // Parts over the warp's channels of the products of q with dq, or of k with dk (which: 0, 1), for the tokens of the block.
+  __device__ __forceinline__ void store_dots(const Block& gradients, int which) const {
+    float dots[8];
 #pragma unroll
-    for (int i = 0; i < kOwnTiles; ++i) {
-      float dots[8];
+    for (int i = 0; i < kBlockTiles; ++i) {
+      const ChannelTile x = load_values(which == 0 ? Config::kQuery : Config::kKey, first_tile() + i);
 #pragma unroll
-      for (int which = 0; which < 2; ++which) {
-        const ChannelTile x = load_values(which == 0 ? Config::kQuery : Config::kKey, first_tile() + i);
-        const ChannelTile& gradient = which == 0 ? dq[i] : dk[i];
-#pragma unroll
-        for (int t = 0; t < 4; ++t) {
-          const int block = t >> 1, p = t & 1;
-          dots[4 * which + t] =
-              x.at(block, 0, p) * gradient.at(block, 0, p) + x.at(block, 1, p) * gradient.at(block, 1, p);
-        }
+      for (int t = 0; t < 4; ++t) {
+        const int block = t >> 1, p = t & 1;
+        dots[4 * i + t] =
+            x.at(block, 0, p) * gradients[i].at(block, 0, p) + x.at(block, 1, p) * gradients[i].at(block, 1, p);
       }
-      const float dot = sum_rows(dots, lane);  // the one of index `row`
-      const int row = this->row;
-      this->dot_parts(this->warp)[(row >> 2) * Config::kOwnTokens + this->token(i, row >> 1 & 1, row & 1)] = dot;
     }
+    const float dot = sum_rows(dots, lane);  // the one of index `row`
+    const int row = this->row;
+    this->dot_parts(this->warp)[which * Config::kBlockTokens + this->token(row >> 2, row >> 1 & 1, row & 1)] = dot;
   }
 
   // Sums the parts of the warps of a block, in their order; times |x|^-2, what the normalisation takes away of q or k.
@@ -382,11 +353,11 @@ struct BlockGradients : ValueGradients<Config> {
     const int index = this->thread;
     if (index >= 2 * Config::C) return;
     const bool is_key = index >= Config::C;
-    const int t = index % Config::C, part = t / Config::kOwnTokens;
+    const int t = index % Config::C, block = t / Config::kBlockTokens;
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < Config::kGroups; ++w) {
-      sum += this->dot_parts(part * Config::kGroups + w)[is_key * Config::kOwnTokens + t % Config::kOwnTokens];
+      sum += this->dot_parts(block * Config::kGroups + w)[is_key * Config::kBlockTokens + t % Config::kBlockTokens];
     }
     const float norm = this->tokens(is_key ? Config::kKeyNorm : Config::kQueryNorm)[t];
     this->tokens(is_key ? Config::kKeyRadial : Config::kQueryRadial)[t] = sum * norm * norm;
@@ -399,7 +370,7 @@ struct BlockGradients : ValueGradients<Config> {
     const int offset = which == 0 ? Config::kQuery : Config::kKey;
     float* const parts = which == 0 ? params.dq_parts : params.dk_parts;
 #pragma unroll
-    for (int i = 0; i < kOwnTiles; ++i) {
+    for (int i = 0; i < kBlockTiles; ++i) {
       const int tt = first_tile() + i;
       ChannelTile& gradient = gradients[i];
       if (this->call().qk_l2norm) {

@@ -25,16 +25,13 @@ struct GradientsRows : GradientsContext<Config> {
   // Rows of `Columns` elements into a tile; rows past the end are zero.
   template <typename Tile, int Columns, typename T>
   __device__ __forceinline__ void load_rows(int offset, const T* first, int64_t row_stride, bool vectorized) const {
-    constexpr int kOfUnit = 16 / sizeof(T), kUnits = Columns / kOfUnit, kRowsAtOnce = Config::kThreads / kUnits,
-                  kCount = (C + kRowsAtOnce - 1) / kRowsAtOnce;
-    static_assert(kRowsAtOnce % 8 == 0 && (kCount == 1 || C % kRowsAtOnce == 0),
-                  "the swizzle of a thread's rows is the same");
+    constexpr int kOfUnit = 16 / sizeof(T), kUnits = Columns / kOfUnit, kRowsAtOnce = Config::kThreads / kUnits;
+    static_assert(kRowsAtOnce % 8 == 0 && C % kRowsAtOnce == 0, "the swizzle of a thread's rows is the same");
     const int row = this->thread / kUnits, unit = this->thread % kUnits;
-    if (kRowsAtOnce > C && row >= C) return;
     const T* const source = first + row * row_stride + kOfUnit * unit;
     uint8_t* const destination = shared + offset + Tile::unit_offset(row, unit);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
+    for (int i = 0; i < C / kRowsAtOnce; ++i) {
       const bool in_range = row + i * kRowsAtOnce < location.tokens;
       const T* const elements = in_range ? source + i * kRowsAtOnce * row_stride : first;
       uint8_t* const to = destination + i * kRowsAtOnce * Tile::kRowBytes;
@@ -156,15 +153,13 @@ struct GradientsRows : GradientsContext<Config> {
   // and the next are `row_stride` rows further each.
   template <int Columns>
   struct RowUnits {
-    static constexpr int kUnits = Columns / 8, kRowsAtOnce = Config::kThreads / kUnits,
-                         kCount = (C + kRowsAtOnce - 1) / kRowsAtOnce;
+    static constexpr int kUnits = Columns / 8, kRowsAtOnce = Config::kThreads / kUnits, kCount = C / kRowsAtOnce;
     uint4 unit[kCount];
   };
   template <int Columns>
   __device__ __forceinline__ void take_rows(RowUnits<Columns>& units, int offset) const {
     using Units = RowUnits<Columns>;
     const int row = this->thread / Units::kUnits, unit = this->thread % Units::kUnits;
-    if (Units::kRowsAtOnce > C && row >= C) return;
     const uint8_t* const from = shared + offset + SwizzledTile<Columns>::unit_offset(row, unit);
 #pragma unroll
     for (int i = 0; i < Units::kCount; ++i) {

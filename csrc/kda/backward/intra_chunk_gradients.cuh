@@ -39,11 +39,11 @@ struct IntraChunkGradients : BlockGradients<Config> {
   using Element = typename Config::Element;
   using Sums = typename Blocks::Sums;
   using Block = typename Blocks::Block;
-  using Blocks::address, Blocks::call, Blocks::channel, Blocks::first_tile, Blocks::is_second, Blocks::lane,
-      Blocks::location, Blocks::member, Blocks::params, Blocks::part, Blocks::shared, Blocks::tile, Blocks::token,
+  using Blocks::address, Blocks::block, Blocks::call, Blocks::channel, Blocks::first_tile, Blocks::is_second,
+      Blocks::lane, Blocks::location, Blocks::member, Blocks::params, Blocks::shared, Blocks::tile, Blocks::token,
       Blocks::totals, Blocks::value_head;
   static constexpr int K = Config::K, V = Config::V, C = Config::C, kTiles = Config::kTiles,
-                       kBlockTiles = Config::kBlockTiles, kOwnTiles = Config::kOwnTiles;
+                       kBlockTiles = Config::kBlockTiles;
 
   // ---- Copies from memory ----
 
@@ -148,7 +148,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
     const GateOfTile activation = this->gate();
     Range range = {};
 #pragma unroll
-    for (int i = 0; i < kOwnTiles; ++i) {
+    for (int i = 0; i < kBlockTiles; ++i) {
       const int tt = first_tile() + i;
       ChannelTile& x = exponent[i];
       x = activation.log2_alpha(copied_gate(tt));
@@ -165,31 +165,31 @@ struct IntraChunkGradients : BlockGradients<Config> {
         range.is_too_wide |= !(total[hi] >= -kWideLog2Range);
         if (member == 0) totals(tt)[channel(hi)] = total[hi];
       }
-      if (tt % kBlockTiles == 0) x.for_each([&](float& sum, int, int hi, int) { sum -= total[hi]; });
+      if (i == 0) x.for_each([&](float& sum, int, int hi, int) { sum -= total[hi]; });
     }
     return range;
   }
 
   __device__ __forceinline__ void keep_exponents(const Block& exponent) const {
 #pragma unroll
-    for (int i = 0; i < kOwnTiles; ++i) this->keep(this->exponents(i), exponent[i]);
+    for (int i = 0; i < kBlockTiles; ++i) this->keep(this->exponents(i), exponent[i]);
   }
 
-  __device__ __forceinline__ float& channel_sum(typename Config::ChannelArray array, int part, int hi) const {
-    return reinterpret_cast<float*>(shared + Config::kChannels)[(array * Config::kTileParts + part) * K + channel(hi)];
+  __device__ __forceinline__ float& channel_sum(typename Config::ChannelArray array, int block, int hi) const {
+    return reinterpret_cast<float*>(shared + Config::kChannels)[(array * Config::kBlocks + block) * K + channel(hi)];
   }
 
   // From gradients of G to sums up to the end of the block; leaves what the other block needs of them.
   __device__ __forceinline__ void leave_channel_sums(Block& cumulative, const float (&crossing)[2]) const {
     float after[2] = {};
 #pragma unroll
-    for (int i = kOwnTiles - 1; i >= 0; --i) suffix_sums(cumulative[i], after, lane);
+    for (int i = kBlockTiles - 1; i >= 0; --i) suffix_sums(cumulative[i], after, lane);
 #pragma unroll
     for (int hi = 0; hi < 2; ++hi) {
       const float sum = sum_tokens(crossing[hi]);
       if (member == 0) {
-        channel_sum(Config::kCrossing, part(), hi) = sum;
-        channel_sum(Config::kGradient, part(), hi) = after[hi];
+        channel_sum(Config::kCrossing, block(), hi) = sum;
+        channel_sum(Config::kGradient, block(), hi) = after[hi];
       }
     }
   }
@@ -198,19 +198,16 @@ struct IntraChunkGradients : BlockGradients<Config> {
   __device__ __forceinline__ void store_gates(Block& cumulative) const {
     const GateOfTile activation = this->gate();
     const float size = this->inverse_unit();
-    float outside[2] = {},
-          later[2] = {};  // what crosses the whole chunk, and the sum of the gradients of G behind the warp's tokens
+    float outside[2];  // what crosses the whole block
 #pragma unroll
     for (int hi = 0; hi < 2; ++hi) {
-#pragma unroll
-      for (int other = 0; other < Config::kTileParts; ++other) {
-        outside[hi] += channel_sum(Config::kCrossing, other, hi);
-        if (other > part()) later[hi] += channel_sum(Config::kGradient, other, hi);
-      }
+      outside[hi] = channel_sum(Config::kCrossing, 0, hi) + channel_sum(Config::kCrossing, 1, hi);
     }
+    float later[2] = {};
+    if (!is_second()) later[0] = channel_sum(Config::kGradient, 1, 0), later[1] = channel_sum(Config::kGradient, 1, 1);
     float of_rate[2] = {}, of_bias[2] = {};
 #pragma unroll
-    for (int i = 0; i < kOwnTiles; ++i) {
+    for (int i = 0; i < kBlockTiles; ++i) {
       cumulative[i].for_each([&](float& x, int, int hi, int) { x = size * ((x + later[hi]) + outside[hi]); });
       this->clear_rows_past_end(cumulative[i], first_tile() + i);
     }
@@ -218,33 +215,29 @@ struct IntraChunkGradients : BlockGradients<Config> {
       Block gates;                            // once more, as the next chunk's are where they were
       this->load_gates(gates, first_tile());
 #pragma unroll
-      for (int i = 0; i < kOwnTiles; ++i) activation.differentiate(cumulative[i], gates[i], of_rate, of_bias);
+      for (int i = 0; i < kBlockTiles; ++i) activation.differentiate(cumulative[i], gates[i], of_rate, of_bias);
     }
 #pragma unroll
-    for (int i = 0; i < kOwnTiles; ++i) this->store_gate_gradient(cumulative[i], first_tile() + i);
+    for (int i = 0; i < kBlockTiles; ++i) this->store_gate_gradient(cumulative[i], first_tile() + i);
     if (params.dA_log_parts == nullptr) return;
 #pragma unroll
     for (int hi = 0; hi < 2; ++hi) {
       const float rate = sum_tokens(of_rate[hi]), bias = sum_tokens(of_bias[hi]);
       if (member == 0) {
-        channel_sum(Config::kOfRate, part(), hi) = rate;
-        channel_sum(Config::kOfBias, part(), hi) = bias;
+        channel_sum(Config::kOfRate, block(), hi) = rate;
+        channel_sum(Config::kOfBias, block(), hi) = bias;
       }
     }
   }
 
   __device__ __forceinline__ void store_gate_parameters() const {
-    if (params.dA_log_parts == nullptr || part() > 0 || member != 0 || location.tokens == 0) return;
+    if (params.dA_log_parts == nullptr || is_second() || member != 0 || location.tokens == 0) return;
 #pragma unroll
     for (int hi = 0; hi < 2; ++hi) {
-      float rate = 0.0f, bias = 0.0f;
-#pragma unroll
-      for (int other = 0; other < Config::kTileParts; ++other) {
-        rate += channel_sum(Config::kOfRate, other, hi);
-        bias += channel_sum(Config::kOfBias, other, hi);
-      }
-      params.dA_log_parts[tile * K + channel(hi)] = rate;
-      params.ddt_bias_parts[tile * K + channel(hi)] = bias;
+      params.dA_log_parts[tile * K + channel(hi)] =
+          channel_sum(Config::kOfRate, 0, hi) + channel_sum(Config::kOfRate, 1, hi);
+      params.ddt_bias_parts[tile * K + channel(hi)] =
+          channel_sum(Config::kOfBias, 0, hi) + channel_sum(Config::kOfBias, 1, hi);
     }
   }
 
@@ -281,10 +274,10 @@ struct IntraChunkGradients : BlockGradients<Config> {
     {
       typename Values::SolveOperands operands;
       here().wait_for(Copies::kValues, turn);
-      if (here().is_solving()) here().load_operands(operands);
+      here().load_operands(operands);
       here().store_decays();
       __syncthreads();
-      if (here().is_solving()) here().solve(operands);
+      here().solve(operands);
     }
     ptx::cp_async_wait_all();
     if constexpr (!std::is_same_v<Element, BFloat16>) here().convert_output_gradient();
@@ -306,33 +299,30 @@ struct IntraChunkGradients : BlockGradients<Config> {
     here().wait_for(Copies::kStates, turn);
     Sums sums;
     float crossing[2] = {};
-    here().add_crossing_state(crossing, unit);
+    Block written;
+    typename Blocks::LaterOperands later_operands;
+    here().template multiply_state<1>({&written}, Config::kDState, {Config::kU},
+                                      [&] { here().add_crossing_state(crossing, unit); });
     {
-      typename Blocks::LaterOperands later_operands;
       Block queries, keys;
       here().template multiply_state<2>({&queries, &keys}, Config::kState, {Config::kOutputGradient, Config::kY},
                                         [] {});
       here().add_read(sums, later_operands, queries, keys, unit);
-      __syncthreads();
-      here().leave_operands(later_operands);
-    }
-    typename Blocks::EarlierOperands operands;
-    {
-      Block written;
-      here().template multiply_state<1>({&written}, Config::kDState, {Config::kU}, [] {});
-      here().add_written(sums, crossing, operands, written, unit);
     }
     __syncthreads();
     next().copy_values();
     const float next_beta = next().raw_beta();
-    here().leave_operands(operands);
+    here().leave_operands(later_operands);
+    typename Blocks::EarlierOperands operands;
+    here().add_written(sums, crossing, operands, written, unit);
     here().add_pairs_as_earlier(sums, operands);
     ptx::fence_proxy_async_shared();  // what is exchanged, before states are copied there
     __syncthreads();
     here().add_pairs_as_later(sums, operands);
     here().add_pairs_across(sums);
     if (here().call().qk_l2norm) {
-      here().store_dots(sums.dq, sums.dk);
+      here().store_dots(sums.dq, 0);
+      here().store_dots(sums.dk, 1);
     }
     here().leave_channel_sums(sums.cumulative, crossing);
     here().keep_beta(next_beta);

@@ -36,14 +36,8 @@ struct ValueGradients : GradientsRows<Config> {
   }
 
   // A warp solves for 16 rows of V and kSolveTiles tiles of tokens, so that all have about as many products.
-  static constexpr int kMostSolveParts = Config::kWarps / Config::kRowTiles,
-                       kSolveParts = kMostSolveParts < kTiles ? kMostSolveParts : kTiles,
-                       kSolveTiles = kTiles / kSolveParts;
-  static_assert(kSolveParts * kSolveTiles == kTiles);
-  __device__ __forceinline__ bool is_solving() const {
-    if constexpr (kSolveParts * Config::kRowTiles == Config::kWarps) return true;
-    return warp < kSolveParts * Config::kRowTiles;
-  }
+  static constexpr int kSolveParts = Config::kWarps / Config::kRowTiles, kSolveTiles = kTiles / kSolveParts;
+  static_assert(kSolveParts * Config::kRowTiles == Config::kWarps && kSolveParts * kSolveTiles == kTiles);
   __device__ __forceinline__ int solved_rows() const { return warp % Config::kRowTiles; }
   __device__ __forceinline__ int solved_tile(int i) const {
     const int part = warp / Config::kRowTiles;
@@ -154,16 +148,9 @@ struct ValueGradients : GradientsRows<Config> {
     return wgmma::advance(descriptor, (kt >> 2) * Config::ValueTile::kBlockBytes + (kt & 3) * 32);
   }
 
-  static __device__ __forceinline__ void multiply_columns(float (&d)[2][4], uint64_t a, uint64_t b, bool more) {
-    wgmma::m64n16k16_bf16<false>(d, a, b, more);
-  }
-  static __device__ __forceinline__ void multiply_columns(float (&d)[4][4], uint64_t a, uint64_t b, bool more) {
-    wgmma::m64n32k16_bf16<false>(d, a, b, more);
-  }
-
   __device__ __forceinline__ void multiply_pairs(Pairs& pairs) const {
-    constexpr int kTilesAtOnce = kPairTiles < 2 ? 1 : 2, kHalves = kPairTiles / kTilesAtOnce;
-    float acc[kHalves][2 * kTilesAtOnce][4];
+    constexpr int kHalves = kPairTiles / 2;  // products of 32 columns
+    float acc[kHalves][4][4];
     const uint64_t rows = value_descriptor(has_queries() ? Config::kOutputGradient : Config::kY, 0);
     const uint64_t columns = value_descriptor(Config::kU, first_pair_tile());
     wgmma::fence();
@@ -171,10 +158,9 @@ struct ValueGradients : GradientsRows<Config> {
     for (int kt = 0; kt < V / 16; ++kt) {
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
-        multiply_columns(
+        wgmma::m64n32k16_bf16<false>(
             acc[half], value_operand(rows, kt),
-            wgmma::advance(value_operand(columns, kt), half * 16 * kTilesAtOnce * Config::ValueTile::kRowBytes),
-            kt > 0);
+            wgmma::advance(value_operand(columns, kt), half * 32 * Config::ValueTile::kRowBytes), kt > 0);
       }
     }
     wgmma::commit_group();
@@ -183,9 +169,9 @@ struct ValueGradients : GradientsRows<Config> {
     for (int half = 0; half < kHalves; ++half) {
       wgmma::pin(acc[half]);
 #pragma unroll
-      for (int n = 0; n < 2 * kTilesAtOnce; ++n) {
+      for (int n = 0; n < 4; ++n) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) pairs.acc[kTilesAtOnce * half + n / 2][n % 2][e] = acc[half][n][e];
+        for (int e = 0; e < 4; ++e) pairs.acc[2 * half + n / 2][n % 2][e] = acc[half][n][e];
       }
     }
   }

@@ -66,36 +66,7 @@ __device__ __forceinline__ void m64n32k16_bf16(float (&d)[4][4], const uint32_t 
         "n"(kTransposed ? 1 : 0));
 }
 
-// The same for 16 columns.
-template <bool kTransposed>
-__device__ __forceinline__ void m64n16k16_bf16(float (&d)[2][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  asm volatile(
-      "{\n"
-      ".reg .pred accumulate;\n"
-      "setp.ne.b32 accumulate, %13, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, accumulate, 1, 1, %14;\n"
-      "}\n"
-      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
-        "+f"(d[1][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)),
-        "n"(kTransposed ? 1 : 0));
-}
-
-// Both with A in shared memory, K-major: rows are m.
-template <bool kTransposed>
-__device__ __forceinline__ void m64n16k16_bf16(float (&d)[2][4], uint64_t a, uint64_t b, bool accumulate) {
-  asm volatile(
-      "{\n"
-      ".reg .pred accumulate;\n"
-      "setp.ne.b32 accumulate, %10, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, accumulate, 1, 1, 0, %11;\n"
-      "}\n"
-      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
-        "+f"(d[1][3])
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransposed ? 1 : 0));
-}
+// The same with A in shared memory, K-major: rows are m.
 template <bool kTransposed>
 __device__ __forceinline__ void m64n32k16_bf16(float (&d)[4][4], uint64_t a, uint64_t b, bool accumulate) {
   asm volatile(
