@@ -49,12 +49,14 @@ def measure_case(
     sets += [operator.make_inputs(shape, family, seed + i, device.torch_device) for i in range(1, count)]
     check_hygiene(sets, device.l2_bytes)
 
-    expected = _reference_outputs(operator, implementations, sets[0])
+    expected = reference = _reference_outputs(operator, implementations, sets[0])
     measurements: dict[str, Json] = {}
     for implementation in implementations:
         advance(implementation.name)
         try:
             measurement, outputs = _measure(device, implementation, shape, sets, expected, budget)
+            if outputs is not None and reference is not None:
+                measurement["reference_errors"] = check(outputs, reference)
         except Exception as error:  # whatever a peer raises, out of memory included: it stands in the file
             measurement, outputs = {"error": _one_line(error)}, None
             device.release()

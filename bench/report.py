@@ -263,6 +263,30 @@ def _price_of_transforms(result: Json) -> list[str]:
     ]
 
 
+def _accuracy_parts(result: Json, operator: str) -> list[str]:
+    """How far ours and the peers are from the composite implementation, which computes in fp32: the largest relative
+    RMSE over all cases. Nothing of a run that has not compared them so.
+    """
+    about, names, rows = result["implementations"][operator], {}, []
+    for implementation, what in about.items():
+        worst: dict[str, float] = {}
+        for family in _families(result, operator) if what["kind"] != "forced" else ():
+            for case in cases(result, operator, family):
+                found = case["measurements"].get(implementation, {}).get("reference_errors", {})
+                worst |= {name: max(error, worst.get(name, 0.0)) for name, error in found.items()}
+        names |= dict.fromkeys(worst)
+        if worst:
+            rows.append((what["label"], worst))
+    if not rows:
+        return []
+    cells = [[label, *(f"{worst[name]:.1e}" if name in worst else NOTHING for name in names)] for label, worst in rows]
+    return [
+        "Relative RMSE against the composite implementation in fp32, the largest over shapes and gates; the outputs of "
+        "both are rounded to their type:",
+        markdown_table(["", *names], cells),
+    ]
+
+
 def _memory_parts(result: Json) -> list[str]:
     """What a training step takes beyond its inputs, outputs and gradients: a table of all implementations."""
     about = result["implementations"][TRAINING.name]
@@ -310,6 +334,7 @@ def details_section(result: Json, figure_prefix: str) -> str:
         if summary := _comparison_rows(result, operator):
             parts.append("Time of the peer over ours, geometric mean over the board's shapes, and the worst one:")
             parts.append(markdown_table(["peer", "gates", "mean", "worst", "at"], summary, left=2))
+        parts += _accuracy_parts(result, operator)
         for family in _families(result, operator):
             others = [name for name in about if name != "ours"]
             columns = ["shape", "lengths", "H", "path", "roofline", "ours", "p10–p90", "of roofline", "host", "MiB"]

@@ -89,6 +89,7 @@ def test_all_of_ours_are_measured_and_checked(operator: operators.Operator, fami
     for column in columns:
         found = case["measurements"][column.name]
         assert set(found["errors"]) == expected and found["gpu"]["us"]["median"] > 0, found
+        assert set(found["reference_errors"]) == expected
         assert found["output_bytes"] > 0
     assert case["plan"]["path"] == "composite"
     json.dumps(case, allow_nan=False)

@@ -213,6 +213,26 @@ def test_failed_and_missing_measurements_are_reported_as_such(site: report.Site)
     assert {path.name for path in site.figures.glob("*.png")} == {"chunk_fwd_time.png", "chunk_fwd_heads.png"}
 
 
+def test_distance_from_the_reference(site: report.Site) -> None:
+    """The largest of ours and of peers; of a run that has not taken it nothing is said."""
+    run = bench_results.board()
+    results.save(run, site.results)
+    assert report.main([], site) == report.EXIT_GOOD
+    assert "Relative RMSE against" not in site.details.read_text()
+    run["created"] = "2026-02-01T12:00:00+00:00"
+    for case in run["cases"]:
+        case["measurements"]["ours"]["reference_errors"] = {"o": 1e-3, "final_state": 2e-3}
+        case["measurements"]["ours_composite"]["reference_errors"] = {"o": 0.0}
+    run["cases"][3]["measurements"]["ours"]["reference_errors"] = {"o": 1.5e-3, "final_state": 1e-3}
+    run["cases"][4]["measurements"]["fla"]["reference_errors"] = {"o": 3e-3}
+    results.save(run, site.results)
+    assert report.main([], site) == report.EXIT_GOOD
+    details = site.details.read_text()
+    assert "|  | o | final_state |" in details
+    assert "| OURS | 1.5e-03 | 2.0e-03 |" in details and "| FLA | 3.0e-03 | – |" in details
+    assert "composite | 0.0" not in details
+
+
 def test_documents_of_the_project_match_the_newest_run() -> None:
     """What CI checks: README, docs/benchmarks.md and the pictures are those of the newest complete run."""
     assert report.main(["--check"]) == report.EXIT_GOOD
