@@ -128,14 +128,14 @@ JsonObject stage_ctas(const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
     ctas.add("step_factors", plan.step_slots * p.value_heads);
     if (plan.segment_chunks > 0) {
       ctas.add("segment_summary", segments * ((p.value_dim + p.key_dim) / kScanRows));
-      ctas.add("segment_compose", p.sequences * p.value_heads * (p.value_dim / kComposeRows));
+      ctas.add("segment_compose", chains_of(p) * (p.value_dim / kComposeRows));
     }
     ctas.add("state_scan", segments);
   }
   if (plan.path == ChunkFwdPath::kStaged) {
     const int64_t tiles = plan.chunk_slots * p.value_heads;
     ctas.add("intra_chunk_solve", solve_ctas(p, tiles));
-    ctas.add("state_recurrence", p.sequences * p.value_heads * (p.value_dim / plan.value_tile));
+    ctas.add("state_recurrence", chains_of(p) * (p.value_dim / plan.value_tile));
     // With cu_seqlens, one slot more: it clears rows past the last entry.
     ctas.add("output_gemm", tiles + (p.varlen && p.tokens > 0 ? p.value_heads : 0));
   }

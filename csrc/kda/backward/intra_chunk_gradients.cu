@@ -17,12 +17,8 @@ cudaError_t launch_intra_chunk_gradients(const ChunkBwdKernelParams& params, cud
       return launch_grid(intra_chunk_gradients_kernel<Config>,
                          {ctas, Config::kThreads, Config::kSharedBytes, 1, /*overlaps=*/true}, stream, params);
     };
-    if constexpr (std::is_same_v<Element, BFloat16>) {
-      if (params.forward.vectorized && params.dq_parts == nullptr) {
-        return for_call_kind<CallKind::kProcessed, CallKind::kRaw>(params.forward.call, launch_kind);
-      }
-    }
-    return launch_kind(CallKindConstant<CallKind::kAny>());
+    const bool is_plain = params.forward.vectorized && params.dq_parts == nullptr;
+    return for_call_kind<Element>(params.forward.call, is_plain, launch_kind);
   });
 }
 

@@ -2,6 +2,9 @@
 // time has code for all of them, of which a call runs a part; that part is then scattered over more than the instruction cache holds.
 #pragma once
 
+#include <type_traits>
+
+#include "../device/elements.cuh"
 #include "../kda.h"
 
 namespace kda {
@@ -44,19 +47,16 @@ __device__ __forceinline__ void fix(ChunkFwdParams& call) {
 }
 
 template <CallKind kKind>
-struct CallKindConstant {
-  static constexpr CallKind value = kKind;
-};
+using CallKindConstant = std::integral_constant<CallKind, kKind>;
 
-// Calls f with the kind of the call, of those that are given, or with kAny, as a CallKindConstant.
-template <CallKind kKind, CallKind... kOthers, typename Function>
-auto for_call_kind(const ChunkFwdParams& call, Function f) {
-  if (is_of_kind<kKind>(call)) return f(CallKindConstant<kKind>());
-  if constexpr (sizeof...(kOthers) > 0) {
-    return for_call_kind<kOthers...>(call, f);
-  } else {
-    return f(CallKindConstant<CallKind::kAny>());
+// Calls f with the kind of a call, as a CallKindConstant. Those that are not kAny have bf16 activations, and are plain: whatever else their kernels count on.
+template <typename Element, typename Function>
+auto for_call_kind(const ChunkFwdParams& call, bool is_plain, Function f) {
+  if constexpr (std::is_same_v<Element, BFloat16>) {
+    if (is_plain && is_of_kind<CallKind::kProcessed>(call)) return f(CallKindConstant<CallKind::kProcessed>());
+    if (is_plain && is_of_kind<CallKind::kRaw>(call)) return f(CallKindConstant<CallKind::kRaw>());
   }
+  return f(CallKindConstant<CallKind::kAny>());
 }
 
 }  // namespace kda

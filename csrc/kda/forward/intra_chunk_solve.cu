@@ -21,12 +21,7 @@ cudaError_t launch_intra_chunk_solve(const ChunkFwdKernelParams& stage, cudaStre
       return launch(intra_chunk_solve_kernel<Config>, solve_ctas(problem, tiles), Config::kThreads,
                     Config::kSharedBytes, stream, params);
     };
-    if constexpr (std::is_same_v<Element, BFloat16>) {
-      if (params.stage.vectorized) {
-        return for_call_kind<CallKind::kProcessed, CallKind::kRaw>(stage.call, launch_kind);
-      }
-    }
-    return launch_kind(CallKindConstant<CallKind::kAny>());
+    return for_call_kind<Element>(stage.call, params.stage.vectorized, launch_kind);
   });
 }
 
