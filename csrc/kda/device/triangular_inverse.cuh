@@ -196,22 +196,28 @@ __device__ __forceinline__ void invert_off_diagonal_16x16(float (&t)[2], Matrix 
   }
 }
 
+// Diagonal blocks of 8 and then of 16 of a 32 x 32 matrix, by four warps: store(pair, column, t) takes element (lane / 4, column) of the off-diagonal block of
+// `pair`, 16 x 16, of which a warp has four columns. sync(): a barrier of the four; the blocks are there after the last.
+template <typename Matrix, typename Sync, typename Store>
+__device__ __forceinline__ void invert_blocks_of_16(Matrix matrix, int warp, int lane, Sync sync, Store store) {
+  invert_diagonal_8x8(Matrix{&matrix.at(8 * warp, 8 * warp)}, lane);
+  sync();
+  const Matrix pair = {&matrix.at(16 * (warp >> 1), 16 * (warp >> 1))};
+  const int column = 4 * (warp & 1) + (lane & 3);
+  store(pair, column, invert_off_diagonal_8x8(pair, lane >> 2, column, lane));
+  sync();
+}
+
 // The same by a group of four warps, none of which waits for another for long. Blocks of 8, then of 16, then the whole:
 //   T_21 = -T_22 A_21 T_11,
 // of which a warp takes a few columns, so that A_21 T_11 stays in its registers. sync(): a barrier of the group; the result is there after one more.
 template <typename Matrix, typename Sync>
 __device__ __forceinline__ void invert_unit_lower_32x32(Matrix matrix, int warp, int lane, Sync sync) {
-  invert_diagonal_8x8(Matrix{&matrix.at(8 * warp, 8 * warp)}, lane);
-  sync();
   const int row = lane >> 2;
-  {  // two 8 x 8 blocks, of each four columns a warp: lane has element (row, lane % 4)
-    const Matrix pair = {&matrix.at(16 * (warp >> 1), 16 * (warp >> 1))};
-    const int column = 4 * (warp & 1) + (lane & 3);
-    const float t = invert_off_diagonal_8x8(pair, row, column, lane);
+  invert_blocks_of_16(matrix, warp, lane, sync, [&](Matrix pair, int column, float t) {
     sync();
     pair.at(8 + row, column) = t;
-  }
-  sync();
+  });
   // The 16 x 16 block, of each four columns a warp.
   const int column = 4 * warp + (lane & 3);
   float t[2] = {};
@@ -260,15 +266,9 @@ template <typename Sync>
 __device__ __forceinline__ void invert_unit_lower_64x64(SolveMatrix whole, int warp, int lane, Sync sync) {
   const int half = warp >> 2, of_half = warp & 3;
   const SolveMatrix matrix = whole.block(2 * half, 2 * half);  // 32 x 32
-  invert_diagonal_8x8(SolveMatrix{&matrix.at(8 * of_half, 8 * of_half)}, lane);
-  sync();
   const int row = lane >> 2;
-  {  // two 8 x 8 blocks, of each four columns a warp: lane has element (row, lane % 4)
-    const SolveMatrix pair = {&matrix.at(16 * (of_half >> 1), 16 * (of_half >> 1))};
-    const int column = 4 * (of_half & 1) + (lane & 3);
-    pair.at(row, 8 + column) = invert_off_diagonal_8x8(pair, row, column, lane);
-  }
-  sync();
+  invert_blocks_of_16(matrix, of_half, lane, sync,
+                      [&](SolveMatrix pair, int column, float t) { pair.at(row, 8 + column) = t; });
   {  // the 16 x 16 block: lane has elements (row, lane % 4) and (row + 8, lane % 4) of four columns
     const int column = 4 * of_half + (lane & 3);
     const bool is_left = of_half < 2;  // of T_11
