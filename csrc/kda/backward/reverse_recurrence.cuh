@@ -207,14 +207,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     };
     const bool is_exact = step == 0 && segment.is_last && params.dfinal_state != nullptr;
     if (is_exact) {  // what a rounded gradient of the final state leaves out
-      uint32_t low[K / 16][4];
+      uint32_t high[K / 16][4], low[K / 16][4];
 #pragma unroll
       for (int kt = 0; kt < K / 16; ++kt) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const float(&values)[4] = dstate.acc[2 * kt + half];
-          low[kt][2 * half] = SplitBf16(values[0], values[1]).low;
-          low[kt][2 * half + 1] = SplitBf16(values[2], values[3]).low;
+          split_half(high[kt], low[kt], half, values[0], values[1], values[2], values[3]);
         }
       }
       wgmma::fence();
@@ -230,15 +229,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       const uint64_t pairs = wgmma::descriptor(stage + Config::kAqk + tokens_at(kt), 0);
       wgmma::m64n64k16_bf16<true>(du, dO[kt], pairs, kt > 0 || is_exact);
     }
-    uint32_t exits[K / 16][4];  // dS'; each is on its way while the next is made
+    uint32_t exits[K / 16][4];  // dS'
+    dstate.to_operands(exits);
 #pragma unroll
     for (int kt = 0; kt < K / 16; ++kt) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float(&values)[4] = dstate.acc[2 * kt + half];
-        exits[kt][2 * half] = pack_bf16(values[0], values[1]);
-        exits[kt][2 * half + 1] = pack_bf16(values[2], values[3]);
-      }
       wgmma::fence();
       wgmma::m64n64k16_bf16<false>(du, exits[kt], keys(kt), true);
     }
