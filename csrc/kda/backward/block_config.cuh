@@ -80,11 +80,16 @@ struct IntraChunkGradientsConfig {
     kOfBias,    // for ddt_bias
     kChannelArrays,
   };
-  static constexpr int kLargest =
-      kChannels + kChannelArrays * kBlocks * K * 4;            // [kWarps]: the largest pair in magnitude; and one word
+  // Of the gate's parameters, of a chunk and of the next one: dt_bias [2][K], exp(A_log) [2] and as much room again.
+  static constexpr int kBias = kChannels + kChannelArrays * kBlocks * K * 4, kRate = kBias + 2 * K * 4;
+  static constexpr int kLargest = kRate + 16;                  // [kWarps]: the largest pair in magnitude; and one word
   static constexpr int kPlaces = kLargest + (kWarps + 4) * 4;  // [2] of ChunkPlace
   static constexpr int kBarriers = kPlaces + 2 * sizeof(ChunkPlace);  // [2]: of copies of values and of states
   static constexpr int kEnd = kBarriers + 2 * 8;
+
+  // g of 16 bits once more, in the place of the pairs, when all have read them: [kWarps][kBlockTokens][16].
+  static constexpr int kGatesAgain = kDqk, kGatesOfWarpBytes = kBlockTokens * 16 * 2;
+  static_assert(kWarps * kGatesOfWarpBytes <= 2 * kPairTileBytes);
 
   // Operands of pairs, when all have read the states: of each warp P q and P k, and of each group of channels X k.
   static constexpr int kOperands = kState, kOwnOperands = 2 * kBlockTiles,

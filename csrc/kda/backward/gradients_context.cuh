@@ -35,6 +35,7 @@ struct GradientsContext {
   const ChunkLocation location;
   const int value_head;
   const int64_t tile;  // slot * HV + value_head
+  const int turn;      // of the chunk, modulo 2, in a kernel that has two at hand
 
   __device__ __forceinline__ const ChunkFwdParams& call() const { return params.forward.call; }
   __device__ __forceinline__ int key_head() const {

@@ -145,7 +145,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
 
   // log2 of P of the block's tokens; the totals of its tiles into shared memory.
   __device__ __forceinline__ Range activate(Block& exponent) const {
-    const GateOfTile activation = this->gate();
+    const GateOfTile activation = kept_gate();
     Range range = {};
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
@@ -196,7 +196,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
 
   // dg of the block, and its sums for the gate's parameters.
   __device__ __forceinline__ void store_gates(Block& cumulative) const {
-    const GateOfTile activation = this->gate();
+    const GateOfTile activation = kept_gate();
     const float size = this->inverse_unit();
     float outside[2];  // what crosses the whole block
 #pragma unroll
@@ -212,8 +212,8 @@ struct IntraChunkGradients : BlockGradients<Config> {
       this->clear_rows_past_end(cumulative[i], first_tile() + i);
     }
     if (activation.kind != GateKind::kLog) {  // a log-gate in range of one reference has a gradient, whatever it is
-      Block gates;                            // once more, as the next chunk's are where they were
-      this->load_gates(gates, first_tile());
+      Block gates;
+      load_gates_again<2>(gates);
 #pragma unroll
       for (int i = 0; i < kBlockTiles; ++i) activation.differentiate(cumulative[i], gates[i], of_rate, of_bias);
     }
@@ -241,10 +241,83 @@ struct IntraChunkGradients : BlockGradients<Config> {
     }
   }
 
-  // beta as it came, kept until its chunk is the next.
-  __device__ __forceinline__ void keep_beta(float beta) const {
-    if (this->thread < C) this->tokens(Config::kNextBeta)[this->thread] = beta;
+  // What a chunk needs of parameters of a token or a channel, one element a thread: beta of token `thread` as it came, A_log, dt_bias of a channel; and
+  // where they are kept until the chunk is the next.
+  static constexpr int kRateThread = C, kFirstBiasThread = 2 * C;
+  __device__ __forceinline__ float raw_parameter() const {
+    const ChunkFwdParams& c = call();
+    const int thread = this->thread, k = thread - kFirstBiasThread;
+    if (thread < C || c.gate == GateKind::kLog || location.tokens == 0) return this->raw_beta();
+    if (thread == kRateThread && c.A_log != nullptr) return c.A_log[value_head];
+    return k >= 0 && k < K && c.dt_bias != nullptr ? c.dt_bias[int64_t{value_head} * K + k] : 0.0f;
   }
+  __device__ __forceinline__ float& kept_bias(int k) const {
+    return reinterpret_cast<float*>(shared + Config::kBias)[this->turn * K + k];
+  }
+  __device__ __forceinline__ float& kept_rate() const {
+    return reinterpret_cast<float*>(shared + Config::kRate)[this->turn];
+  }
+  __device__ __forceinline__ void keep_parameter(float value) const {
+    const int thread = this->thread, k = thread - kFirstBiasThread;
+    if (thread < C) {
+      this->tokens(Config::kNextBeta)[thread] = value;
+    } else if (thread == kRateThread) {
+      kept_rate() = call().A_log != nullptr ? expf(value) : 1.0f;
+    } else if (k >= 0 && k < K) {
+      kept_bias(k) = value;
+    }
+  }
+  __device__ __forceinline__ GateOfTile kept_gate() const {
+    if (call().gate == GateKind::kLog) return {GateKind::kLog, 1.0f, 0.0f, {0.0f, 0.0f}};
+    return {call().gate, kept_rate(), call().lower_bound, {kept_bias(channel(0)), kept_bias(channel(1))}};
+  }
+
+  // g once more for its derivative, as the next chunk's comes to where it was: what a warp needs is copied by the warp. Not fp32, for which there is no room.
+  __device__ __forceinline__ bool copies_gates_again() const {
+    return call().gate != GateKind::kLog && call().gate_type != DataType::kFloat32 && params.forward.vectorized;
+  }
+  __device__ __forceinline__ uint8_t* gates_again() const {
+    return shared + Config::kGatesAgain + this->warp * Config::kGatesOfWarpBytes;
+  }
+  __device__ __forceinline__ void copy_gates_again() const {
+    if (copies_gates_again() && location.tokens > 0) {
+      static_assert(Config::kBlockTokens == 32);
+      const ChunkFwdParams& c = call();
+      const int t = min(first_tile() * 16 + lane, location.tokens - 1);
+      const uint16_t* const row =
+          static_cast<const uint16_t*>(c.g) +
+          (location.batch * c.g_stride.batch + (location.first_token + t) * c.g_stride.token +
+           value_head * c.g_stride.head + 16 * this->group());
+      const uint32_t to = ptx::shared_address(gates_again() + lane * 32);
+      ptx::cp_async_16(to, row, 16);
+      ptx::cp_async_16(to + 16, row + 8, 16);
+    }
+    ptx::cp_async_commit_group();
+  }
+  // kLater: groups of copies behind that of copy_gates_again().
+  template <int kLater>
+  __device__ __forceinline__ void load_gates_again(Block& gates) const {
+    if (!copies_gates_again()) {
+      this->load_gates(gates, first_tile());
+      return;
+    }
+    ptx::cp_async_wait_group<kLater>();
+    __syncwarp();
+    const auto load = [&](auto element) {
+      using Gate = decltype(element);
+      const Gate* const first = reinterpret_cast<const Gate*>(gates_again()) + this->row;
+#pragma unroll
+      for (int i = 0; i < kBlockTiles; ++i) {
+        gates[i].for_each([&](float& x, int b, int hi, int p) { x = to_float(first[token(i, b, p) * 16 + 8 * hi]); });
+      }
+    };
+    if (call().gate_type == DataType::kBFloat16) {
+      load(BFloat16());
+    } else {
+      load(Float16());
+    }
+  }
+
   __device__ __forceinline__ float copied_beta() const {
     return this->thread < C ? this->tokens(Config::kNextBeta)[this->thread] : 0.0f;
   }
@@ -311,7 +384,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
     }
     __syncthreads();
     next().copy_values();
-    const float next_beta = next().raw_beta();
+    const float next_parameter = next().raw_parameter();
     here().leave_operands(later_operands);
     typename Blocks::EarlierOperands operands;
     here().add_written(sums, crossing, operands, written, unit);
@@ -325,8 +398,9 @@ struct IntraChunkGradients : BlockGradients<Config> {
       here().store_dots(sums.dk, 1);
     }
     here().leave_channel_sums(sums.cumulative, crossing);
-    here().keep_beta(next_beta);
+    next().keep_parameter(next_parameter);
     __syncthreads();
+    here().copy_gates_again();
     next().copy_gates();
     next().copy_states();
     if (here().call().qk_l2norm) {
@@ -417,7 +491,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     const ChunkPlace& place = places[turn];
     const int thread = ptx::opaque(threadIdx.x), lane = thread & 31;  // what follows from it is not kept
     return {{{{{params, shared, thread, thread >> 5, lane, lane >> 2, lane & 3, place.location, place.value_head,
-                place.tile}}}}};
+                place.tile, turn}}}}};
   };
 
   if (threadIdx.x == 0) {
@@ -445,7 +519,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     at(turn).copy_values();
     at(turn).copy_states();
     at(turn).copy_keys();
-    at(turn).keep_beta(at(turn).raw_beta());
+    at(turn).keep_parameter(at(turn).raw_parameter());
     ptx::cp_async_wait_group<2>();
     __syncthreads();
   };
