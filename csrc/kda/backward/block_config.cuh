@@ -18,13 +18,14 @@ struct IntraChunkGradientsConfig {
   static constexpr int K = K_, V = V_, C = kChunkTokens;
   using Element = Element_;
   static constexpr CallKind kKind = kKind_;
+  static constexpr bool kTensorCopies = kKind != CallKind::kAny;  // rows of tensors by the copy engine
   static constexpr int kTiles = C / 16;  // of tokens
   static constexpr int kBlocks = 2, kBlockTiles = kTiles / kBlocks, kBlockTokens = 16 * kBlockTiles;
   static constexpr int kGroups = K / 16;    // of 16 channels
   static constexpr int kRowTiles = V / 16;  // of V
   static constexpr int kWarps = kGroups * kBlocks, kThreads = 32 * kWarps;
 
-  using KeyTile = SwizzledTile<K>;   // [C][K]
+  using KeyTile = BlockedTile<C>;    // [C][K]
   using ValueTile = BlockedTile<C>;  // [C][V]
   using PairTile = SwizzledTile<C>;  // [C][C]
   static constexpr int kKeyTileBytes = C * K * 2, kValueTileBytes = C * V * 2, kPairTileBytes = C * C * 2,
@@ -42,6 +43,8 @@ struct IntraChunkGradientsConfig {
   static constexpr int kKey = kQuery + kKeyTileBytes;               // k, then dk
   static constexpr int kDqk = kKey + kKeyTileBytes;                 // see store_pairs()
   static constexpr int kDkk = kDqk + kPairTileBytes;                // likewise
+  static constexpr int kValueGradient = kDqk;                       // dV, before the pairs
+  static_assert(kValueTileBytes <= 2 * kPairTileBytes);
   static constexpr int kTokens = kDkk + kPairTileBytes;             // arrays over tokens, below
 
   // Arrays [C] of fp32.
@@ -84,8 +87,8 @@ struct IntraChunkGradientsConfig {
   static constexpr int kBias = kChannels + kChannelArrays * kBlocks * K * 4, kRate = kBias + 2 * K * 4;
   static constexpr int kLargest = kRate + 16;                  // [kWarps]: the largest pair in magnitude; and one word
   static constexpr int kPlaces = kLargest + (kWarps + 4) * 4;  // [2] of ChunkPlace
-  static constexpr int kBarriers = kPlaces + 2 * sizeof(ChunkPlace);  // [2]: of copies of values and of states
-  static constexpr int kEnd = kBarriers + 2 * 8;
+  static constexpr int kBarriers = kPlaces + 2 * sizeof(ChunkPlace);  // [4]: see Copies
+  static constexpr int kEnd = kBarriers + 4 * 8;
 
   // g of 16 bits once more, in the place of the pairs, when all have read them: [kWarps][kBlockTokens][16].
   static constexpr int kGatesAgain = kDqk, kGatesOfWarpBytes = kBlockTokens * 16 * 2;
@@ -104,15 +107,7 @@ struct IntraChunkGradientsConfig {
                        kCtasThatFit = 228 * 1024 / (kSharedBytes + 1024);  // 128 registers a thread
   static constexpr int kCtasPerSm = kMostCtas < kCtasThatFit ? kMostCtas : kCtasThatFit;
 
-  // g  [C][K]. Units are permuted so that lanes with two tokens less or more and the same channels meet other banks.
-  template <typename Gate>
-  struct GateTile {
-    static constexpr int kUnitChannels = 16 / sizeof(Gate), kRowBytes = K * sizeof(Gate);
-    static __device__ __forceinline__ uint32_t unit_offset(int token, int unit) {
-      const int turn = (token >> 1 & 3) * (kUnitChannels == 4 ? 2 : 1);
-      return token * kRowBytes + (unit ^ turn) * 16;
-    }
-  };
+  using GateTile = BlockedTile<C>;  // g  [C][K]: blocks of 64 channels of 16 bits, or of 32 of fp32
 };
 
 // A block goes by one reference if log2 of its decay on either side of its middle, and squares of the norms of q and k, are in one of two

@@ -149,21 +149,21 @@ struct GradientsRows : GradientsContext<Config> {
     return largest;
   }
 
-  // Rows of a [C, Columns] tile, a thread's units of them, on the way to a contiguous tensor, in which the first token has row `first_row`
-  // and the next are `row_stride` rows further each.
+  // Rows of a [C, Columns] tile of 16 bits, a thread's units of them, on the way to a contiguous tensor, in which the first token has row
+  // `first_row` and the next are `row_stride` rows further each.
   template <int Columns>
   struct RowUnits {
     static constexpr int kUnits = Columns / 8, kRowsAtOnce = Config::kThreads / kUnits, kCount = C / kRowsAtOnce;
     uint4 unit[kCount];
   };
-  template <int Columns>
+  template <typename Tile, int Columns>
   __device__ __forceinline__ void take_rows(RowUnits<Columns>& units, int offset) const {
     using Units = RowUnits<Columns>;
     const int row = this->thread / Units::kUnits, unit = this->thread % Units::kUnits;
-    const uint8_t* const from = shared + offset + SwizzledTile<Columns>::unit_offset(row, unit);
+    const uint8_t* const from = shared + offset + Tile::unit_offset(row, unit);
 #pragma unroll
     for (int i = 0; i < Units::kCount; ++i) {
-      units.unit[i] = *reinterpret_cast<const uint4*>(from + i * Units::kRowsAtOnce * Columns * 2);
+      units.unit[i] = *reinterpret_cast<const uint4*>(from + i * Units::kRowsAtOnce * Tile::kRowBytes);
     }
   }
   template <int Columns>
@@ -182,10 +182,10 @@ struct GradientsRows : GradientsContext<Config> {
   }
 
   // The same in one go.
-  template <int Columns>
+  template <typename Tile, int Columns>
   __device__ __forceinline__ void store_rows(void* destination, int offset, int64_t first_row, int row_stride) const {
     RowUnits<Columns> units;
-    take_rows(units, offset);
+    take_rows<Tile>(units, offset);
     store_rows(units, destination, first_row, row_stride);
   }
 

@@ -29,6 +29,7 @@
 #include "../device/sum_rows.cuh"
 #include "../device/timeline.cuh"
 #include "block_gradients.cuh"
+#include "gradient_maps.h"
 
 namespace kda {
 
@@ -44,8 +45,28 @@ struct IntraChunkGradients : BlockGradients<Config> {
       Blocks::totals, Blocks::value_head;
   static constexpr int K = Config::K, V = Config::V, C = Config::C, kTiles = Config::kTiles,
                        kBlockTiles = Config::kBlockTiles;
+  static constexpr bool kTensorCopies = Config::kTensorCopies;
+
+  const GradientTensorMaps& maps;  // if kTensorCopies
 
   // ---- Copies from memory ----
+
+  // Copies by the copy engine, which barriers count: of values, of states, of g, and of q and k. One thread asks for them.
+  enum class Copies { kValues, kStates, kGates, kKeys };
+  __device__ __forceinline__ uint32_t barrier(Copies copies) const {
+    return address(Config::kBarriers + static_cast<int>(copies) * 8);
+  }
+  // Rows of the chunk, and of what follows it in the tensor.
+  __device__ __forceinline__ void copy_rows(Copies copies, int offset, const CUtensorMap& map) const {
+    ptx::cp_async_bulk_tensor_load(address(offset), &map, 0, static_cast<int>(location.first_token), 0, value_head,
+                                   static_cast<int>(location.batch), barrier(copies));
+  }
+  __device__ __forceinline__ void store_tile(const CUtensorMap& map, int offset) const {
+    ptx::cp_async_bulk_tensor_store(&map, 0, static_cast<int>(location.first_token), 0, value_head,
+                                    static_cast<int>(location.batch), address(offset));
+  }
+  // Whether rows of 64 tokens are the chunk's: else those past its end belong to another sequence.
+  __device__ __forceinline__ bool is_whole() const { return location.tokens == C; }
 
   template <typename Gate>
   __device__ __forceinline__ void copy_gates_of() const {
@@ -53,11 +74,19 @@ struct IntraChunkGradients : BlockGradients<Config> {
     const Gate* const first =
         static_cast<const Gate*>(c.g) +
         (location.batch * c.g_stride.batch + location.first_token * c.g_stride.token + value_head * c.g_stride.head);
-    this->template load_rows<typename Config::template GateTile<Gate>, K>(Config::kGates, first, c.g_stride.token,
-                                                                          params.forward.vectorized);
+    this->template load_rows<typename Config::GateTile, K>(Config::kGates, first, c.g_stride.token,
+                                                           params.forward.vectorized);
   }
 
   __device__ __forceinline__ void copy_gates() const {
+    if constexpr (kTensorCopies) {
+      if (this->thread != 0) return;
+      const bool is_used = location.tokens > 0;
+      const int bytes = C * K * (call().gate_type == DataType::kFloat32 ? 4 : 2);
+      ptx::mbarrier_arrive_expect_tx(barrier(Copies::kGates), is_used ? bytes : 0);
+      if (is_used) copy_rows(Copies::kGates, Config::kGates, maps.g);
+      return;
+    }
     if (location.tokens > 0) {
       if (call().gate_type == DataType::kFloat32) {
         copy_gates_of<float>();
@@ -70,11 +99,6 @@ struct IntraChunkGradients : BlockGradients<Config> {
     ptx::cp_async_commit_group();
   }
 
-  // Copies by the copy engine, which barriers count: of values and of states. One thread asks for them.
-  enum class Copies { kValues, kStates };
-  __device__ __forceinline__ uint32_t barrier(Copies copies) const {
-    return address(Config::kBarriers + static_cast<int>(copies) * 8);
-  }
   template <int kBytes>
   __device__ __forceinline__ void copy_tile(Copies copies, int offset, const void* tiles) const {
     ptx::cp_async_bulk_load(address(offset), static_cast<const uint8_t*>(tiles) + tile * kBytes, kBytes,
@@ -91,17 +115,20 @@ struct IntraChunkGradients : BlockGradients<Config> {
       mark(params.forward, Mark::kGradientsThere, tile);
       ptx::fence_proxy_async_global();  // for the states, too, which this thread asks for later
     }
-    ptx::mbarrier_arrive_expect_tx(barrier(Copies::kValues),
-                                   is_used ? 2 * Config::kValueTileBytes + Config::kPairTileBytes : 0);
+    constexpr int kBytes = (kTensorCopies ? 3 : 2) * Config::kValueTileBytes + Config::kPairTileBytes;
+    ptx::mbarrier_arrive_expect_tx(barrier(Copies::kValues), is_used ? kBytes : 0);
     if (!is_used) return;
+    if constexpr (kTensorCopies) copy_rows(Copies::kValues, Config::kOutputGradient, maps.dO);
     copy_tile<Config::kValueTileBytes>(Copies::kValues, Config::kY, params.dU);
     copy_tile<Config::kValueTileBytes>(Copies::kValues, Config::kU, params.forward.U_rounded);
     copy_tile<Config::kPairTileBytes>(Copies::kValues, Config::kInverse, params.forward.inverse);
   }
 
   __device__ __forceinline__ void copy_states() const {
-    if (location.tokens > 0) this->load_output_gradient();
-    ptx::cp_async_commit_group();
+    if constexpr (!kTensorCopies) {
+      if (location.tokens > 0) this->load_output_gradient();
+      ptx::cp_async_commit_group();
+    }
     if (this->thread != 0) return;
     const bool is_used = location.tokens > 0;
     ptx::mbarrier_arrive_expect_tx(barrier(Copies::kStates), is_used ? 2 * Config::kStateBytes : 0);
@@ -116,8 +143,65 @@ struct IntraChunkGradients : BlockGradients<Config> {
   }
 
   __device__ __forceinline__ void copy_keys() const {
+    if constexpr (kTensorCopies) return;
     if (location.tokens > 0) this->load_queries_and_keys();
     ptx::cp_async_commit_group();
+  }
+
+  // The copy engine, which stores dq and dk of the chunk before from where q and k come, is asked for these in their own chunk, and to have them at hand
+  // in the one before.
+  __device__ __forceinline__ void prefetch_keys() const {
+    if (!kTensorCopies || this->thread != 0 || location.tokens == 0) return;
+    const int token = static_cast<int>(location.first_token), batch = static_cast<int>(location.batch);
+    ptx::prefetch_tensor_to_l2(&maps.q, 0, token, 0, value_head, batch);
+    ptx::prefetch_tensor_to_l2(&maps.k, 0, token, 0, value_head, batch);
+  }
+  __device__ __forceinline__ void copy_keys_over_gradients() const {
+    if (!kTensorCopies || this->thread != 0) return;
+    ptx::cp_async_bulk_wait_read_all();
+    const bool is_used = location.tokens > 0;
+    ptx::mbarrier_arrive_expect_tx(barrier(Copies::kKeys), is_used ? 2 * Config::kKeyTileBytes : 0);
+    if (!is_used) return;
+    copy_rows(Copies::kKeys, Config::kQuery, maps.q);
+    copy_rows(Copies::kKeys, Config::kKey, maps.k);
+  }
+
+  // Of a chunk that is not whole.
+  template <int kBytes>
+  __device__ __forceinline__ void clear_copied_rows(int offset) const {
+    constexpr int kUnits = kBytes / 16 / C;
+    for (int i = this->thread; i < C * kUnits; i += Config::kThreads) {
+      const int t = i / kUnits;
+      const uint32_t at = offset + BlockedTile<C>::unit_offset(t, i % kUnits);
+      if (t >= location.tokens) *reinterpret_cast<uint4*>(shared + at) = {0, 0, 0, 0};
+    }
+  }
+  // q, k and dO of the chunk are there; rows past its end are zero.
+  __device__ __forceinline__ void wait_for_rows(int turn) const {
+    if constexpr (!kTensorCopies) {
+      ptx::cp_async_wait_all();
+      if constexpr (!std::is_same_v<Element, BFloat16>) this->convert_output_gradient();
+      return;
+    }
+    wait_for(Copies::kKeys, turn);
+    if (is_whole()) return;
+    clear_copied_rows<Config::kValueTileBytes>(Config::kOutputGradient);
+    clear_copied_rows<Config::kKeyTileBytes>(Config::kQuery);
+    clear_copied_rows<Config::kKeyTileBytes>(Config::kKey);
+  }
+
+  // dV, before and after a barrier that follows others.
+  __device__ __forceinline__ void store_value_gradient() const {
+    if (!kTensorCopies || !is_whole()) {
+      this->template store_rows<typename Config::ValueTile, V>(params.dv, Config::kValueGradient, this->value_row(0),
+                                                               call().problem.value_heads);
+    } else if (this->thread == 0) {
+      store_tile(maps.dv, Config::kValueGradient);
+      ptx::cp_async_bulk_commit_group();
+    }
+  }
+  __device__ __forceinline__ void wait_for_stores() const {
+    if (kTensorCopies && this->thread == 0) ptx::cp_async_bulk_wait_read_all();
   }
 
   // ---- Gates ----
@@ -126,12 +210,12 @@ struct IntraChunkGradients : BlockGradients<Config> {
   __device__ __forceinline__ ChannelTile copied_gate(int tt) const {
     const auto load = [&](auto element) {
       using Gate = decltype(element);
-      using Tile = typename Config::template GateTile<Gate>;
+      constexpr int kOfUnit = 16 / sizeof(Gate);
       return ChannelTile::make([&](int b, int hi, int p) {
         const int c = channel(hi);
         const uint8_t* const unit =
-            shared + Config::kGates + Tile::unit_offset(token(tt, b, p), c / Tile::kUnitChannels);
-        return to_float(reinterpret_cast<const Gate*>(unit)[c % Tile::kUnitChannels]);
+            shared + Config::kGates + Config::GateTile::unit_offset(token(tt, b, p), c / kOfUnit);
+        return to_float(reinterpret_cast<const Gate*>(unit)[c % kOfUnit]);
       });
     };
     if (call().gate_type == DataType::kFloat32) return load(0.0f);
@@ -294,14 +378,14 @@ struct IntraChunkGradients : BlockGradients<Config> {
     }
     ptx::cp_async_commit_group();
   }
-  // kLater: groups of copies behind that of copy_gates_again().
+  // kLater: groups of copies behind that of copy_gates_again(), where rows are copied in such groups.
   template <int kLater>
   __device__ __forceinline__ void load_gates_again(Block& gates) const {
     if (!copies_gates_again()) {
       this->load_gates(gates, first_tile());
       return;
     }
-    ptx::cp_async_wait_group<kLater>();
+    ptx::cp_async_wait_group<kTensorCopies ? 0 : kLater>();
     __syncwarp();
     const auto load = [&](auto element) {
       using Gate = decltype(element);
@@ -335,9 +419,11 @@ struct IntraChunkGradients : BlockGradients<Config> {
   static __device__ __forceinline__ bool run(int turn, Here here, Next next, Find find_next) {
     bool is_wide;
     {
+      if constexpr (kTensorCopies) here().wait_for(Copies::kGates, turn);
       Block exponent;
       const Range range = here().activate(exponent);
       is_wide = range.is_wide;
+      here().copy_keys_over_gradients();
       if (here().store_beta(here().copied_beta(), range.is_too_wide)) {
         here().leave_to_levels(true);
         return false;
@@ -352,11 +438,11 @@ struct IntraChunkGradients : BlockGradients<Config> {
       __syncthreads();
       here().solve(operands);
     }
-    ptx::cp_async_wait_all();
-    if constexpr (!std::is_same_v<Element, BFloat16>) here().convert_output_gradient();
-    ptx::fence_proxy_async_shared();  // Y, U and dO, before the products that read them
+    here().wait_for_rows(turn);
+    ptx::fence_proxy_async_shared();  // Y, U and dO, before the products that read them, and dV
     is_wide = __syncthreads_or(is_wide);
 
+    here().store_value_gradient();
     typename Values::Pairs pairs;
     here().multiply_pairs(pairs);
     const float most = is_wide ? kWideSquaredNorm : kMaxSquaredNorm;
@@ -366,7 +452,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
     find_next();
     here().scale_pairs(pairs);
     here().beta_gradient();
-    here().store_value_gradient();
+    here().wait_for_stores();
     __syncthreads();
     const float unit = here().store_pairs(pairs);
     here().wait_for(Copies::kStates, turn);
@@ -403,6 +489,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
     here().copy_gates_again();
     next().copy_gates();
     next().copy_states();
+    next().prefetch_keys();
     if (here().call().qk_l2norm) {
       here().sum_dots();
       __syncthreads();
@@ -410,21 +497,37 @@ struct IntraChunkGradients : BlockGradients<Config> {
     here().finish(sums.dq, 0);
     here().finish(sums.dk, 1);
     here().store_gates(sums.cumulative);
-    ptx::cp_async_wait_group<1>();  // g of the next chunk
+    if constexpr (kTensorCopies) {
+      ptx::fence_proxy_async_shared();  // dq and dk, before they are stored
+    } else {
+      ptx::cp_async_wait_group<1>();  // g of the next chunk
+    }
     __syncthreads();
     here().store_gate_parameters();
+    if (kTensorCopies && here().is_whole()) {
+      here().store_keys();
+      return true;
+    }
     if (here().params.dq_parts != nullptr) {
       next().copy_keys();
       return true;
     }
     typename Blocks::template RowUnits<K> dq, dk;
-    here().template take_rows<K>(dq, Config::kQuery);
-    here().template take_rows<K>(dk, Config::kKey);
+    here().template take_rows<typename Config::KeyTile>(dq, Config::kQuery);
+    here().template take_rows<typename Config::KeyTile>(dk, Config::kKey);
     __syncthreads();
     next().copy_keys();
-    here().template store_rows<K>(dq, here().params.dq, here().key_row(0), here().call().problem.heads);
-    here().template store_rows<K>(dk, here().params.dk, here().key_row(0), here().call().problem.heads);
+    here().store_rows(dq, here().params.dq, here().key_row(0), here().call().problem.heads);
+    here().store_rows(dk, here().params.dk, here().key_row(0), here().call().problem.heads);
     return true;
+  }
+
+  // dq and dk, which lie where q and k were.
+  __device__ __forceinline__ void store_keys() const {
+    if (this->thread != 0) return;
+    store_tile(maps.dq, Config::kQuery);
+    store_tile(maps.dk, Config::kKey);
+    ptx::cp_async_bulk_commit_group();
   }
 };
 
@@ -449,8 +552,8 @@ __device__ __forceinline__ bool is_rehearsing(const ChunkBwdKernelParams& params
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
-    intra_chunk_gradients_kernel(const __grid_constant__ ChunkBwdKernelParams given) {
-  ChunkBwdKernelParams params = given;
+    intra_chunk_gradients_kernel(const __grid_constant__ IntraChunkGradientsParams given) {
+  ChunkBwdKernelParams params = given.stage;
   fix<Config::kKind>(params.forward.call);
   if constexpr (Config::kKind != CallKind::kAny) params.forward.vectorized = true, params.dq_parts = nullptr;
   if constexpr (Config::kKind == CallKind::kProcessed) params.dA_log_parts = nullptr;
@@ -491,16 +594,18 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     const ChunkPlace& place = places[turn];
     const int thread = ptx::opaque(threadIdx.x), lane = thread & 31;  // what follows from it is not kept
     return {{{{{params, shared, thread, thread >> 5, lane, lane >> 2, lane & 3, place.location, place.value_head,
-                place.tile, turn}}}}};
+                place.tile, turn}}}},
+            given.maps};
   };
 
   if (threadIdx.x == 0) {
     mark(params.forward, Mark::kGradientsBegin, 0);
     const uint32_t barriers = ptx::shared_address(shared + Config::kBarriers);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < 4; ++i) {
       ptx::mbarrier_init(barriers + 8 * i, 1);
-      ptx::mbarrier_arrive(barriers + 8 * i);  // nothing is copied of no chunk
+      // Nothing is copied of no chunk; q and k are asked for in each chunk.
+      if (i != static_cast<int>(Gradients::Copies::kKeys)) ptx::mbarrier_arrive(barriers + 8 * i);
     }
     ptx::fence_mbarrier_init();
     places[0] = places[1] = nowhere;
@@ -540,19 +645,28 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     if (place.location.tokens > 0 || rehearses) {
       if (threadIdx.x == 0) mark(params.forward, Mark::kGradientsChunk, place.tile);
       if (Gradients::run(turn, here, next, find_next)) continue;
-    } else if (place.slot >= 0) {
-      clear_parts<Config>(params, place.tile);
-      if (threadIdx.x == 0) params.by_levels[place.tile] = RowsPastEnd(params.forward.call, place.slot).count > 0;
+    } else {
+      here().copy_keys_over_gradients();
+      if (place.slot >= 0) {
+        clear_parts<Config>(params, place.tile);
+        if (threadIdx.x == 0) params.by_levels[place.tile] = RowsPastEnd(params.forward.call, place.slot).count > 0;
+      }
     }
     ptx::cp_async_wait_all();
     here().wait_for(Gradients::Copies::kValues, turn);
     here().wait_for(Gradients::Copies::kStates, turn);
+    if constexpr (Config::kTensorCopies) {
+      here().wait_for(Gradients::Copies::kGates, turn);
+      here().wait_for(Gradients::Copies::kKeys, turn);
+      ptx::fence_proxy_async_shared();
+    }
     __syncthreads();  // all are done with this chunk, and with the one before
     find_next();
     __syncthreads();
     copy(turn ^ 1);
   }
   if (threadIdx.x == 0) mark(params.forward, Mark::kGradientsEnd, 0);
+  if (Config::kTensorCopies && threadIdx.x == 0) ptx::cp_async_bulk_wait_all();
   ptx::wait_for_kernel_before();  // who waits for this kernel relies on those before it, too
 }
 

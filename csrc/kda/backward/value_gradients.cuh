@@ -1,9 +1,7 @@
 // The first part of the gradients inside a chunk, in which a warp owns rows of V or of pairs:
-//   solve        Y = A^{-T} dU, and the part of dbeta in Y
+//   solve        Y = A^{-T} dU, dV = beta Y, and the part of dbeta in Y
 //   multiply_pairs, scale_pairs, store_pairs
 //                the gradients of the pairs of tokens, from dO U^T and Y U^T
-//   store_value_gradient
-//                dV = beta Y
 #pragma once
 
 #include "../device/wgmma.cuh"
@@ -54,8 +52,8 @@ struct ValueGradients : GradientsRows<Config> {
     for (int i = 0; i < kSolveTiles; ++i) operands.U[i] = copied_fragment(Config::kU, solved_rows(), solved_tile(i));
   }
 
-  // Y^T = dU^T A^{-1} of 16 rows of V; Y and U into shared memory, over what all have loaded, and over these rows Y_i . U_i, which is the
-  // gradient of beta_i times beta_i.
+  // Y^T = dU^T A^{-1} of 16 rows of V; Y and U into shared memory, over what all have loaded, dV = beta Y, too, and over these rows Y_i . U_i,
+  // which is the gradient of beta_i times beta_i.
   __device__ __forceinline__ void solve(const SolveOperands& operands) const {
     constexpr int kTilesOfSum = 2;
     const int row_tile = solved_rows();
@@ -77,9 +75,17 @@ struct ValueGradients : GradientsRows<Config> {
       }
       const ChannelOperand& u = operands.U[i];
       const ChannelTile values = u.template unpack<BFloat16>();
-      uint32_t pairs[4];
+      float beta[4];
+      this->load_tokens(beta, Config::kBeta, tt);
+      uint32_t pairs[4], gradients[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) pairs[j] = pack_bf16(y.at(j >> 1, j & 1, 0), y.at(j >> 1, j & 1, 1));
+      for (int j = 0; j < 4; ++j) {
+        const int block = j >> 1;
+        const float even = y.at(block, j & 1, 0), odd = y.at(block, j & 1, 1);
+        pairs[j] = pack_bf16(even, odd);
+        gradients[j] =
+            Packed2<Element>::from_floats(beta[token_index(block, 0)] * even, beta[token_index(block, 1)] * odd);
+      }
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
         const int block = t >> 1, p = t & 1;
@@ -87,6 +93,7 @@ struct ValueGradients : GradientsRows<Config> {
             y.at(block, 0, p) * values.at(block, 0, p) + y.at(block, 1, p) * values.at(block, 1, p);
       }
       Config::ValueTile::store_a_trans(pairs, address(Config::kY), 16 * tt, 16 * row_tile, lane);
+      Config::ValueTile::store_a_trans(gradients, address(Config::kValueGradient), 16 * tt, 16 * row_tile, lane);
       Config::ValueTile::store_a_trans(u.pair, address(Config::kU), 16 * tt, 16 * row_tile, lane);
       if (i % kTilesOfSum != kTilesOfSum - 1 && i != kSolveTiles - 1) continue;
       const float dot = sum_rows(dots, lane);  // the one of index `row`
@@ -106,25 +113,6 @@ struct ValueGradients : GradientsRows<Config> {
     gradient /= beta;
     if (call().beta_sigmoid) gradient *= beta * (1.0f - beta / call().beta_scale);
     this->store_1(params.dbeta, value_row(t), call().beta_type, gradient);
-  }
-
-  // dV = beta Y, from Y in shared memory.
-  __device__ __forceinline__ void store_value_gradient() const {
-    constexpr int kUnits = V / 8;
-#pragma unroll 2
-    for (int i = this->thread; i < C * kUnits; i += Config::kThreads) {
-      const int t = i / kUnits, unit = i % kUnits;
-      if (t >= location.tokens) break;
-      const float beta = tokens(Config::kBeta)[t];
-      float y[8];
-      unpack_8<BFloat16>(
-          y, *reinterpret_cast<const uint4*>(shared + Config::kY + Config::ValueTile::unit_offset(t, unit)));
-      uint32_t packed[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) packed[j] = Packed2<Element>::from_floats(beta * y[2 * j], beta * y[2 * j + 1]);
-      Element* const destination = static_cast<Element*>(params.dv) + value_row(t) * V + 8 * unit;
-      *reinterpret_cast<uint4*>(destination) = {packed[0], packed[1], packed[2], packed[3]};
-    }
   }
 
   // The gradients of the pairs, with the factors by which q and k are normalised, so that all that follows takes q and

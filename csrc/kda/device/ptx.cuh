@@ -160,6 +160,21 @@ __device__ __forceinline__ void cp_async_bulk_tensor_load(uint32_t destination, 
       : "memory");
 }
 
+// A box that ends past the tensor is cut there.
+__device__ __forceinline__ void cp_async_bulk_tensor_store(const void* tensor_map, int c0, int c1, int c2, int c3,
+                                                           int c4, uint32_t source) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4, %5}], [%6];" ::"l"(tensor_map),
+      "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(source)
+      : "memory");
+}
+
+__device__ __forceinline__ void prefetch_tensor_to_l2(const void* tensor_map, int c0, int c1, int c2, int c3, int c4) {
+  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(tensor_map), "r"(c0),
+               "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+               : "memory");
+}
+
 __device__ __forceinline__ void cp_async_bulk_store(void* destination, uint32_t source, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(source), "r"(bytes)
                : "memory");
@@ -173,6 +188,9 @@ __device__ __forceinline__ void cp_async_bulk_commit_group() {
 __device__ __forceinline__ void cp_async_bulk_wait_read_all() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
+
+// Until the stores of this thread have been made.
+__device__ __forceinline__ void cp_async_bulk_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // Orders this thread's ordinary shared-memory accesses before later accesses of the copy engine.
 __device__ __forceinline__ void fence_proxy_async_shared() {
