@@ -590,10 +590,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     }
     if (lane == 0) places[turns & 1] = place;
   };
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) >> 5, 0);  // the same in all lanes, which the compiler then knows
   const auto at = [&](int turn) -> Gradients {
     const ChunkPlace& place = places[turn];
     const int thread = ptx::opaque(threadIdx.x), lane = thread & 31;  // what follows from it is not kept
-    return {{{{{params, shared, thread, thread >> 5, lane, lane >> 2, lane & 3, place.location, place.value_head,
+    return {{{{{params, shared, thread, warp, lane, lane >> 2, lane & 3, place.location, place.value_head,
                 place.tile, turn}}}},
             given.maps};
   };
