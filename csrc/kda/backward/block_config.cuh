@@ -19,6 +19,7 @@ struct IntraChunkGradientsConfig {
   using Element = Element_;
   static constexpr CallKind kKind = kKind_;
   static constexpr bool kTensorCopies = kKind != CallKind::kAny;  // rows of tensors by the copy engine
+  static constexpr bool kUnitNorms = kKind == CallKind::kProcessed;  // q and k are taken as they are
   static constexpr int kTiles = C / 16;  // of tokens
   static constexpr int kBlocks = 2, kBlockTiles = kTiles / kBlocks, kBlockTokens = 16 * kBlockTiles;
   static constexpr int kGroups = K / 16;    // of 16 channels
@@ -89,6 +90,10 @@ struct IntraChunkGradientsConfig {
   static constexpr int kPlaces = kLargest + (kWarps + 4) * 4;  // [2] of ChunkPlace
   static constexpr int kBarriers = kPlaces + 2 * sizeof(ChunkPlace);  // [4]: see Copies
   static constexpr int kEnd = kBarriers + 4 * 8;
+
+  // dg, when all have read the pairs' operands, if there is room: not for kAny, whose rows threads store.
+  static constexpr int kGateGradient = kDState, kGateGradientBytes = C * K * (kKind == CallKind::kProcessed ? 4 : 2);
+  static constexpr bool kGateGradientFits = kTensorCopies && kGateGradientBytes <= kStateBytes;
 
   // g of 16 bits once more, in the place of the pairs, when all have read them: [kWarps][kBlockTokens][16].
   static constexpr int kGatesAgain = kDqk, kGatesOfWarpBytes = kBlockTokens * 16 * 2;

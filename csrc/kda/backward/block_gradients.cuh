@@ -83,7 +83,7 @@ struct BlockGradients : ValueGradients<Config> {
   }
 
   // The block of the warp, and its first tile.
-  __device__ __forceinline__ int block() const { return this->warp / Config::kGroups; }
+  __device__ __forceinline__ int block() const { return static_cast<unsigned>(this->warp) / Config::kGroups; }
   __device__ __forceinline__ bool is_second() const { return block() > 0; }
   __device__ __forceinline__ int first_tile() const { return block() * kBlockTiles; }
 
@@ -193,8 +193,8 @@ struct BlockGradients : ValueGradients<Config> {
       float asks[4], predicts[4], diagonal[4];
       {
         float betas[4];
-        load_tokens(asks, Config::kQueryNorm, first + i);
-        load_tokens(predicts, Config::kKeyNorm, first + i);
+        this->load_norms(asks, Config::kQueryNorm, first + i);
+        this->load_norms(predicts, Config::kKeyNorm, first + i);
         load_tokens(betas, Config::kBeta, first + i);
         load_tokens(diagonal, Config::kDiagonal, first + i);
 #pragma unroll
@@ -228,7 +228,7 @@ struct BlockGradients : ValueGradients<Config> {
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
       float norms[4];
-      load_tokens(norms, Config::kKeyNorm, first + i);
+      this->load_norms(norms, Config::kKeyNorm, first + i);
       const ChannelTile R = inverse_power(exponent(i));
       operands.k_R[i] = scaled_values(Config::kKey, first + i, R);
       const ChannelTile rounded = operands.k_R[i].template unpack<BFloat16>();

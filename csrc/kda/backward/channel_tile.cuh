@@ -221,22 +221,34 @@ __device__ __forceinline__ float multiply_tokens(float value) {
   return value * __shfl_xor_sync(0xffffffffu, value, 2);
 }
 
-// The sums of what the other lanes of equal lane / 4 bring, of those with a smaller lane % 4 and of those with a larger one, and of all of
-// the four; all lanes get the same bits for it.
+// Which of the other lanes of equal lane / 4 have a smaller lane % 4, as factors of 0 and 1.
+struct FourLanes {
+  float odd, even, upper, lower;
+  __device__ __forceinline__ explicit FourLanes(int lane)
+      : odd(lane & 1 ? 1.0f : 0.0f), even(1.0f - odd), upper(lane & 2 ? 1.0f : 0.0f), lower(1.0f - upper) {}
+};
+
+// The sums of what they bring, finite, of those with a smaller lane % 4 and of those with a larger one, onto another; and of all of
+// the four: all lanes get the same bits for it.
 struct FourLaneSums {
-  float before, after, total;
-  __device__ __forceinline__ FourLaneSums(float mine, int member) {
-    const float neighbour = __shfl_xor_sync(0xffffffffu, mine, 1), pair = mine + neighbour;
-    const float other_pair = __shfl_xor_sync(0xffffffffu, pair, 2);
-    const bool is_odd = member & 1, is_upper = member & 2;
-    before = (is_odd ? neighbour : 0.0f) + (is_upper ? other_pair : 0.0f);
-    after = (is_odd ? 0.0f : neighbour) + (is_upper ? 0.0f : other_pair);
+  float neighbour, other_pair, total;
+  __device__ __forceinline__ explicit FourLaneSums(float mine) {
+    neighbour = __shfl_xor_sync(0xffffffffu, mine, 1);
+    const float pair = mine + neighbour;
+    other_pair = __shfl_xor_sync(0xffffffffu, pair, 2);
     total = pair + other_pair;
+  }
+  __device__ __forceinline__ float before(const FourLanes& lanes, float onto) const {
+    return fmaf(lanes.upper, other_pair, fmaf(lanes.odd, neighbour, onto));
+  }
+  __device__ __forceinline__ float after(const FourLanes& lanes, float onto) const {
+    return fmaf(lanes.lower, other_pair, fmaf(lanes.even, neighbour, onto));
   }
 };
 
 // Sums from the tile's first token to each of its tokens; for each channel. total: the sum over all.
 __device__ __forceinline__ void prefix_sums(ChannelTile& tile, float (&total)[2], int lane) {
+  const FourLanes lanes(lane);
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     total[row] = 0.0f;
@@ -244,8 +256,8 @@ __device__ __forceinline__ void prefix_sums(ChannelTile& tile, float (&total)[2]
     for (int block = 0; block < 2; ++block) {
       float& even = tile.value[block][2 * row];
       float& odd = tile.value[block][2 * row + 1];
-      const FourLaneSums sums(even + odd, lane & 3);
-      even += sums.before + total[row];
+      const FourLaneSums sums(even + odd);
+      even += sums.before(lanes, total[row]);
       odd += even;
       total[row] += sums.total;
     }
@@ -255,14 +267,15 @@ __device__ __forceinline__ void prefix_sums(ChannelTile& tile, float (&total)[2]
 // Sums from each token of the tile to its end, onto `after`, the sum of what comes later; for each channel. Leaves the
 // sum over all in `after`.
 __device__ __forceinline__ void suffix_sums(ChannelTile& tile, float (&after)[2], int lane) {
+  const FourLanes lanes(lane);
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
 #pragma unroll
     for (int block = 1; block >= 0; --block) {
       float& even = tile.value[block][2 * row];
       float& odd = tile.value[block][2 * row + 1];
-      const FourLaneSums sums(even + odd, lane & 3);
-      odd += sums.after + after[row];
+      const FourLaneSums sums(even + odd);
+      odd += sums.after(lanes, after[row]);
       even += odd;
       after[row] += sums.total;
     }

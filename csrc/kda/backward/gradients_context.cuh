@@ -44,7 +44,7 @@ struct GradientsContext {
   }
 
   // The warp's 16 channels.
-  __device__ __forceinline__ int group() const { return warp % Config::kGroups; }
+  __device__ __forceinline__ int group() const { return static_cast<unsigned>(warp) % Config::kGroups; }
 
   __device__ __forceinline__ int channel(int hi) const { return 16 * group() + row + 8 * hi; }
   __device__ __forceinline__ int token(int tt, int block, int parity) const {
@@ -82,6 +82,15 @@ struct GradientsContext {
     for (int block = 0; block < 2; ++block) {
       const float2 pair = *reinterpret_cast<const float2*>(tokens(array) + token(tt, block, 0));
       values[token_index(block, 0)] = pair.x, values[token_index(block, 1)] = pair.y;
+    }
+  }
+  // The same of kQueryNorm or kKeyNorm.
+  __device__ __forceinline__ void load_norms(float (&norms)[4], typename Config::TokenArray array, int tt) const {
+    if constexpr (Config::kUnitNorms) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) norms[i] = 1.0f;
+    } else {
+      load_tokens(norms, array, tt);
     }
   }
   __device__ __forceinline__ uint32_t address(int offset) const { return ptx::shared_address(shared + offset); }

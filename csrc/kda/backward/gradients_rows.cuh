@@ -141,7 +141,7 @@ struct GradientsRows : GradientsContext<Config> {
       }
       squares = sum_tokens(squares);
       largest = squares <= largest ? largest : squares;
-      if (member == 0) {
+      if (!Config::kUnitNorms && member == 0) {
         tokens(is_key ? Config::kKeyNorm : Config::kQueryNorm)[token] =
             call().qk_l2norm ? rsqrtf(squares + kL2NormEpsilon) : 1.0f;
       }

@@ -7,7 +7,9 @@
 
 namespace kda {
 
-cudaError_t make_gradient_maps(GradientTensorMaps& maps, const ChunkBwdKernelParams& params) {
+namespace {
+
+cudaError_t make_tensor_maps(GradientTensorMaps& maps, const ChunkBwdKernelParams& params) {
   const ChunkFwdParams& call = params.forward.call;
   const ChunkFwdProblem& p = call.problem;
   const auto contiguous = [&](int64_t heads, int64_t dim) {
@@ -20,6 +22,9 @@ cudaError_t make_gradient_maps(GradientTensorMaps& maps, const ChunkBwdKernelPar
   const auto of_keys = [&](CUtensorMap& map, const void* base, const TokenStrides& strides) {
     return Map{map, {base, strides, p.batch, p.tokens, p.heads, p.key_dim, p.activation_type}};
   };
+  const auto of_gates = [&](CUtensorMap& map, const void* base, const TokenStrides& strides) {
+    return Map{map, {base, strides, p.batch, p.tokens, p.value_heads, p.key_dim, call.gate_type}};
+  };
   const auto of_values = [&](CUtensorMap& map, const void* base) {
     const TokenStrides strides = contiguous(p.value_heads, p.value_dim);
     return Map{map, {base, strides, p.batch, p.tokens, p.value_heads, p.value_dim, p.activation_type}};
@@ -27,11 +32,12 @@ cudaError_t make_gradient_maps(GradientTensorMaps& maps, const ChunkBwdKernelPar
   const Map all[] = {
       of_keys(maps.q, call.q, call.q_stride),
       of_keys(maps.k, call.k, call.k_stride),
-      {maps.g, {call.g, call.g_stride, p.batch, p.tokens, p.value_heads, p.key_dim, call.gate_type}},
+      of_gates(maps.g, call.g, call.g_stride),
       of_values(maps.dO, params.dO),
       of_keys(maps.dq, params.dq, contiguous(p.heads, p.key_dim)),
       of_keys(maps.dk, params.dk, contiguous(p.heads, p.key_dim)),
       of_values(maps.dv, params.dv),
+      of_gates(maps.dg, params.dg, contiguous(p.value_heads, p.key_dim)),
   };
   for (const Map& m : all) {
     const cudaError_t status = encode_tensor_map(m.map, m.tensor, kChunkTokens, static_cast<int>(m.tensor.dim));
@@ -40,17 +46,29 @@ cudaError_t make_gradient_maps(GradientTensorMaps& maps, const ChunkBwdKernelPar
   return cudaSuccess;
 }
 
+ChunkDivisors make_divisors(const ChunkFwdKernelParams& params) {
+  const ChunkFwdProblem& p = params.call.problem;
+  ChunkDivisors divisors;
+  divisors.value_heads = Divisor(static_cast<uint32_t>(p.value_heads));
+  if (params.call.cu_seqlens != nullptr) return divisors;
+  divisors.chunks = Divisor(static_cast<uint32_t>(params.chunk_slots / p.sequences));
+  divisors.chains = Divisor(static_cast<uint32_t>(p.sequences * p.value_heads));
+  return divisors;
+}
+
+}  // namespace
+
 cudaError_t launch_intra_chunk_gradients(const ChunkBwdKernelParams& params, cudaStream_t stream) {
   const ChunkFwdProblem& problem = params.forward.call.problem;
   const int64_t tiles = params.forward.chunk_slots * problem.value_heads;
   if (tiles == 0) return cudaSuccess;
-  IntraChunkGradientsParams of_kernel = {params, {}};
+  IntraChunkGradientsParams of_kernel = {params, make_divisors(params.forward), {}};
   return for_instantiation(problem, [&](auto key_dim, auto value_dim, auto element) {
     using Element = decltype(element);
     const auto launch_kind = [&](auto kind) {
       using Config = IntraChunkGradientsConfig<key_dim(), value_dim(), Element, kind.value>;
       if (Config::kTensorCopies) {
-        const cudaError_t status = make_gradient_maps(of_kernel.maps, params);
+        const cudaError_t status = make_tensor_maps(of_kernel.maps, params);
         if (status != cudaSuccess) return status;
       }
       const int64_t ctas = std::min<int64_t>(tiles, int64_t{std::max(problem.sm_count, 1)} * Config::kCtasPerSm);

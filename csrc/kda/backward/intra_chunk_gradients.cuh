@@ -29,7 +29,7 @@
 #include "../device/sum_rows.cuh"
 #include "../device/timeline.cuh"
 #include "block_gradients.cuh"
-#include "gradient_maps.h"
+#include "gradients_params.h"
 
 namespace kda {
 
@@ -51,8 +51,23 @@ struct IntraChunkGradients : BlockGradients<Config> {
 
   // ---- Copies from memory ----
 
-  // Copies by the copy engine, which barriers count: of values, of states, of g, and of q and k. One thread asks for them.
+  // Copies by the copy engine, which barriers count: of values, of states, of g, and of q and k.
   enum class Copies { kValues, kStates, kGates, kKeys };
+  static constexpr int kCopies = 4;
+  // The warps whose first lanes ask for them, and for stores. Each takes a while, in which the others wait for it at the next barrier.
+  enum class Asking { kQueries, kKeys, kValues, kRows, kGates, kStates, kAhead, kValueGradients, kNone, kGateGradients };
+  __device__ __forceinline__ bool asks_for(Asking what) const {
+    return this->warp == static_cast<int>(what) % Config::kWarps && lane == 0;
+  }
+  // How many of them arrive at a barrier.
+  static constexpr int arrivals(int copies) {
+    return copies == static_cast<int>(Copies::kGates) ? 1 : 2;
+  }
+  // Those for which nothing is copied of no chunk: the others ask for what they copy in its own chunk.
+  static constexpr int early_arrivals(int copies) {
+    if (copies == static_cast<int>(Copies::kKeys)) return 0;
+    return copies == static_cast<int>(Copies::kStates) && Config::kGateGradientFits ? 1 : arrivals(copies);
+  }
   __device__ __forceinline__ uint32_t barrier(Copies copies) const {
     return address(Config::kBarriers + static_cast<int>(copies) * 8);
   }
@@ -64,6 +79,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
   __device__ __forceinline__ void store_tile(const CUtensorMap& map, int offset) const {
     ptx::cp_async_bulk_tensor_store(&map, 0, static_cast<int>(location.first_token), 0, value_head,
                                     static_cast<int>(location.batch), address(offset));
+    ptx::cp_async_bulk_commit_group();
   }
   // Whether rows of 64 tokens are the chunk's: else those past its end belong to another sequence.
   __device__ __forceinline__ bool is_whole() const { return location.tokens == C; }
@@ -80,7 +96,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
 
   __device__ __forceinline__ void copy_gates() const {
     if constexpr (kTensorCopies) {
-      if (this->thread != 0) return;
+      if (!asks_for(Asking::kGates)) return;
       const bool is_used = location.tokens > 0;
       const int bytes = C * K * (call().gate_type == DataType::kFloat32 ? 4 : 2);
       ptx::mbarrier_arrive_expect_tx(barrier(Copies::kGates), is_used ? bytes : 0);
@@ -106,22 +122,26 @@ struct IntraChunkGradients : BlockGradients<Config> {
   }
 
   __device__ __forceinline__ void copy_values() const {
-    if (this->thread != 0) return;
     const bool is_used = location.tokens > 0;
-    if (is_used && params.forward.progress != nullptr) {
-      const uint32_t* const progress = params.forward.progress + tile;
-      mark(params.forward, Mark::kGradientsWait, tile);
-      while (ptx::load_acquire(progress) < params.progress_wanted) __nanosleep(100);
-      mark(params.forward, Mark::kGradientsThere, tile);
-      ptx::fence_proxy_async_global();  // for the states, too, which this thread asks for later
+    if (asks_for(Asking::kValues)) {
+      if (is_used && params.forward.progress != nullptr) {
+        const uint32_t* const progress = params.forward.progress + tile;
+        mark(params.forward, Mark::kGradientsWait, tile);
+        while (ptx::load_acquire(progress) < params.progress_wanted) __nanosleep(100);
+        mark(params.forward, Mark::kGradientsThere, tile);
+        ptx::fence_proxy_async_global();
+      }
+      constexpr int kBytes = 2 * Config::kValueTileBytes + Config::kPairTileBytes;
+      ptx::mbarrier_arrive_expect_tx(barrier(Copies::kValues), is_used ? kBytes : 0);
+      if (!is_used) return;
+      copy_tile<Config::kValueTileBytes>(Copies::kValues, Config::kY, params.dU);
+      copy_tile<Config::kValueTileBytes>(Copies::kValues, Config::kU, params.forward.U_rounded);
+      copy_tile<Config::kPairTileBytes>(Copies::kValues, Config::kInverse, params.forward.inverse);
+    } else if (asks_for(Asking::kRows)) {
+      const bool copies_rows = kTensorCopies && is_used;
+      ptx::mbarrier_arrive_expect_tx(barrier(Copies::kValues), copies_rows ? Config::kValueTileBytes : 0);
+      if (copies_rows) copy_rows(Copies::kValues, Config::kOutputGradient, maps.dO);
     }
-    constexpr int kBytes = (kTensorCopies ? 3 : 2) * Config::kValueTileBytes + Config::kPairTileBytes;
-    ptx::mbarrier_arrive_expect_tx(barrier(Copies::kValues), is_used ? kBytes : 0);
-    if (!is_used) return;
-    if constexpr (kTensorCopies) copy_rows(Copies::kValues, Config::kOutputGradient, maps.dO);
-    copy_tile<Config::kValueTileBytes>(Copies::kValues, Config::kY, params.dU);
-    copy_tile<Config::kValueTileBytes>(Copies::kValues, Config::kU, params.forward.U_rounded);
-    copy_tile<Config::kPairTileBytes>(Copies::kValues, Config::kInverse, params.forward.inverse);
   }
 
   __device__ __forceinline__ void copy_states() const {
@@ -129,12 +149,16 @@ struct IntraChunkGradients : BlockGradients<Config> {
       if (location.tokens > 0) this->load_output_gradient();
       ptx::cp_async_commit_group();
     }
-    if (this->thread != 0) return;
+    if (!asks_for(Asking::kStates)) return;
     const bool is_used = location.tokens > 0;
-    ptx::mbarrier_arrive_expect_tx(barrier(Copies::kStates), is_used ? 2 * Config::kStateBytes : 0);
+    copy_state(is_used, Config::kState, params.forward.state);
+    if constexpr (!Config::kGateGradientFits) copy_state(is_used, Config::kDState, params.dstate);
+  }
+  __device__ __forceinline__ void copy_state(bool is_used, int offset, const void* states) const {
+    ptx::mbarrier_arrive_expect_tx(barrier(Copies::kStates), is_used ? Config::kStateBytes : 0);
     if (!is_used) return;
-    copy_tile<Config::kStateBytes>(Copies::kStates, Config::kState, params.forward.state);
-    copy_tile<Config::kStateBytes>(Copies::kStates, Config::kDState, params.dstate);
+    if (params.forward.progress != nullptr) ptx::fence_proxy_async_global();  // the values' thread has waited
+    copy_tile<Config::kStateBytes>(Copies::kStates, offset, states);
   }
 
   // turn: of the chunk, modulo 2.
@@ -148,22 +172,33 @@ struct IntraChunkGradients : BlockGradients<Config> {
     ptx::cp_async_commit_group();
   }
 
-  // The copy engine, which stores dq and dk of the chunk before from where q and k come, is asked for these in their own chunk, and to have them at hand
-  // in the one before.
-  __device__ __forceinline__ void prefetch_keys() const {
-    if (!kTensorCopies || this->thread != 0 || location.tokens == 0) return;
+  // The copy engine, which stores dq, dk and dg of the chunk before from where q, k and dS' come, is asked for these in their own chunk, and to have them at
+  // hand in the one before.
+  __device__ __forceinline__ void prefetch() const {
+    if (!kTensorCopies || !asks_for(Asking::kAhead) || location.tokens == 0) return;
     const int token = static_cast<int>(location.first_token), batch = static_cast<int>(location.batch);
     ptx::prefetch_tensor_to_l2(&maps.q, 0, token, 0, value_head, batch);
     ptx::prefetch_tensor_to_l2(&maps.k, 0, token, 0, value_head, batch);
+    if constexpr (Config::kGateGradientFits) {
+      ptx::prefetch_to_l2(reinterpret_cast<const uint8_t*>(params.dstate) + tile * Config::kStateBytes,
+                          Config::kStateBytes);
+    }
   }
-  __device__ __forceinline__ void copy_keys_over_gradients() const {
-    if (!kTensorCopies || this->thread != 0) return;
+  __device__ __forceinline__ void copy_over_gradients() const {
+    if constexpr (kTensorCopies) {
+      if (asks_for(Asking::kQueries)) copy_over_gradient(Config::kQuery, maps.q);
+      if (asks_for(Asking::kKeys)) copy_over_gradient(Config::kKey, maps.k);
+    }
+    if (Config::kGateGradientFits && asks_for(Asking::kGateGradients)) {
+      ptx::cp_async_bulk_wait_read_all();
+      copy_state(location.tokens > 0, Config::kDState, params.dstate);
+    }
+  }
+  __device__ __forceinline__ void copy_over_gradient(int offset, const CUtensorMap& map) const {
     ptx::cp_async_bulk_wait_read_all();
     const bool is_used = location.tokens > 0;
-    ptx::mbarrier_arrive_expect_tx(barrier(Copies::kKeys), is_used ? 2 * Config::kKeyTileBytes : 0);
-    if (!is_used) return;
-    copy_rows(Copies::kKeys, Config::kQuery, maps.q);
-    copy_rows(Copies::kKeys, Config::kKey, maps.k);
+    ptx::mbarrier_arrive_expect_tx(barrier(Copies::kKeys), is_used ? Config::kKeyTileBytes : 0);
+    if (is_used) copy_rows(Copies::kKeys, offset, map);
   }
 
   // Of a chunk that is not whole.
@@ -195,31 +230,67 @@ struct IntraChunkGradients : BlockGradients<Config> {
     if (!kTensorCopies || !is_whole()) {
       this->template store_rows<typename Config::ValueTile, V>(params.dv, Config::kValueGradient, this->value_row(0),
                                                                call().problem.value_heads);
-    } else if (this->thread == 0) {
+    } else if (asks_for(Asking::kValueGradients)) {
       store_tile(maps.dv, Config::kValueGradient);
-      ptx::cp_async_bulk_commit_group();
     }
   }
   __device__ __forceinline__ void wait_for_stores() const {
-    if (kTensorCopies && this->thread == 0) ptx::cp_async_bulk_wait_read_all();
+    if (kTensorCopies && asks_for(Asking::kValueGradients)) ptx::cp_async_bulk_wait_read_all();
   }
 
   // ---- Gates ----
 
+  // Where the lane's elements of a tile are in a GateTile of a type.
+  template <typename Gate>
+  struct GatesOfLane {
+    using Tile = typename Config::GateTile;
+    static constexpr uint32_t kBytes = sizeof(Gate), kRow = Tile::kRowBytes;
+    Gate* first;
+    uint32_t offset;
+    // Tokens and channels change bits of a unit's number in a row; the rest are constant distances.
+    __device__ __forceinline__ GatesOfLane(uint8_t* gates, int tt, int group, int row, int member)
+        : first(reinterpret_cast<Gate*>(gates)) {
+      const uint32_t group_bytes = group * 16 * kBytes, lane_bytes = static_cast<uint32_t>(row) * kBytes;
+      offset = Tile::unit_offset(2 * member, group_bytes % kRow / 16 + lane_bytes / 16) + lane_bytes % 16 +
+               group_bytes / kRow * Tile::kBlockBytes + tt * 16 * kRow;
+    }
+    __device__ __forceinline__ Gate& at(int b, int hi, int p) const {
+      const uint32_t bytes = (offset ^ ((hi * (8 * kBytes / 16)) ^ p) * 16) + (8 * b + p) * kRow;
+      return first[bytes / kBytes];
+    }
+  };
+  template <typename Function>
+  __device__ __forceinline__ void with_gate_type(Function f) const {
+    if (call().gate_type == DataType::kFloat32) {
+      f(0.0f);
+    } else if (call().gate_type == DataType::kBFloat16) {
+      f(BFloat16());
+    } else {
+      f(Float16());
+    }
+  }
+
   // g of the lane's elements of a tile.
   __device__ __forceinline__ ChannelTile copied_gate(int tt) const {
-    const auto load = [&](auto element) {
+    ChannelTile gates;
+    with_gate_type([&](auto element) {
+      const GatesOfLane<decltype(element)> lane_gates(shared + Config::kGates, tt, this->group(), this->row, member);
+      gates = ChannelTile::make([&](int b, int hi, int p) { return to_float(lane_gates.at(b, hi, p)); });
+    });
+    return gates;
+  }
+
+  // dg of a tile, for the copy engine.
+  __device__ __forceinline__ void leave_gate_gradient(const ChannelTile& gradients, int tt) const {
+    with_gate_type([&](auto element) {
       using Gate = decltype(element);
-      constexpr int kOfUnit = 16 / sizeof(Gate);
-      return ChannelTile::make([&](int b, int hi, int p) {
-        const int c = channel(hi);
-        const uint8_t* const unit =
-            shared + Config::kGates + Config::GateTile::unit_offset(token(tt, b, p), c / kOfUnit);
-        return to_float(reinterpret_cast<const Gate*>(unit)[c % kOfUnit]);
-      });
-    };
-    if (call().gate_type == DataType::kFloat32) return load(0.0f);
-    return call().gate_type == DataType::kBFloat16 ? load(BFloat16()) : load(Float16());
+      const GatesOfLane<Gate> lane_gates(shared + Config::kGateGradient, tt, this->group(), this->row, member);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int b = i >> 2, hi = i >> 1 & 1, p = i & 1;
+        lane_gates.at(b, hi, p) = Gate(gradients.at(b, hi, p));
+      }
+    });
   }
 
   // How far apart the tokens of a block are.
@@ -301,8 +372,13 @@ struct IntraChunkGradients : BlockGradients<Config> {
 #pragma unroll
       for (int i = 0; i < kBlockTiles; ++i) activation.differentiate(cumulative[i], gates[i], of_rate, of_bias);
     }
+    if (Config::kGateGradientFits && is_whole()) {
 #pragma unroll
-    for (int i = 0; i < kBlockTiles; ++i) this->store_gate_gradient(cumulative[i], first_tile() + i);
+      for (int i = 0; i < kBlockTiles; ++i) leave_gate_gradient(cumulative[i], first_tile() + i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kBlockTiles; ++i) this->store_gate_gradient(cumulative[i], first_tile() + i);
+    }
     if (params.dA_log_parts == nullptr) return;
 #pragma unroll
     for (int hi = 0; hi < 2; ++hi) {
@@ -423,7 +499,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
       Block exponent;
       const Range range = here().activate(exponent);
       is_wide = range.is_wide;
-      here().copy_keys_over_gradients();
+      here().copy_over_gradients();
       if (here().store_beta(here().copied_beta(), range.is_too_wide)) {
         here().leave_to_levels(true);
         return false;
@@ -446,14 +522,15 @@ struct IntraChunkGradients : BlockGradients<Config> {
     typename Values::Pairs pairs;
     here().multiply_pairs(pairs);
     const float most = is_wide ? kWideSquaredNorm : kMaxSquaredNorm;
-    const bool is_large = __syncthreads_or(!(here().store_norms() <= most));
-    here().leave_to_levels(is_large);
-    if (is_large) return false;
+    bool is_large = !(here().store_norms() <= most);
+    if constexpr (!Config::kUnitNorms) is_large = __syncthreads_or(is_large);
     find_next();
     here().scale_pairs(pairs);
     here().beta_gradient();
     here().wait_for_stores();
-    __syncthreads();
+    is_large = __syncthreads_or(is_large);
+    here().leave_to_levels(is_large);
+    if (is_large) return false;
     const float unit = here().store_pairs(pairs);
     here().wait_for(Copies::kStates, turn);
     Sums sums;
@@ -489,7 +566,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
     here().copy_gates_again();
     next().copy_gates();
     next().copy_states();
-    next().prefetch_keys();
+    next().prefetch();
     if (here().call().qk_l2norm) {
       here().sum_dots();
       __syncthreads();
@@ -498,14 +575,14 @@ struct IntraChunkGradients : BlockGradients<Config> {
     here().finish(sums.dk, 1);
     here().store_gates(sums.cumulative);
     if constexpr (kTensorCopies) {
-      ptx::fence_proxy_async_shared();  // dq and dk, before they are stored
+      ptx::fence_proxy_async_shared();  // dq, dk and dg, before they are stored
     } else {
       ptx::cp_async_wait_group<1>();  // g of the next chunk
     }
     __syncthreads();
     here().store_gate_parameters();
     if (kTensorCopies && here().is_whole()) {
-      here().store_keys();
+      here().store_gradients();
       return true;
     }
     if (here().params.dq_parts != nullptr) {
@@ -522,25 +599,43 @@ struct IntraChunkGradients : BlockGradients<Config> {
     return true;
   }
 
-  // dq and dk, which lie where q and k were.
-  __device__ __forceinline__ void store_keys() const {
-    if (this->thread != 0) return;
-    store_tile(maps.dq, Config::kQuery);
-    store_tile(maps.dk, Config::kKey);
-    ptx::cp_async_bulk_commit_group();
+  // dq and dk, which lie where q and k were, and dg.
+  __device__ __forceinline__ void store_gradients() const {
+    if (asks_for(Asking::kQueries)) store_tile(maps.dq, Config::kQuery);
+    if (asks_for(Asking::kKeys)) store_tile(maps.dk, Config::kKey);
+    if (Config::kGateGradientFits && asks_for(Asking::kGateGradients)) store_tile(maps.dg, Config::kGateGradient);
   }
 };
 
-// The tile that is there as the index-th one, when both recurrences go through a sequence at the same pace: from its middle to its ends, for all
-// sequences, which have equal lengths, and heads.
-__device__ __forceinline__ int64_t tile_left_at(const ChunkFwdKernelParams& params, uint32_t index) {
-  const uint32_t value_heads = params.call.problem.value_heads,
-                 sequences = static_cast<uint32_t>(params.call.problem.sequences), chains = sequences * value_heads;
-  if (index >= params.chunk_slots * value_heads) return index;
-  const uint32_t chunks = static_cast<uint32_t>(params.chunk_slots) / sequences;
-  const uint32_t turn = index / chains, chain = index % chains;
-  const uint32_t chunk = turn % 2 == 1 ? chunks / 2 - (turn + 1) / 2 : chunks / 2 + turn / 2;
-  return int64_t{chain / value_heads * chunks + chunk} * value_heads + chain % value_heads;
+// The chunk of a sequence that is there as the turn-th one, when both recurrences go through it at the same pace: from its middle to its ends.
+__device__ __forceinline__ uint32_t chunk_left_at(const ChunkDivisors& divisors, uint32_t turn) {
+  const uint32_t middle = divisors.chunks.value() / 2;
+  return turn % 2 == 1 ? middle - (turn + 1) / 2 : middle + turn / 2;
+}
+
+// The place of the index-th tile, which there is: in their order in memory, or beside the recurrences in that in which they leave them, all sequences, which
+// have equal lengths, and heads at the same pace. By a whole warp.
+__device__ __forceinline__ ChunkPlace place_of(const ChunkFwdKernelParams& params, const ChunkDivisors& divisors,
+                                               uint32_t index, int lane) {
+  const ChunkFwdParams& call = params.call;
+  ChunkPlace place;
+  uint32_t head, slot, row, chunk;
+  if (params.progress != nullptr) {
+    const auto [turn, chain] = divisors.chains.divide(index);
+    const auto [sequence, chain_head] = divisors.value_heads.divide(chain);
+    row = sequence, head = chain_head, chunk = chunk_left_at(divisors, turn);
+    slot = row * divisors.chunks.value() + chunk;
+  } else {
+    const auto [of_tile, tile_head] = divisors.value_heads.divide(index);
+    const auto [sequence, sequence_chunk] = divisors.chunks.divide(of_tile);
+    slot = of_tile, head = tile_head, row = sequence, chunk = sequence_chunk;
+  }
+  place.slot = slot;
+  place.value_head = static_cast<int>(head);
+  place.tile = slot * divisors.value_heads.value() + head;
+  place.location =
+      call.cu_seqlens == nullptr ? locate_chunk_of_row(call, row, chunk) : locate_chunk(call, slot, lane);
+  return place;
 }
 
 // Some of the CTAs that come early, spread over the device.
@@ -568,29 +663,28 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   const ChunkPlace nowhere = {{0, 0, 0}, 0, -1, 0};
   const int64_t slots = params.forward.chunk_slots;
 
+  const uint32_t tiles = static_cast<uint32_t>(slots * params.forward.call.problem.value_heads);  // fewer than 2^31
+  const int warp =
+      __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) >> 5, 0);  // so the compiler knows that lanes agree
+
   // One warp, which has little to do meanwhile, looks for the next place; past the last tile it has no tokens. Beside the recurrences, CTAs
-  // that find room early take more tiles than others, in the order in which these are left.
-  const auto find = [&](unsigned turns) {
-    constexpr int kFindingWarp = Config::kWarps > 8 ? 8 : 0;
-    const int thread = ptx::opaque(threadIdx.x), lane = thread & 31;
-    if (thread >> 5 != kFindingWarp) return;
-    const unsigned value_heads = params.forward.call.problem.value_heads;
+  // that find room early take more tiles than others, in the order in which these are left: the number of one is asked for early in a chunk.
+  constexpr int kFindingWarp = Config::kWarps > 8 ? 8 : 0;
+  const auto take_index = [&]() -> uint32_t {
+    const bool takes = params.forward.progress != nullptr && warp == kFindingWarp && (threadIdx.x & 31) == 0;
+    return takes ? atomicAdd(params.forward.progress + tiles, 1u) : 0;
+  };
+  const auto find = [&](unsigned turns, uint32_t taken) {
+    if (warp != kFindingWarp) return;
+    const int lane = ptx::opaque(threadIdx.x) & 31;
     const ChunkPlace& before = places[turns & 1 ^ 1];
-    int64_t tile = before.slot < 0 ? blockIdx.x : before.tile + gridDim.x;
-    if (params.forward.progress != nullptr) {
-      unsigned taken = 0;
-      if (lane == 0) taken = atomicAdd(params.forward.progress + params.forward.chunk_slots * value_heads, 1u);
-      tile = tile_left_at(params.forward, __shfl_sync(0xffffffffu, taken, 0));
-    }
-    ChunkPlace place = {{0, 0, 0}, tile, slots, 0};
-    if (tile < slots * value_heads) {  // fewer than 2^31
-      place.slot = static_cast<uint32_t>(tile) / value_heads;
-      place.value_head = static_cast<int>(static_cast<uint32_t>(tile) % value_heads);
-      place.location = locate_chunk(params.forward.call, place.slot, lane);
-    }
+    const uint32_t index = params.forward.progress != nullptr ? __shfl_sync(0xffffffffu, taken, 0)
+                           : before.slot < 0                  ? blockIdx.x
+                                                              : static_cast<uint32_t>(before.tile) + gridDim.x;
+    ChunkPlace place = {{0, 0, 0}, index, slots, 0};
+    if (index < tiles) place = place_of(params.forward, given.divisors, index, lane);
     if (lane == 0) places[turns & 1] = place;
   };
-  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) >> 5, 0);  // the same in all lanes, which the compiler then knows
   const auto at = [&](int turn) -> Gradients {
     const ChunkPlace& place = places[turn];
     const int thread = ptx::opaque(threadIdx.x), lane = thread & 31;  // what follows from it is not kept
@@ -603,10 +697,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     mark(params.forward, Mark::kGradientsBegin, 0);
     const uint32_t barriers = ptx::shared_address(shared + Config::kBarriers);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      ptx::mbarrier_init(barriers + 8 * i, 1);
-      // Nothing is copied of no chunk; q and k are asked for in each chunk.
-      if (i != static_cast<int>(Gradients::Copies::kKeys)) ptx::mbarrier_arrive(barriers + 8 * i);
+    for (int i = 0; i < Gradients::kCopies; ++i) {
+      ptx::mbarrier_init(barriers + 8 * i, Gradients::arrivals(i));
+      for (int j = 0; j < Gradients::early_arrivals(i); ++j) ptx::mbarrier_arrive(barriers + 8 * i);
     }
     ptx::fence_mbarrier_init();
     places[0] = places[1] = nowhere;
@@ -623,6 +716,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     at(turn).copy_gates();
     if (params.forward.progress == nullptr) ptx::wait_for_kernel_before();
     at(turn).copy_values();
+    __syncthreads();  // the recurrences have left the tile
     at(turn).copy_states();
     at(turn).copy_keys();
     at(turn).keep_parameter(at(turn).raw_parameter());
@@ -630,8 +724,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     __syncthreads();
   };
   const auto there_is_a_tile = [&] {
-    const uint32_t* const progress = params.forward.progress + tile_left_at(params.forward, 0);
-    return ptx::load_acquire(progress) >= params.progress_wanted;
+    const uint32_t first = chunk_left_at(given.divisors, 0) * given.divisors.value_heads.value();
+    return ptx::load_acquire(params.forward.progress + first) >= params.progress_wanted;
   };
 #pragma unroll 1
   for (unsigned turns = 0; places[turns & 1].slot < slots; ++turns) {
@@ -639,15 +733,18 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     const auto here = [&] { return at(turn); };
     const auto next = [&] { return at(turn ^ 1); };
     rehearses = rehearses && !__syncthreads_or(threadIdx.x == 0 && there_is_a_tile());
+    const uint32_t taken = rehearses ? 0 : take_index();
+    bool is_found = rehearses;
     const auto find_next = [&] {
-      if (!rehearses) find(turns + 1);
+      if (!is_found) find(turns + 1, taken);
+      is_found = true;
     };
     const ChunkPlace& place = places[turn];
     if (place.location.tokens > 0 || rehearses) {
       if (threadIdx.x == 0) mark(params.forward, Mark::kGradientsChunk, place.tile);
       if (Gradients::run(turn, here, next, find_next)) continue;
     } else {
-      here().copy_keys_over_gradients();
+      here().copy_over_gradients();
       if (place.slot >= 0) {
         clear_parts<Config>(params, place.tile);
         if (threadIdx.x == 0) params.by_levels[place.tile] = RowsPastEnd(params.forward.call, place.slot).count > 0;
@@ -667,7 +764,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     copy(turn ^ 1);
   }
   if (threadIdx.x == 0) mark(params.forward, Mark::kGradientsEnd, 0);
-  if (Config::kTensorCopies && threadIdx.x == 0) ptx::cp_async_bulk_wait_all();
+  if constexpr (Config::kTensorCopies) ptx::cp_async_bulk_wait_all();
   ptx::wait_for_kernel_before();  // who waits for this kernel relies on those before it, too
 }
 

@@ -10,6 +10,7 @@ template <int K_, int V_, typename Element_>
 struct LevelGradientsConfig {
   static constexpr int K = K_, V = V_, C = kChunkTokens;
   using Element = Element_;
+  static constexpr bool kUnitNorms = false;
   static constexpr int kTiles = C / 16;   // of tokens
   static constexpr int kGroups = K / 16;  // of 16 channels
   static constexpr int kParts = 2;        // halves of the chunk

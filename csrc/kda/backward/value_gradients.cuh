@@ -103,8 +103,9 @@ struct ValueGradients : GradientsRows<Config> {
   }
 
   __device__ __forceinline__ void beta_gradient() const {
-    const int t = this->thread;
-    if (t >= location.tokens) return;
+    constexpr int kFirstWarp = Config::kWarps > 8 ? 12 : 0;  // with few pairs to scale meanwhile
+    const int t = this->thread - 32 * kFirstWarp;
+    if (t < 0 || t >= location.tokens) return;
     const float* const parts = reinterpret_cast<const float*>(shared + Config::kBetaParts);
     float gradient = 0.0f;
 #pragma unroll
@@ -172,15 +173,19 @@ struct ValueGradients : GradientsRows<Config> {
 #pragma unroll
     for (int hi = 0; hi < 2; ++hi) {
       const int i = 16 * r + row + 8 * hi;
-      const float factor = is_query ? call().scale * tokens(Config::kQueryNorm)[i]
-                                    : -tokens(Config::kBeta)[i] * tokens(Config::kKeyNorm)[i];
+      const auto norm_of = [&](typename Config::TokenArray array) {
+        return Config::kUnitNorms ? 1.0f : tokens(array)[i];
+      };
+      const float factor = is_query ? call().scale * norm_of(Config::kQueryNorm)
+                                    : -tokens(Config::kBeta)[i] * norm_of(Config::kKeyNorm);
 #pragma unroll
       for (int n = 0; n < kPairTiles; ++n) {
         if (first + n > r) continue;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int j = 16 * (first + n) + 8 * half + 2 * member;
-          const float2 norms = *reinterpret_cast<const float2*>(tokens(Config::kKeyNorm) + j);
+          const float2 norms = Config::kUnitNorms ? float2{1.0f, 1.0f}
+                                                  : *reinterpret_cast<const float2*>(tokens(Config::kKeyNorm) + j);
           float& even = pairs.acc[n][half][2 * hi];
           float& odd = pairs.acc[n][half][2 * hi + 1];
           even *= factor * norms.x, odd *= factor * norms.y;

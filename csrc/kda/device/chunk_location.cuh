@@ -76,6 +76,12 @@ __device__ __forceinline__ ChunkLocation locate_slot(const ChunkFwdParams& p, in
   return {range.batch, first_token, static_cast<int>(max(tokens, int64_t{0}))};
 }
 
+// Of a chunk of one of sequences of equal lengths, which are rows of the batch.
+__device__ __forceinline__ ChunkLocation locate_chunk_of_row(const ChunkFwdParams& p, uint32_t row, uint32_t chunk) {
+  const int64_t first_token = int64_t{chunk} * kChunkTokens;
+  return {row, first_token, static_cast<int>(min(p.problem.tokens - first_token, int64_t{kChunkTokens}))};
+}
+
 __device__ __forceinline__ ChunkLocation locate_chunk(const ChunkFwdParams& p, int64_t slot, int lane) {
   return locate_slot(p, slot, kChunkTokens, lane);
 }

@@ -89,7 +89,7 @@ struct BlockedTile : TileOperands<BlockedTile<Rows>> {
   }
 
   static __device__ __forceinline__ uint32_t unit_address(uint32_t tile, int row, int lane_row, int half, int column) {
-    return tile + unit_offset(row + lane_row, (column >> 3) + half);
+    return (unit_offset(lane_row, half) ^ (column % 64 * 2)) + tile + (row * kRowBytes + column / 64 * kBlockBytes);
   }
 };
 
