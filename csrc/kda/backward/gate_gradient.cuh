@@ -12,11 +12,29 @@ struct GateOfTile {
   float lower_bound;
   float bias[2];  // dt_bias of the lane's channels, or 0
 
+  // Of kSigmoid, log2(e) times what the sigmoid is taken of, decay_rate (g + bias), by one multiply-add; and of that e^-|x| and 1 / (1 + e^-|x|).
+  struct Logits {
+    float rate, of_bias[2];
+    __device__ __forceinline__ explicit Logits(const GateOfTile& gate)
+        : rate(gate.decay_rate * kLog2E), of_bias{rate * gate.bias[0], rate * gate.bias[1]} {}
+    __device__ __forceinline__ float operator()(float g, int row) const { return fmaf(g, rate, of_bias[row]); }
+  };
+  struct Sigmoid {
+    float e, inverse;
+    __device__ __forceinline__ explicit Sigmoid(float logit)
+        : e(ptx::ex2(-fabsf(logit))), inverse(ptx::rcp(1.0f + e)) {}
+  };
+
   // log2 of alpha from g. The kind is looked at once for all elements.
   __device__ __forceinline__ ChannelTile log2_alpha(const ChannelTile& g) const {
     if (kind == GateKind::kSigmoid) {
+      const Logits logits(*this);
+      const float bound = lower_bound * kLog2E;
       return ChannelTile::make([&](int block, int row, int parity) {
-        return lower_bound * kLog2E * sigmoid(decay_rate * (g.at(block, row, parity) + bias[row]));
+        const float logit = logits(g.at(block, row, parity), row);
+        const Sigmoid sigmoid(logit);
+        const float size = bound * sigmoid.inverse;
+        return logit >= 0.0f ? size : sigmoid.e * size;
       });
     }
     if (kind == GateKind::kSoftplus) {
@@ -38,14 +56,20 @@ struct GateOfTile {
   __device__ __forceinline__ void differentiate(ChannelTile& gradients, const ChannelTile& g, float (&dA_log)[2],
                                                 float (&ddt_bias)[2]) const {
     if (kind == GateKind::kSigmoid) {
+      const Logits logits(*this);
+      const float to_g = lower_bound * decay_rate;
+      float of_logits[2] = {};
       gradients.for_each([&](float& gradient, int block, int row, int parity) {
-        const float logit = decay_rate * (g.at(block, row, parity) + bias[row]);
-        const float e = ptx::ex2(-fabsf(logit) * kLog2E), inverse = ptx::rcp(1.0f + e);
-        const float slope = gradient * (lower_bound * (e * inverse) * inverse);
-        dA_log[row] += slope != 0.0f ? slope * logit : 0.0f;  // 0 * inf is not 0
-        gradient = slope * decay_rate;
+        const float logit = logits(g.at(block, row, parity), row);
+        const Sigmoid sigmoid(logit);
+        const float slope = gradient * (sigmoid.e * sigmoid.inverse * sigmoid.inverse);
+        of_logits[row] = fmaf(slope, slope != 0.0f ? logit : 0.0f, of_logits[row]);  // 0 * inf is not 0
+        gradient = slope * to_g;
         ddt_bias[row] += gradient;
       });
+      const float to_A_log = lower_bound * (1.0f / kLog2E);
+#pragma unroll
+      for (int row = 0; row < 2; ++row) dA_log[row] = fmaf(of_logits[row], to_A_log, dA_log[row]);
     } else if (kind == GateKind::kSoftplus) {
       gradients.for_each([&](float& gradient, int block, int row, int parity) {
         const float x = g.at(block, row, parity) + bias[row], log_alpha = -decay_rate * softplus(x);

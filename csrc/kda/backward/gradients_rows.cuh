@@ -209,12 +209,18 @@ struct GradientsRows : GradientsContext<Config> {
       store_parts(gradient, parts, tt);
       return;
     }
+    __syncwarp();
+    store_channels<Element>(gradient, offset, tt);
+  }
+
+  // The 16 channels of the warp of a tile of tokens, in 16 bits, as load_channels() reads them.
+  template <typename T>
+  __device__ __forceinline__ void store_channels(const ChannelTile& values, int offset, int tt) const {
     uint32_t pairs[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      pairs[i] = Packed2<Element>::from_floats(gradient.at(i >> 1, i & 1, 0), gradient.at(i >> 1, i & 1, 1));
+      pairs[i] = Packed2<T>::from_floats(values.at(i >> 1, i & 1, 0), values.at(i >> 1, i & 1, 1));
     }
-    __syncwarp();
     Config::KeyTile::store_a_trans(pairs, address(offset), 16 * tt, 16 * this->group(), lane);
   }
 

@@ -240,23 +240,20 @@ struct IntraChunkGradients : BlockGradients<Config> {
 
   // ---- Gates ----
 
-  // Where the lane's elements of a tile are in a GateTile of a type.
-  template <typename Gate>
-  struct GatesOfLane {
+  // Where the lane's elements of a tile are in a GateTile of fp32. Tokens and channels change bits of a unit's number in a row; the rest are constant
+  // distances. (Those of 16 bits are moved as matrices.)
+  struct WideGates {
     using Tile = typename Config::GateTile;
-    static constexpr uint32_t kBytes = sizeof(Gate), kRow = Tile::kRowBytes;
-    Gate* first;
-    uint32_t offset;
-    // Tokens and channels change bits of a unit's number in a row; the rest are constant distances.
-    __device__ __forceinline__ GatesOfLane(uint8_t* gates, int tt, int group, int row, int member)
-        : first(reinterpret_cast<Gate*>(gates)) {
-      const uint32_t group_bytes = group * 16 * kBytes, lane_bytes = static_cast<uint32_t>(row) * kBytes;
-      offset = Tile::unit_offset(2 * member, group_bytes % kRow / 16 + lane_bytes / 16) + lane_bytes % 16 +
-               group_bytes / kRow * Tile::kBlockBytes + tt * 16 * kRow;
+    static constexpr uint32_t kRow = Tile::kRowBytes;
+    uint8_t* const gates;
+    uint32_t first;
+    __device__ __forceinline__ WideGates(uint8_t* all, int tt, int group, int row, int member) : gates(all) {
+      const uint32_t group_bytes = group * 64, lane_bytes = static_cast<uint32_t>(row) * 4;
+      first = Tile::unit_offset(2 * member, group_bytes % kRow / 16 + lane_bytes / 16) + lane_bytes % 16 +
+              group_bytes / kRow * Tile::kBlockBytes + tt * 16 * kRow;
     }
-    __device__ __forceinline__ Gate& at(int b, int hi, int p) const {
-      const uint32_t bytes = (offset ^ ((hi * (8 * kBytes / 16)) ^ p) * 16) + (8 * b + p) * kRow;
-      return first[bytes / kBytes];
+    __device__ __forceinline__ float& at(int b, int hi, int p) const {
+      return *reinterpret_cast<float*>(gates + (first ^ (2 * hi ^ p) * 16) + (8 * b + p) * kRow);
     }
   };
   template <typename Function>
@@ -274,8 +271,13 @@ struct IntraChunkGradients : BlockGradients<Config> {
   __device__ __forceinline__ ChannelTile copied_gate(int tt) const {
     ChannelTile gates;
     with_gate_type([&](auto element) {
-      const GatesOfLane<decltype(element)> lane_gates(shared + Config::kGates, tt, this->group(), this->row, member);
-      gates = ChannelTile::make([&](int b, int hi, int p) { return to_float(lane_gates.at(b, hi, p)); });
+      using Gate = decltype(element);
+      if constexpr (std::is_same_v<Gate, float>) {
+        const WideGates lane_gates(shared + Config::kGates, tt, this->group(), this->row, member);
+        gates = ChannelTile::make([&](int b, int hi, int p) { return lane_gates.at(b, hi, p); });
+      } else {
+        gates = this->load_channels(Config::kGates, tt).template unpack<Gate>();
+      }
     });
     return gates;
   }
@@ -284,11 +286,15 @@ struct IntraChunkGradients : BlockGradients<Config> {
   __device__ __forceinline__ void leave_gate_gradient(const ChannelTile& gradients, int tt) const {
     with_gate_type([&](auto element) {
       using Gate = decltype(element);
-      const GatesOfLane<Gate> lane_gates(shared + Config::kGateGradient, tt, this->group(), this->row, member);
+      if constexpr (std::is_same_v<Gate, float>) {
+        const WideGates lane_gates(shared + Config::kGateGradient, tt, this->group(), this->row, member);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int b = i >> 2, hi = i >> 1 & 1, p = i & 1;
-        lane_gates.at(b, hi, p) = Gate(gradients.at(b, hi, p));
+        for (int i = 0; i < 8; ++i) {
+          const int b = i >> 2, hi = i >> 1 & 1, p = i & 1;
+          lane_gates.at(b, hi, p) = gradients.at(b, hi, p);
+        }
+      } else {
+        this->template store_channels<Gate>(gradients, Config::kGateGradient, tt);
       }
     });
   }
@@ -463,12 +469,15 @@ struct IntraChunkGradients : BlockGradients<Config> {
     }
     ptx::cp_async_wait_group<kTensorCopies ? 0 : kLater>();
     __syncwarp();
+    // The lane's row of the four matrices of a tile, as TileOperands::load_a_trans() has them.
+    const uint32_t first =
+        ptx::shared_address(gates_again()) + ((lane & 7) + (lane >> 4) * 8) * 32 + (lane >> 3 & 1) * 16;
     const auto load = [&](auto element) {
-      using Gate = decltype(element);
-      const Gate* const first = reinterpret_cast<const Gate*>(gates_again()) + this->row;
 #pragma unroll
       for (int i = 0; i < kBlockTiles; ++i) {
-        gates[i].for_each([&](float& x, int b, int hi, int p) { x = to_float(first[token(i, b, p) * 16 + 8 * hi]); });
+        ChannelOperand operand;
+        ptx::ldmatrix_x4_trans(operand.pair, first + i * 16 * 32);
+        gates[i] = operand.template unpack<decltype(element)>();
       }
     };
     if (call().gate_type == DataType::kBFloat16) {
