@@ -290,7 +290,7 @@ ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool 
     for (size_t* region : {&w.dq, &w.dk}) *region = reserve(w, elements * kFp32);
   }
   if (!saved) {  // their first regions lie over the end of what has been reserved
-    if (plan.gradients_beside) w.progress = reserve(w, (tiles + 1) * sizeof(uint32_t));
+    if (plan.gradients_beside) w.progress = reserve(w, (tiles + 2 + solve_ctas(p, tiles)) * sizeof(uint32_t));
     const size_t over = plan.gradients_beside ? 0 : reused_bytes;
     w.intermediates = w.total_bytes > over ? w.total_bytes - over : 0;
     w.total_bytes = w.intermediates + i.total_bytes;

@@ -162,7 +162,8 @@ struct ChunkBwdWorkspace {
           // side; none if the forward has saved  [slots, HV, V, C]
   size_t by_levels = 0;  // whether a chunk's gradients are left to the levels of pairs  [slots, HV]  uint32
   size_t progress =
-      0;  // of the recurrences in each chunk, and one word more  [slots, HV] + 1  uint32; if stage 4 works beside them
+      0;  // of the recurrences in each chunk, and of stage 1  [slots, HV] + 2 + its CTAs  uint32; if stages work beside
+          // each other
   size_t dA_log = 0;  // sums over each chunk, by channel        [slots, HV, K]        fp32; only with an activated gate
   size_t ddt_bias = 0;      // likewise
   size_t dq = 0, dk = 0;    // of each value head                     [B, T, HV, K]         fp32; only if HV > H

@@ -96,8 +96,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const Element* const outputs = static_cast<const Element*>(params.dO) +
                                    ((range.batch * call.problem.tokens + first_token) * value_heads + value_head) * V +
                                    first_row_tile * 16 + 8 * unit;
+    const int64_t last_tile = first_tile + int64_t{chunks - 1} * value_heads;
+    SolvedChunks solved = {params.forward, chunks, /*is_reversed=*/true};
     const auto fill = [&](int step, int i) {
       const int chunk = chunks - 1 - step;
+      if (thread < 32) solved.wait_for(step, Config::kRows, lane);
       const int64_t tile = first_tile + int64_t{chunk} * value_heads;
       const uint32_t stage = stage_ring.stage(i), barrier = stage_ring.full(i);
       if (thread == 0) {
@@ -125,7 +128,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       }
       ptx::cp_async_mbarrier_arrive_noinc(barrier);
     };
-    const int64_t last_tile = first_tile + int64_t{chunks - 1} * value_heads;
     const int64_t operand_tile = last_tile * (V / 16) + first_row_tile + thread / 32;
     const int64_t tiles_of_chunk = static_cast<int64_t>(value_heads) * (V / 16);
     uint4* states = params.dstate + operand_tile * (K / 16) * 32;

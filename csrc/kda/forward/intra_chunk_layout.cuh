@@ -19,6 +19,7 @@ struct SolvePlace {
   ChunkLocation location;  // without tokens: there is none
   int64_t tile;            // slot * HV + value_head
   int value_head, key_head;
+  uint32_t index;  // in the order in which the grid goes through the tiles
 };
 inline constexpr int kSolvePlaces = 4;
 
@@ -32,6 +33,7 @@ struct IntraChunkSolveConfig : StepTiles<K_> {
   static constexpr int V = V_;
   static constexpr int kSteps = 2, kGroupThreads = 128, kThreads = kSteps * kGroupThreads, kBarrierThreads = kThreads,
                        kWarps = kThreads / 32;
+  static_assert(kWarps == kSolveWarps);
   static constexpr int kCtasPerSm = kSolveCtasPerSm;
   static constexpr bool kNormalizes = true;
   static_assert(kSteps * C == kChunkTokens);

@@ -30,6 +30,7 @@
 #include "../device/timeline.cuh"
 #include "intra_chunk_layout.cuh"
 #include "intra_chunk_operands.cuh"
+#include "solve_progress.cuh"
 
 namespace kda {
 
@@ -621,13 +622,24 @@ struct IntraChunkSolve {
   }
 };
 
-// What the recurrences and those beside them count in, by the whole grid.
+// What the stages that work beside each other count in, by the whole grid.
 __device__ __forceinline__ void clear_progress(const ChunkFwdKernelParams& params) {
   if (params.progress == nullptr) return;
-  const int64_t words = params.chunk_slots * params.call.problem.value_heads + 1;
+  const int64_t words = params.chunk_slots * params.call.problem.value_heads + 2 + params.solve_ctas;
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < words; i += int64_t{gridDim.x} * blockDim.x) {
     params.progress[i] = 0;
   }
+  __threadfence();
+  __syncthreads();
+}
+
+// Where a CTA begins in the order of the tiles. Those that share a multiprocessor, of two a multiprocessor, are neighbours: then a last turn of fewer tiles
+// leaves whole multiprocessors to the recurrences.
+__device__ __forceinline__ uint32_t first_index(const ChunkFwdKernelParams& params) {
+  static_assert(kSolveCtasPerSm == 2);
+  const uint32_t half = gridDim.x / 2;
+  if (params.progress == nullptr || gridDim.x % 2 == 1) return blockIdx.x;
+  return blockIdx.x < half ? 2 * blockIdx.x : 2 * (blockIdx.x - half) + 1;
 }
 
 template <typename Config>
@@ -639,8 +651,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   using Solve = IntraChunkSolve<Config>;
   extern __shared__ __align__(1024) uint8_t shared[];
   if (threadIdx.x == 0) mark(params, Mark::kSolveBegin, 0);
-  ptx::launch_dependents();
   clear_progress(params);
+  ptx::launch_dependents();
   static_assert((Config::kThreads & (Config::kThreads - 1)) == 0);
   SolvePlace* const places = reinterpret_cast<SolvePlace*>(shared + Config::kPlaces);
 
@@ -648,20 +660,21 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     return places[static_cast<unsigned>(ptx::opaque(turn)) % kSolvePlaces];
   };
 
-  // The CTA's next chunk that has tokens, of those from `tile` on, found by one warp.
+  // The CTA's next chunk that has tokens, of those from the index-th on, found by one warp.
   constexpr int kFindingWarp = 3;
-  const auto find = [&](uint32_t tile, unsigned turn) {
+  const auto find = [&](uint32_t index, unsigned turn) {
     const int thread = ptx::opaque(threadIdx.x), lane = thread & 31;
     if (thread >> 5 != kFindingWarp) return;
     const ChunkFwdParams& call = params.call;
     const uint32_t value_heads = call.problem.value_heads, heads = call.problem.heads;
     const int64_t tiles = params.chunk_slots * value_heads;  // fewer than 2^31
-    SolvePlace place = {{0, 0, 0}, tile, 0, 0};
+    SolvePlace place = {{0, 0, 0}, 0, 0, 0, index};
 #pragma unroll 1
-    for (; tile < tiles && place.location.tokens == 0; tile += gridDim.x) {
+    for (; index < tiles && place.location.tokens == 0; index += gridDim.x) {
+      const uint32_t tile = params.progress != nullptr ? SolveOrder(params).tile_at(index, value_heads) : index;
       const uint32_t slot = tile / value_heads, value_head = tile - slot * value_heads;
       place = {locate_chunk(call, slot, lane), tile, static_cast<int>(value_head),
-               static_cast<int>(value_head / (value_heads / heads))};
+               static_cast<int>(value_head / (value_heads / heads)), index};
     }
     if (lane == 0) place_of(turn) = place;
   };
@@ -678,19 +691,20 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     ptx::mbarrier_init(at(0).loaded(Solve::Copies::kValues), 1);
     ptx::fence_mbarrier_init();
   }
-  find(blockIdx.x, 0);
+  find(first_index(params), 0);
   __syncthreads();
   at(0).load_first_inputs();
   at(0).load_last_inputs();
   at(0).keep_parameter(at(0).raw_parameter());
-  find(static_cast<uint32_t>(places[0].tile) + gridDim.x, 1);
+  find(places[0].index + gridDim.x, 1);
   __syncthreads();
 #pragma unroll 1
   for (unsigned turn = 0; at(turn).location.tokens > 0; ++turn) {
     if (threadIdx.x == 0) mark(params, Mark::kSolveChunk, places[turn % kSolvePlaces].tile);
     Solve::run(
         turn, [&](unsigned i) { return at(turn + i); },
-        [&] { find(static_cast<uint32_t>(at(turn + 1).tile) + gridDim.x, turn + 2); });
+        [&] { find(place_of(turn + 1).index + gridDim.x, turn + 2); });
+    if (params.progress != nullptr) SolveProgress(params).tell(place_of(turn).index);
   }
   if (threadIdx.x == 0) mark(params, Mark::kSolveEnd, 0);
 }

@@ -32,6 +32,9 @@ struct RecurrenceSegments {
 // Warps of a CTA of a recurrence over chunks that move what it takes and leaves; each counts in ChunkFwdKernelParams::progress.
 inline constexpr int kMoverWarps = 4;
 
+// Warps of a CTA of stage 1; each counts in SolveProgress.
+inline constexpr int kSolveWarps = 8;
+
 struct ChunkFwdKernelParams {
   ChunkFwdParams call;
 
@@ -53,9 +56,10 @@ struct ChunkFwdKernelParams {
 
   RecurrenceSegments segments;
 
-  // How many warps of the recurrences have left what they leave of a chunk, and behind them the next tile to take: of a backward whose stage 4 works
-  // beside the recurrences, else null. Cleared by stage 1.
-  uint32_t* progress;  // [slots, HV], and one more
+  // How many warps of the recurrences have left what they leave of a chunk, the next tile to take, and words of SolveProgress: of a backward whose stages
+  // work beside each other, else null. Cleared by stage 1.
+  uint32_t* progress;   // [slots, HV], 1, 1, [solve_ctas]
+  uint32_t solve_ctas;  // of stage 1, if there is progress
 
   bool wants_output;  // stage 3 follows
   bool vectorized;    // every 8-element group of q, k, v and g starts at a multiple of 16 bytes

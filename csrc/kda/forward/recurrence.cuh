@@ -8,6 +8,7 @@
 #include "../device/tile.cuh"
 #include "../device/wgmma.cuh"
 #include "kernel_params.h"
+#include "solve_progress.cuh"
 #include "state_fragments.cuh"
 
 namespace kda {

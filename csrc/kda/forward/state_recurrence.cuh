@@ -73,8 +73,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const RecurrenceBlock found(call, segments.chunks, Config::kRows,
                               Config::kSummary && segments.state == nullptr ? 0 : V / Config::kRows,
                               Config::kSummary ? K / Config::kRows : 0, lane);
-  ptx::wait_for_kernel_before();  // before any return: who waits for this kernel relies on those before it, too
-  if (!found.segment.is_used) return;
+  // Beside stage 1 the movers wait for each chunk instead, and in the end for all.
+  if (params.progress == nullptr) {
+    ptx::wait_for_kernel_before();  // before any return: who waits for this kernel relies on those before it, too
+  }
+  if (!found.segment.is_used) {
+    ptx::wait_for_kernel_before();
+    return;
+  }
   // The end of the last segment is wanted by no other one; from the first on, the state is known.
   if (Config::kSummary && (found.segment.is_last || (found.is_map && found.segment.is_first))) return;
 
@@ -98,8 +104,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int64_t first_tile = block.first_tile;
     const int chunks = static_cast<int>(block.segment.chunks), first_row_tile = block.first_row_tile;
     const bool is_map = Config::kSummary && block.is_map;
+    SolvedChunks solved = {params, chunks, /*is_reversed=*/false};
     const auto fill = [&](int chunk, int i) {
-      if (threadIdx.x > Config::kConsumers) return;
+      if (warp > Config::kConsumers / 32) return;
+      solved.wait_for(chunk, Config::kRows, lane);
+      if (lane > 0) return;
       const int64_t tile = first_tile + int64_t{chunk} * value_heads;
       const uint32_t stage = stage_ring.stage(i), barrier = stage_ring.full(i);
       ptx::mbarrier_arrive_expect_tx(barrier, Config::kLoadedBytes - (is_map ? Config::kU0Bytes : 0));
@@ -134,6 +143,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       tell_progress(params.progress + first_tile + int64_t{chunk} * value_heads, value_heads, count, lane);
     };
     stage_ring.move<!Config::kSummary>(chunks, fill, store, tell);
+    ptx::wait_for_kernel_before();
     return;
   }
   ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
