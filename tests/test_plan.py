@@ -709,7 +709,7 @@ class TestBackward:
         if plan.gradients_beside:  # the sums are written while the recurrences go on
             assert plan.side_by_side and not saved and not plan.segment_chunks and p.value_heads == p.heads
             early += [(getattr(plan.workspace, name), name, size) for name, size in sums.items()]
-            early += [(plan.workspace.progress, "progress", 4 * (tiles + 1))]
+            early += [(plan.workspace.progress, "progress", 4 * (tiles + 2 + plan.followed_ctas))]
             late = early
         for regions in (first, early, late):
             self.check_apart(regions, plan.workspace.total_bytes)
@@ -776,6 +776,29 @@ class TestBackward:
         assert not saved.gradients_beside and saved.early_gradients == 0
 
     @pytest.mark.parametrize(
+        ("heads", "tokens", "followed"),
+        [
+            (12, 2048, 264),  # 384 tiles: 120 in the last turn, on 60 multiprocessors; the recurrences have 48
+            (16, 8192, 0),  # 200 on 100, where they have 64
+            (32, 8192, 264),  # 136 on 68, and they have 64
+            (16, 1024, 0),  # 256, on 128
+            (12, 512, 96),  # 96, in the only turn
+            (33, 4096, 0),  # 2112 = 8 * 264: the last turn takes all multiprocessors
+            (96, 8192, 0),  # stage 4 does not work beside the recurrences
+        ],
+    )
+    def test_recurrences_follow_the_last_turn_of_stage_1(self, heads: int, tokens: int, followed: int) -> None:
+        """Where it leaves a multiprocessor to each of their CTAs."""
+        p = problem(heads=heads, tokens=tokens)
+        plan = planner.plan_chunk_bwd(p, False)
+        assert plan.followed_ctas == followed
+        tiles = plan.chunk_slots * heads
+        if followed:
+            in_last = tiles - (tiles - 1) // followed * followed
+            assert in_last <= 2 * plan.early_gradients
+        assert planner.plan_chunk_bwd(p, False, True).followed_ctas == 0
+
+    @pytest.mark.parametrize(
         ("heads", "saved", "tile"),
         [(24, False, 64), (25, False, 128), (49, False, 128), (50, False, 64), (67, False, 128), (32, True, 64)],
     )
@@ -795,7 +818,7 @@ class TestBackward:
         p = problem(heads=16)
         for activated_gate in (False, True):
             plan = planner.plan_chunk_bwd(p, activated_gate)
-            assert plan.gradients_beside
+            assert plan.gradients_beside and plan.followed_ctas == 0
             own = 4 * (2 + 2 * p.key_dim * activated_gate) * plan.chunk_slots * p.value_heads
             rest = plan.workspace.total_bytes - (2568 + 512) * p.tokens * p.value_heads - own
             assert 0 < rest <= 4 * ALIGNMENT

@@ -71,6 +71,12 @@ int64_t most_ctas_beside(const ChunkFwdProblem& p) { return p.sm_count * 3 / 4; 
 // twice; and not with parts of dq and dk, which would need room of their own.
 bool may_work_beside(const ChunkFwdProblem& p, bool saved) { return !saved && !p.varlen && p.value_heads == p.heads; }
 
+// Multiprocessors that work in the last turn of stage 1, in which its CTAs of one multiprocessor take tiles before those of the next do.
+int64_t last_solve_turn_sms(const ChunkFwdProblem& p, int64_t tiles) {
+  const int64_t ctas = solve_ctas(p, tiles), in_last = tiles - (tiles - 1) / ctas * ctas;
+  return (in_last + kSolveCtasPerSm - 1) / kSolveCtasPerSm;
+}
+
 // Of the recurrences of the backward: rather whole rows, if half of the CTAs leave room for stage 4 where all do not (b32_8192 916 us instead of 969).
 int choose_backward_value_tile(const ChunkFwdProblem& p, bool saved) {
   const int tile = choose_value_tile(p);
@@ -266,10 +272,13 @@ ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool 
 
   plan.gradients_beside =
       may_work_beside(p, saved) && plan.side_by_side && plan.segment_chunks == 0 && 2 * ctas <= most_ctas_beside(p);
-  if (plan.gradients_beside) plan.early_gradients = p.sm_count - 2 * ctas;
+  const size_t tiles = static_cast<size_t>(plan.chunk_slots) * p.value_heads;
+  if (plan.gradients_beside && tiles > 0) {
+    plan.early_gradients = p.sm_count - 2 * ctas;
+    if (last_solve_turn_sms(p, tiles) <= plan.early_gradients) plan.followed_ctas = solve_ctas(p, tiles);
+  }
 
   constexpr size_t kBf16 = 2, kFp32 = 4, C = kChunkTokens;
-  const size_t tiles = static_cast<size_t>(plan.chunk_slots) * p.value_heads;
   const size_t K = p.key_dim, V = p.value_dim;
   ChunkIntermediates& i = plan.intermediates;
   for (size_t* region : {&i.W, &i.K_decayed, &i.Q_gated}) *region = reserve(i, tiles * C * K * kBf16);
@@ -290,7 +299,7 @@ ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool 
     for (size_t* region : {&w.dq, &w.dk}) *region = reserve(w, elements * kFp32);
   }
   if (!saved) {  // their first regions lie over the end of what has been reserved
-    if (plan.gradients_beside) w.progress = reserve(w, (tiles + 2 + solve_ctas(p, tiles)) * sizeof(uint32_t));
+    if (plan.gradients_beside) w.progress = reserve(w, (tiles + 2 + plan.followed_ctas) * sizeof(uint32_t));
     const size_t over = plan.gradients_beside ? 0 : reused_bytes;
     w.intermediates = w.total_bytes > over ? w.total_bytes - over : 0;
     w.total_bytes = w.intermediates + i.total_bytes;
@@ -334,6 +343,7 @@ std::string to_json(const ChunkBwdPlan& plan) {
   json.add("side_by_side", int64_t{plan.side_by_side});
   json.add("gradients_beside", int64_t{plan.gradients_beside});
   json.add("early_gradients", plan.early_gradients);
+  json.add("followed_ctas", plan.followed_ctas);
   json.add("segment_chunks", plan.segment_chunks);
   json.add("segment_slots", plan.segment_slots);
   json.add("intermediate_bytes", static_cast<int64_t>(plan.intermediates.total_bytes));

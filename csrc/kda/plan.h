@@ -162,7 +162,7 @@ struct ChunkBwdWorkspace {
           // side; none if the forward has saved  [slots, HV, V, C]
   size_t by_levels = 0;  // whether a chunk's gradients are left to the levels of pairs  [slots, HV]  uint32
   size_t progress =
-      0;  // of the recurrences in each chunk, and of stage 1  [slots, HV] + 2 + its CTAs  uint32; if stages work beside
+      0;  // of the recurrences in each chunk, and of stage 1  [slots, HV] + 2 + its CTAs that are followed  uint32; if stages work beside
           // each other
   size_t dA_log = 0;  // sums over each chunk, by channel        [slots, HV, K]        fp32; only with an activated gate
   size_t ddt_bias = 0;      // likewise
@@ -180,6 +180,8 @@ struct ChunkBwdPlan {
   bool side_by_side = false;      // the recurrence of the state and that of its gradient find room at the same time
   bool gradients_beside = false;  // and stage 4 works beside them on chunks that both have left
   int64_t early_gradients = 0;    // then: CTAs of stage 4 that find a multiprocessor from the beginning
+  int64_t followed_ctas =
+      0;  // of stage 1, whose last turn the recurrences follow chunk by chunk; 0: they wait for its end
 
   // The cut of sequences into segments: the recurrences, from zero, and the maps of all segments are computed side by side before the
   // recurrences that write.

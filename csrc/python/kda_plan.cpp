@@ -138,6 +138,7 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("side_by_side", &kda::ChunkBwdPlan::side_by_side)
       .def_readonly("gradients_beside", &kda::ChunkBwdPlan::gradients_beside)
       .def_readonly("early_gradients", &kda::ChunkBwdPlan::early_gradients)
+      .def_readonly("followed_ctas", &kda::ChunkBwdPlan::followed_ctas)
       .def_readonly("segment_chunks", &kda::ChunkBwdPlan::segment_chunks)
       .def_readonly("segment_slots", &kda::ChunkBwdPlan::segment_slots)
       .def_readonly("intermediates", &kda::ChunkBwdPlan::intermediates)

@@ -18,9 +18,9 @@ struct IntraChunkGradientsConfig {
   static constexpr int K = K_, V = V_, C = kChunkTokens;
   using Element = Element_;
   static constexpr CallKind kKind = kKind_;
-  static constexpr bool kTensorCopies = kKind != CallKind::kAny;  // rows of tensors by the copy engine
+  static constexpr bool kTensorCopies = kKind != CallKind::kAny;     // rows of tensors by the copy engine
   static constexpr bool kUnitNorms = kKind == CallKind::kProcessed;  // q and k are taken as they are
-  static constexpr int kTiles = C / 16;  // of tokens
+  static constexpr int kTiles = C / 16;                              // of tokens
   static constexpr int kBlocks = 2, kBlockTiles = kTiles / kBlocks, kBlockTokens = 16 * kBlockTiles;
   static constexpr int kGroups = K / 16;    // of 16 channels
   static constexpr int kRowTiles = V / 16;  // of V
@@ -46,7 +46,7 @@ struct IntraChunkGradientsConfig {
   static constexpr int kDkk = kDqk + kPairTileBytes;                // likewise
   static constexpr int kValueGradient = kDqk;                       // dV, before the pairs
   static_assert(kValueTileBytes <= 2 * kPairTileBytes);
-  static constexpr int kTokens = kDkk + kPairTileBytes;             // arrays over tokens, below
+  static constexpr int kTokens = kDkk + kPairTileBytes;  // arrays over tokens, below
 
   // Arrays [C] of fp32.
   enum TokenArray {
@@ -116,8 +116,8 @@ struct IntraChunkGradientsConfig {
 };
 
 // A block goes by one reference if log2 of its decay on either side of its middle, and squares of the norms of q and k, are in one of two
-// ranges: 64 sums of pairs of at most 1 times q or k stay in fp32, 2^(112 + 6 + 8) and 2^(117 + 6 + 4). The wide one is for gates with a bound
-// of -5, 16 tokens of which decay by 2^-115.5.
+// ranges: 64 sums of pairs of at most 1 times q or k stay in fp32, 2^(112 + 6 + 8) and 2^(117 + 6 + 4); the squares are within 3 %. The wide one is for gates with
+// a bound of -5, 16 tokens of which decay by 2^-115.5.
 inline constexpr float kMaxLog2Range = 112.0f, kMaxSquaredNorm = 65536.0f;
 inline constexpr float kWideLog2Range = 117.0f, kWideSquaredNorm = 256.0f;
 

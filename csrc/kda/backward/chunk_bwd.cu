@@ -72,8 +72,7 @@ ChunkBwdKernelParams kernel_params(const ChunkBwdParams& call, const ChunkBwdPla
     params.early_ctas = plan.early_gradients;
     params.forward.progress = reinterpret_cast<uint32_t*>(base + workspace.progress);
     constexpr int kRecurrences = 2;
-    params.forward.solve_ctas =
-        static_cast<uint32_t>(solve_ctas(problem, plan.chunk_slots * problem.value_heads));
+    params.forward.followed_ctas = static_cast<uint32_t>(plan.followed_ctas);
     params.progress_wanted = kRecurrences * kMoverWarps * (problem.value_dim / plan.value_tile);
   }
   if (call.inputs.gate != GateKind::kLog) {

@@ -3,7 +3,7 @@
 
 #include <cuda.h>
 
-#include "../device/divisor.h"
+#include "../device/divisor.cuh"
 #include "kernel_params.h"
 
 namespace kda {

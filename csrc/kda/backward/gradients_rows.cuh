@@ -122,6 +122,20 @@ struct GradientsRows : GradientsContext<Config> {
     return store_beta(raw_beta(), false);
   }
 
+  // The sum of squares of eight elements, onto those before. Where norms are one, it serves a comparison alone: packed bf16 have it within 3 %.
+  static __device__ __forceinline__ void add_squares(float& sum, const uint4& unit) {
+    float x[8];
+    unpack_8<Element>(x, unit);
+#pragma unroll
+    for (int c = 0; c < 8; ++c) sum += x[c] * x[c];
+  }
+  static __device__ __forceinline__ void add_squares(__nv_bfloat162& sums, const uint4& unit) {
+    for (const uint32_t pair : {unit.x, unit.y, unit.z, unit.w}) {
+      const __nv_bfloat162 x = reinterpret_cast<const __nv_bfloat162&>(pair);
+      sums = __hfma2(x, x, sums);
+    }
+  }
+
   // 1 / |x| of the rows of q and k: four lanes a row, eight rows of one of them a warp. Returns the largest |x|^2 that the
   // lane has seen, or NaN.
   __device__ __forceinline__ float store_norms() const {
@@ -130,16 +144,22 @@ struct GradientsRows : GradientsContext<Config> {
     for (int job = warp; job < 2 * C / 8; job += Config::kWarps) {
       const bool is_key = job & 1;
       const int token = 8 * (job >> 1) + row;
-      float squares = 0.0f;
+      const auto sum_squares = [&](auto sum) {
 #pragma unroll
-      for (int i = 0; i < kUnits; ++i) {
-        float x[8];
-        unpack_8<Element>(x, *reinterpret_cast<const uint4*>(shared + (is_key ? Config::kKey : Config::kQuery) +
-                                                             Config::KeyTile::unit_offset(token, 4 * i + member)));
-#pragma unroll
-        for (int c = 0; c < 8; ++c) squares += x[c] * x[c];
+        for (int i = 0; i < kUnits; ++i) {
+          add_squares(sum, *reinterpret_cast<const uint4*>(shared + (is_key ? Config::kKey : Config::kQuery) +
+                                                           Config::KeyTile::unit_offset(token, 4 * i + member)));
+        }
+        return sum;
+      };
+      float squares;
+      if constexpr (Config::kUnitNorms) {
+        static_assert(std::is_same_v<Element, BFloat16>);
+        const float2 halves = __bfloat1622float2(sum_squares(__floats2bfloat162_rn(0.0f, 0.0f)));
+        squares = sum_tokens(halves.x + halves.y);
+      } else {
+        squares = sum_tokens(sum_squares(0.0f));
       }
-      squares = sum_tokens(squares);
       largest = squares <= largest ? largest : squares;
       if (!Config::kUnitNorms && member == 0) {
         tokens(is_key ? Config::kKeyNorm : Config::kQueryNorm)[token] =

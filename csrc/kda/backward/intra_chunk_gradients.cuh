@@ -12,8 +12,10 @@
 // Grid: kCtasPerSm CTAs of K / 8 warps for each multiprocessor, which take a chunk slot of a value head after the other; rows past
 // the last sequence are left to level_gradients.cuh. First a warp owns rows of V, and a warpgroup a matrix of pairs (value_gradients.cuh), then a warp 16
 // channels of one of two blocks of 32 tokens, transposed (channel_tile.cuh): decay factors, operands and results have one layout (block_gradients.cuh).
-// What a chunk needs is copied as soon as the one before has no more use for the room: g, rows of q, k and dO by cp.async, in groups whose order the waits
-// count on, contiguous tiles by the copy engine.
+// What a chunk needs is copied as soon as the one before has no more use for the room, by the copy engine, which the first lanes of several warps ask: each takes
+// a while, in which the others wait for it at the next barrier. It also stores dq, dk, dv and dg of whole chunks from tiles in shared memory; where those of dq, dk and dg
+// lie, q, k and dS' come next, so that these are asked for in their own chunk, from the L2 cache. Kernels for any kind of call copy rows by cp.async, in groups
+// whose order the waits count on, and store them by threads.
 //
 // Numerics: in each block one reference in its middle serves all pairs, as in step_operands.cuh. A chunk whose gates
 // decay too much on either side of it, whose q or k are too large for that (see kWideLog2Range), or which has a beta that
@@ -23,7 +25,7 @@
 // Shared memory (bytes, K = V = 128): g, then log2 of P, 32768; dU, then Y, 16384; U 16384; the inverse 8192; S and dS', then operands of pairs, 65536;
 // dO 16384; q and k, then dq and dk, 32768; two matrices of pairs 16384; 18 KiB over tokens and channels.
 // Registers: at most 128 for 16 warps. Nothing is kept from phase to phase but sums and operands: where a lane's elements lie, and where the chunk is, is found
-// again, as a spilled register is a round trip to L2. Bound by latencies, at half of the issue slots: 52 000 instructions a chunk and head.
+// again, as a spilled register is a round trip to L2. Bound by latencies, at half of the issue slots: 39 000 instructions a chunk and head, 51 000 with raw inputs.
 #pragma once
 
 #include "../device/sum_rows.cuh"
@@ -55,14 +57,23 @@ struct IntraChunkGradients : BlockGradients<Config> {
   enum class Copies { kValues, kStates, kGates, kKeys };
   static constexpr int kCopies = 4;
   // The warps whose first lanes ask for them, and for stores. Each takes a while, in which the others wait for it at the next barrier.
-  enum class Asking { kQueries, kKeys, kValues, kRows, kGates, kStates, kAhead, kValueGradients, kNone, kGateGradients };
+  enum class Asking {
+    kQueries,
+    kKeys,
+    kValues,
+    kRows,
+    kGates,
+    kStates,
+    kAhead,
+    kValueGradients,
+    kNone,
+    kGateGradients
+  };
   __device__ __forceinline__ bool asks_for(Asking what) const {
     return this->warp == static_cast<int>(what) % Config::kWarps && lane == 0;
   }
   // How many of them arrive at a barrier.
-  static constexpr int arrivals(int copies) {
-    return copies == static_cast<int>(Copies::kGates) ? 1 : 2;
-  }
+  static constexpr int arrivals(int copies) { return copies == static_cast<int>(Copies::kGates) ? 1 : 2; }
   // Those for which nothing is copied of no chunk: the others ask for what they copy in its own chunk.
   static constexpr int early_arrivals(int copies) {
     if (copies == static_cast<int>(Copies::kKeys)) return 0;
@@ -450,10 +461,9 @@ struct IntraChunkGradients : BlockGradients<Config> {
       static_assert(Config::kBlockTokens == 32);
       const ChunkFwdParams& c = call();
       const int t = min(first_tile() * 16 + lane, location.tokens - 1);
-      const uint16_t* const row =
-          static_cast<const uint16_t*>(c.g) +
-          (location.batch * c.g_stride.batch + (location.first_token + t) * c.g_stride.token +
-           value_head * c.g_stride.head + 16 * this->group());
+      const uint16_t* const row = static_cast<const uint16_t*>(c.g) +
+                                  (location.batch * c.g_stride.batch + (location.first_token + t) * c.g_stride.token +
+                                   value_head * c.g_stride.head + 16 * this->group());
       const uint32_t to = ptx::shared_address(gates_again() + lane * 32);
       ptx::cp_async_16(to, row, 16);
       ptx::cp_async_16(to + 16, row + 8, 16);
@@ -642,8 +652,7 @@ __device__ __forceinline__ ChunkPlace place_of(const ChunkFwdKernelParams& param
   place.slot = slot;
   place.value_head = static_cast<int>(head);
   place.tile = slot * divisors.value_heads.value() + head;
-  place.location =
-      call.cu_seqlens == nullptr ? locate_chunk_of_row(call, row, chunk) : locate_chunk(call, slot, lane);
+  place.location = call.cu_seqlens == nullptr ? locate_chunk_of_row(call, row, chunk) : locate_chunk(call, slot, lane);
   return place;
 }
 
@@ -666,7 +675,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   ChunkPlace* const places = reinterpret_cast<ChunkPlace*>(shared + Config::kPlaces);
 
   // The first chunk of a CTA is none: it goes on from there to its first tile as from one to the next. Beside the recurrences some CTAs go through it as
-  // through others, again and again until there is a tile: so all find their instructions, 52 KB of them, in the L2 cache, where what the
+  // through others, again and again until there is a tile: so all find their instructions, 39 KB of them, in the L2 cache, where what the
   // recurrences read and write would not leave them.
   bool rehearses = is_rehearsing(params, blockIdx.x);
   const ChunkPlace nowhere = {{0, 0, 0}, 0, -1, 0};
@@ -697,8 +706,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   const auto at = [&](int turn) -> Gradients {
     const ChunkPlace& place = places[turn];
     const int thread = ptx::opaque(threadIdx.x), lane = thread & 31;  // what follows from it is not kept
-    return {{{{{params, shared, thread, warp, lane, lane >> 2, lane & 3, place.location, place.value_head,
-                place.tile, turn}}}},
+    return {{{{{params, shared, thread, warp, lane, lane >> 2, lane & 3, place.location, place.value_head, place.tile,
+                turn}}}},
             given.maps};
   };
 

@@ -338,7 +338,8 @@ struct LevelGradients : LevelPairGradients<Config> {
     this->tiny_beta = this->wait_for_loads();
     this->solve(operands);
     __syncthreads();
-    this->template store_rows<typename Config::ValueTile, V>(params.dv, Config::kValueGradient, value_row(0), call().problem.value_heads);
+    this->template store_rows<typename Config::ValueTile, V>(params.dv, Config::kValueGradient, value_row(0),
+                                                             call().problem.value_heads);
     StateFragmentsOfChannels fragments;
     load_states(fragments);
     this->multiply_pairs();
@@ -358,8 +359,10 @@ struct LevelGradients : LevelPairGradients<Config> {
     finish(Config::kKey, Config::kKeyNorm, Config::kKeyDot, 1, params.dk_parts);
     if (params.dq_parts != nullptr) return;
     __syncthreads();
-    this->template store_rows<typename Config::KeyTile, K>(params.dq, Config::kQuery, this->key_row(0), call().problem.heads);
-    this->template store_rows<typename Config::KeyTile, K>(params.dk, Config::kKey, this->key_row(0), call().problem.heads);
+    this->template store_rows<typename Config::KeyTile, K>(params.dq, Config::kQuery, this->key_row(0),
+                                                           call().problem.heads);
+    this->template store_rows<typename Config::KeyTile, K>(params.dk, Config::kKey, this->key_row(0),
+                                                           call().problem.heads);
   }
 };
 

@@ -176,16 +176,16 @@ struct ValueGradients : GradientsRows<Config> {
       const auto norm_of = [&](typename Config::TokenArray array) {
         return Config::kUnitNorms ? 1.0f : tokens(array)[i];
       };
-      const float factor = is_query ? call().scale * norm_of(Config::kQueryNorm)
-                                    : -tokens(Config::kBeta)[i] * norm_of(Config::kKeyNorm);
+      const float factor =
+          is_query ? call().scale * norm_of(Config::kQueryNorm) : -tokens(Config::kBeta)[i] * norm_of(Config::kKeyNorm);
 #pragma unroll
       for (int n = 0; n < kPairTiles; ++n) {
         if (first + n > r) continue;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int j = 16 * (first + n) + 8 * half + 2 * member;
-          const float2 norms = Config::kUnitNorms ? float2{1.0f, 1.0f}
-                                                  : *reinterpret_cast<const float2*>(tokens(Config::kKeyNorm) + j);
+          const float2 norms =
+              Config::kUnitNorms ? float2{1.0f, 1.0f} : *reinterpret_cast<const float2*>(tokens(Config::kKeyNorm) + j);
           float& even = pairs.acc[n][half][2 * hi];
           float& odd = pairs.acc[n][half][2 * hi + 1];
           even *= factor * norms.x, odd *= factor * norms.y;

@@ -6,7 +6,8 @@
 // and the operands of the later stages,
 //   Q_gated = scale * Q ⊙ e^G,   K_decayed = K ⊙ e^{G_C - G},   chunk_decay = e^{G_C}.
 //
-// Grid: as many CTAs as are resident, of 8 warps; each goes on by the grid's size among tiles of (chunk slot, value head), past slots without tokens.
+// Grid: as many CTAs as are resident, of 8 warps; each goes on by the grid's size among tiles of (chunk slot, value head), past slots without tokens, in
+// their order in memory, or where recurrences follow from the ends of the sequences to their middle (solve_progress.cuh).
 // The next chunk's rows are copied as soon as their place is free, so that its work begins without a wait. The chunk is two steps of 32 tokens, earlier
 // and later, of four warps each, which make pairs inside of them as in the forward (step_producer.cuh). For a pair across the steps exp(G_i - G_j) is
 // split at the boundary between them: it is a product of rows of Q ⊙ e^G and K ⊙ e^G of the later step and of K ⊙ e^{G_C - G} of the earlier one. From
@@ -625,7 +626,7 @@ struct IntraChunkSolve {
 // What the stages that work beside each other count in, by the whole grid.
 __device__ __forceinline__ void clear_progress(const ChunkFwdKernelParams& params) {
   if (params.progress == nullptr) return;
-  const int64_t words = params.chunk_slots * params.call.problem.value_heads + 2 + params.solve_ctas;
+  const int64_t words = params.chunk_slots * params.call.problem.value_heads + 2 + params.followed_ctas;
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < words; i += int64_t{gridDim.x} * blockDim.x) {
     params.progress[i] = 0;
   }
@@ -638,7 +639,7 @@ __device__ __forceinline__ void clear_progress(const ChunkFwdKernelParams& param
 __device__ __forceinline__ uint32_t first_index(const ChunkFwdKernelParams& params) {
   static_assert(kSolveCtasPerSm == 2);
   const uint32_t half = gridDim.x / 2;
-  if (params.progress == nullptr || gridDim.x % 2 == 1) return blockIdx.x;
+  if (params.followed_ctas == 0 || gridDim.x % 2 == 1) return blockIdx.x;
   return blockIdx.x < half ? 2 * blockIdx.x : 2 * (blockIdx.x - half) + 1;
 }
 
@@ -671,7 +672,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     SolvePlace place = {{0, 0, 0}, 0, 0, 0, index};
 #pragma unroll 1
     for (; index < tiles && place.location.tokens == 0; index += gridDim.x) {
-      const uint32_t tile = params.progress != nullptr ? SolveOrder(params).tile_at(index, value_heads) : index;
+      const uint32_t tile = params.followed_ctas > 0 ? SolveOrder(params).tile_at(index, value_heads) : index;
       const uint32_t slot = tile / value_heads, value_head = tile - slot * value_heads;
       place = {locate_chunk(call, slot, lane), tile, static_cast<int>(value_head),
                static_cast<int>(value_head / (value_heads / heads)), index};
@@ -702,9 +703,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   for (unsigned turn = 0; at(turn).location.tokens > 0; ++turn) {
     if (threadIdx.x == 0) mark(params, Mark::kSolveChunk, places[turn % kSolvePlaces].tile);
     Solve::run(
-        turn, [&](unsigned i) { return at(turn + i); },
-        [&] { find(place_of(turn + 1).index + gridDim.x, turn + 2); });
-    if (params.progress != nullptr) SolveProgress(params).tell(place_of(turn).index);
+        turn, [&](unsigned i) { return at(turn + i); }, [&] { find(place_of(turn + 1).index + gridDim.x, turn + 2); });
+    if (params.followed_ctas > 0) SolveProgress(params).tell(place_of(turn).index);
   }
   if (threadIdx.x == 0) mark(params, Mark::kSolveEnd, 0);
 }

@@ -58,8 +58,8 @@ struct ChunkFwdKernelParams {
 
   // How many warps of the recurrences have left what they leave of a chunk, the next tile to take, and words of SolveProgress: of a backward whose stages
   // work beside each other, else null. Cleared by stage 1.
-  uint32_t* progress;   // [slots, HV], 1, 1, [solve_ctas]
-  uint32_t solve_ctas;  // of stage 1, if there is progress
+  uint32_t* progress;      // [slots, HV], 1, 1, [followed_ctas]
+  uint32_t followed_ctas;  // of stage 1, if the recurrences follow it; else 0
 
   bool wants_output;  // stage 3 follows
   bool vectorized;    // every 8-element group of q, k, v and g starts at a multiple of 16 bytes

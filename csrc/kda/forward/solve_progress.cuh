@@ -29,10 +29,10 @@ struct SolveOrder {
 
 struct SolveProgress {
   uint32_t* before_last;  // how many warps have left all but the last turn of tiles
-  uint32_t* last;         // [solve_ctas]: how many have left a tile of the last turn
+  uint32_t* last;         // [ctas]: how many have left a tile of the last turn
   uint32_t ctas, first_of_last;
 
-  __device__ __forceinline__ explicit SolveProgress(const ChunkFwdKernelParams& params) : ctas(params.solve_ctas) {
+  __device__ __forceinline__ explicit SolveProgress(const ChunkFwdKernelParams& params) : ctas(params.followed_ctas) {
     const uint32_t tiles = static_cast<uint32_t>(params.chunk_slots * params.call.problem.value_heads);
     before_last = params.progress + tiles + 1, last = before_last + 1;
     first_of_last = (tiles - 1) / ctas * ctas;
@@ -42,7 +42,8 @@ struct SolveProgress {
   __device__ __forceinline__ void tell(uint32_t index) const {
     if (index + ctas < first_of_last) return;
     __syncwarp();
-    if ((threadIdx.x & 31) == 0) ptx::add_release(index < first_of_last ? before_last : last + (index - first_of_last), 1);
+    if ((threadIdx.x & 31) == 0)
+      ptx::add_release(index < first_of_last ? before_last : last + (index - first_of_last), 1);
   }
   // Whether a tile is there.
   __device__ __forceinline__ bool has(uint32_t index) const {
@@ -60,13 +61,12 @@ struct SolvedChunks {
 
   // Until the i-th is there, for copies by the copy engine. By a whole warp. rows: of V, of a CTA.
   __device__ __forceinline__ void wait_for(int i, int rows, int lane) {
-    if (params.progress == nullptr) return;
+    if (params.followed_ctas == 0) return;
     const uint32_t chain = blockIdx.x / (static_cast<uint32_t>(params.call.problem.value_dim) / rows);
     while (i >= known) {
       const int next = known + lane;
       const uint32_t chunk = is_reversed ? chunks - 1 - next : next;
-      const bool is_there =
-          next < chunks && SolveProgress(params).has(SolveOrder(params).index_of(chunk, chain));
+      const bool is_there = next < chunks && SolveProgress(params).has(SolveOrder(params).index_of(chunk, chain));
       const unsigned missing = ~__ballot_sync(0xffffffffu, is_there);
       known += missing == 0 ? 32 : __ffs(missing) - 1;
       if (i >= known) __nanosleep(100);

@@ -13,7 +13,7 @@
 // which writes nothing else, finds B from zero, or from the initial state in the first one, and M from the identity without U0.
 //
 // Another warpgroup, the movers, keeps a ring of stages filled with bulk copies, through which every chunk of the sequence goes once, and
-// stores the operands that the consumers leave in shared memory.
+// stores the operands that the consumers leave in shared memory. In a backward they may follow stage 1 chunk by chunk (solve_progress.cuh).
 //
 // Shared memory of one stage (bytes, K = 128): W and K_decayed 16384 each, U0 of the value tile 16384 for each 64 rows,
 // chunk_decay 512. Behind the ring 24576 for each 64 rows, through which S and U leave.
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                               Config::kSummary && segments.state == nullptr ? 0 : V / Config::kRows,
                               Config::kSummary ? K / Config::kRows : 0, lane);
   // Beside stage 1 the movers wait for each chunk instead, and in the end for all.
-  if (params.progress == nullptr) {
+  if (params.followed_ctas == 0) {
     ptx::wait_for_kernel_before();  // before any return: who waits for this kernel relies on those before it, too
   }
   if (!found.segment.is_used) {

@@ -17,17 +17,12 @@ class Divisor {
   struct Result {
     uint32_t quotient, remainder;
   };
-#ifdef __CUDACC__
   // n < 2^31.
   __device__ __forceinline__ Result divide(uint32_t n) const {
     const uint32_t quotient = (__umulhi(n, multiplier_) + n) >> shift_;
     return {quotient, n - quotient * divisor_};
   }
-#endif
-#ifdef __CUDACC__
-  __host__ __device__
-#endif
-  uint32_t value() const { return divisor_; }
+  __device__ __forceinline__ uint32_t value() const { return divisor_; }
 
  private:
   uint32_t divisor_ = 1, multiplier_ = 1, shift_ = 0;
