@@ -28,23 +28,480 @@
 // again, as a spilled register is a round trip to L2. Bound by latencies, at half of the issue slots: 39 000 instructions a chunk and head, 51 000 with raw inputs.
 #pragma once
 
-#include "gradient_gates.cuh"
+#include "../device/sum_rows.cuh"
+#include "../device/timeline.cuh"
+#include "block_gradients.cuh"
+#include "gradients_params.h"
 
 namespace kda {
 
 template <typename Config>
-struct IntraChunkGradients : GradientGates<Config> {
+struct IntraChunkGradients : BlockGradients<Config> {
   using Blocks = BlockGradients<Config>;
   using Values = ValueGradients<Config>;
-  using Gates = GradientGates<Config>;
   using Element = typename Config::Element;
   using Sums = typename Blocks::Sums;
   using Block = typename Blocks::Block;
-  using Range = typename Gates::Range;
-  using Copy = typename Gates::Copy;
-  using Blocks::location, Blocks::params, Blocks::tile;
-  using Gates::kTensorCopies;
-  static constexpr int K = Config::K;
+  using Blocks::address, Blocks::block, Blocks::call, Blocks::channel, Blocks::first_tile, Blocks::is_second,
+      Blocks::lane, Blocks::location, Blocks::member, Blocks::params, Blocks::shared, Blocks::tile, Blocks::token,
+      Blocks::totals, Blocks::value_head;
+  static constexpr int K = Config::K, V = Config::V, C = Config::C, kTiles = Config::kTiles,
+                       kBlockTiles = Config::kBlockTiles;
+  static constexpr bool kTensorCopies = Config::kTensorCopies;
+
+  const GradientTensorMaps& maps;  // if kTensorCopies
+
+  // ---- Copies from memory ----
+
+  // Copies by the copy engine, which barriers count: of values, of states, of g, and of q and k.
+  enum class Copies { kValues, kStates, kGates, kKeys };
+  static constexpr int kCopies = 4;
+  // The warps whose first lanes ask for them, and for stores. Each takes a while, in which the others wait for it at the next barrier.
+  enum class Asking {
+    kQueries,
+    kKeys,
+    kValues,
+    kRows,
+    kGates,
+    kStates,
+    kAhead,
+    kValueGradients,
+    kNone,
+    kGateGradients
+  };
+  __device__ __forceinline__ bool asks_for(Asking what) const {
+    return this->warp == static_cast<int>(what) % Config::kWarps && lane == 0;
+  }
+  // How many of them arrive at a barrier.
+  static constexpr int arrivals(int copies) { return copies == static_cast<int>(Copies::kGates) ? 1 : 2; }
+  // Those for which nothing is copied of no chunk: the others ask for what they copy in its own chunk.
+  static constexpr int early_arrivals(int copies) {
+    if (copies == static_cast<int>(Copies::kKeys)) return 0;
+    return copies == static_cast<int>(Copies::kStates) && Config::kGateGradientFits ? 1 : arrivals(copies);
+  }
+  __device__ __forceinline__ uint32_t barrier(Copies copies) const {
+    return address(Config::kBarriers + static_cast<int>(copies) * 8);
+  }
+  // Rows of the chunk, and of what follows it in the tensor.
+  __device__ __forceinline__ void copy_rows(Copies copies, int offset, const CUtensorMap& map) const {
+    ptx::cp_async_bulk_tensor_load(address(offset), &map, 0, static_cast<int>(location.first_token), 0, value_head,
+                                   static_cast<int>(location.batch), barrier(copies));
+  }
+  __device__ __forceinline__ void store_tile(const CUtensorMap& map, int offset) const {
+    ptx::cp_async_bulk_tensor_store(&map, 0, static_cast<int>(location.first_token), 0, value_head,
+                                    static_cast<int>(location.batch), address(offset));
+    ptx::cp_async_bulk_commit_group();
+  }
+  // Whether rows of 64 tokens are the chunk's: else those past its end belong to another sequence.
+  __device__ __forceinline__ bool is_whole() const { return location.tokens == C; }
+
+  template <typename Gate>
+  __device__ __forceinline__ void copy_gates_of() const {
+    const ChunkFwdParams& c = call();
+    const Gate* const first =
+        static_cast<const Gate*>(c.g) +
+        (location.batch * c.g_stride.batch + location.first_token * c.g_stride.token + value_head * c.g_stride.head);
+    this->template load_rows<typename Config::GateTile, K>(Config::kGates, first, c.g_stride.token,
+                                                           params.forward.vectorized);
+  }
+
+  __device__ __forceinline__ void copy_gates() const {
+    if constexpr (kTensorCopies) {
+      if (!asks_for(Asking::kGates)) return;
+      const bool is_used = location.tokens > 0;
+      const int bytes = C * K * (call().gate_type == DataType::kFloat32 ? 4 : 2);
+      ptx::mbarrier_arrive_expect_tx(barrier(Copies::kGates), is_used ? bytes : 0);
+      if (is_used) copy_rows(Copies::kGates, Config::kGates, maps.g);
+      return;
+    }
+    if (location.tokens > 0) {
+      if (call().gate_type == DataType::kFloat32) {
+        copy_gates_of<float>();
+      } else if (call().gate_type == DataType::kBFloat16) {
+        copy_gates_of<BFloat16>();
+      } else {
+        copy_gates_of<Float16>();
+      }
+    }
+    ptx::cp_async_commit_group();
+  }
+
+  template <int kBytes>
+  __device__ __forceinline__ void copy_tile(Copies copies, int offset, const void* tiles) const {
+    ptx::cp_async_bulk_load(address(offset), static_cast<const uint8_t*>(tiles) + tile * kBytes, kBytes,
+                            barrier(copies));
+  }
+
+  __device__ __forceinline__ void copy_values() const {
+    const bool is_used = location.tokens > 0;
+    if (asks_for(Asking::kValues)) {
+      if (is_used && params.forward.progress != nullptr) {
+        const uint32_t* const progress = params.forward.progress + tile;
+        mark(params.forward, Mark::kGradientsWait, tile);
+        while (ptx::load_acquire(progress) < params.progress_wanted) __nanosleep(100);
+        mark(params.forward, Mark::kGradientsThere, tile);
+        ptx::fence_proxy_async_global();
+      }
+      constexpr int kBytes = 2 * Config::kValueTileBytes + Config::kPairTileBytes;
+      ptx::mbarrier_arrive_expect_tx(barrier(Copies::kValues), is_used ? kBytes : 0);
+      if (!is_used) return;
+      copy_tile<Config::kValueTileBytes>(Copies::kValues, Config::kY, params.dU);
+      copy_tile<Config::kValueTileBytes>(Copies::kValues, Config::kU, params.forward.U_rounded);
+      copy_tile<Config::kPairTileBytes>(Copies::kValues, Config::kInverse, params.forward.inverse);
+    } else if (asks_for(Asking::kRows)) {
+      const bool copies_rows = kTensorCopies && is_used;
+      ptx::mbarrier_arrive_expect_tx(barrier(Copies::kValues), copies_rows ? Config::kValueTileBytes : 0);
+      if (copies_rows) copy_rows(Copies::kValues, Config::kOutputGradient, maps.dO);
+    }
+  }
+
+  __device__ __forceinline__ void copy_states() const {
+    if constexpr (!kTensorCopies) {
+      if (location.tokens > 0) this->load_output_gradient();
+      ptx::cp_async_commit_group();
+    }
+    if (!asks_for(Asking::kStates)) return;
+    const bool is_used = location.tokens > 0;
+    copy_state(is_used, Config::kState, params.forward.state);
+    if constexpr (!Config::kGateGradientFits) copy_state(is_used, Config::kDState, params.dstate);
+  }
+  __device__ __forceinline__ void copy_state(bool is_used, int offset, const void* states) const {
+    ptx::mbarrier_arrive_expect_tx(barrier(Copies::kStates), is_used ? Config::kStateBytes : 0);
+    if (!is_used) return;
+    if (params.forward.progress != nullptr) ptx::fence_proxy_async_global();  // the values' thread has waited
+    copy_tile<Config::kStateBytes>(Copies::kStates, offset, states);
+  }
+
+  // turn: of the chunk, modulo 2.
+  __device__ __forceinline__ void wait_for(Copies copies, int turn) const {
+    ptx::mbarrier_wait_parity(barrier(copies), turn);
+  }
+
+  __device__ __forceinline__ void copy_keys() const {
+    if constexpr (kTensorCopies) return;
+    if (location.tokens > 0) this->load_queries_and_keys();
+    ptx::cp_async_commit_group();
+  }
+
+  // The copy engine, which stores dq, dk and dg of the chunk before from where q, k and dS' come, is asked for these in their own chunk, and to have them at
+  // hand in the one before.
+  __device__ __forceinline__ void prefetch() const {
+    if (!kTensorCopies || !asks_for(Asking::kAhead) || location.tokens == 0) return;
+    const int token = static_cast<int>(location.first_token), batch = static_cast<int>(location.batch);
+    ptx::prefetch_tensor_to_l2(&maps.q, 0, token, 0, value_head, batch);
+    ptx::prefetch_tensor_to_l2(&maps.k, 0, token, 0, value_head, batch);
+    if constexpr (Config::kGateGradientFits) {
+      ptx::prefetch_to_l2(reinterpret_cast<const uint8_t*>(params.dstate) + tile * Config::kStateBytes,
+                          Config::kStateBytes);
+    }
+  }
+  __device__ __forceinline__ void copy_over_gradients() const {
+    if constexpr (kTensorCopies) {
+      if (asks_for(Asking::kQueries)) copy_over_gradient(Config::kQuery, maps.q);
+      if (asks_for(Asking::kKeys)) copy_over_gradient(Config::kKey, maps.k);
+    }
+    if (Config::kGateGradientFits && asks_for(Asking::kGateGradients)) {
+      ptx::cp_async_bulk_wait_read_all();
+      copy_state(location.tokens > 0, Config::kDState, params.dstate);
+    }
+  }
+  __device__ __forceinline__ void copy_over_gradient(int offset, const CUtensorMap& map) const {
+    ptx::cp_async_bulk_wait_read_all();
+    const bool is_used = location.tokens > 0;
+    ptx::mbarrier_arrive_expect_tx(barrier(Copies::kKeys), is_used ? Config::kKeyTileBytes : 0);
+    if (is_used) copy_rows(Copies::kKeys, offset, map);
+  }
+
+  // Of a chunk that is not whole.
+  template <int kBytes>
+  __device__ __forceinline__ void clear_copied_rows(int offset) const {
+    constexpr int kUnits = kBytes / 16 / C;
+    for (int i = this->thread; i < C * kUnits; i += Config::kThreads) {
+      const int t = i / kUnits;
+      const uint32_t at = offset + BlockedTile<C>::unit_offset(t, i % kUnits);
+      if (t >= location.tokens) *reinterpret_cast<uint4*>(shared + at) = {0, 0, 0, 0};
+    }
+  }
+  // q, k and dO of the chunk are there; rows past its end are zero.
+  __device__ __forceinline__ void wait_for_rows(int turn) const {
+    if constexpr (!kTensorCopies) {
+      ptx::cp_async_wait_all();
+      if constexpr (!std::is_same_v<Element, BFloat16>) this->convert_output_gradient();
+      return;
+    }
+    wait_for(Copies::kKeys, turn);
+    if (is_whole()) return;
+    clear_copied_rows<Config::kValueTileBytes>(Config::kOutputGradient);
+    clear_copied_rows<Config::kKeyTileBytes>(Config::kQuery);
+    clear_copied_rows<Config::kKeyTileBytes>(Config::kKey);
+  }
+
+  // dV, before and after a barrier that follows others.
+  __device__ __forceinline__ void store_value_gradient() const {
+    if (!kTensorCopies || !is_whole()) {
+      this->template store_rows<typename Config::ValueTile, V>(params.dv, Config::kValueGradient, this->value_row(0),
+                                                               call().problem.value_heads);
+    } else if (asks_for(Asking::kValueGradients)) {
+      store_tile(maps.dv, Config::kValueGradient);
+    }
+  }
+  __device__ __forceinline__ void wait_for_stores() const {
+    if (kTensorCopies && asks_for(Asking::kValueGradients)) ptx::cp_async_bulk_wait_read_all();
+  }
+
+  // ---- Gates ----
+
+  // Where the lane's elements of a tile are in a GateTile of fp32. Tokens and channels change bits of a unit's number in a row; the rest are constant
+  // distances. (Those of 16 bits are moved as matrices.)
+  struct WideGates {
+    using Tile = typename Config::GateTile;
+    static constexpr uint32_t kRow = Tile::kRowBytes;
+    uint8_t* const gates;
+    uint32_t first;
+    __device__ __forceinline__ WideGates(uint8_t* all, int tt, int group, int row, int member) : gates(all) {
+      const uint32_t group_bytes = group * 64, lane_bytes = static_cast<uint32_t>(row) * 4;
+      first = Tile::unit_offset(2 * member, group_bytes % kRow / 16 + lane_bytes / 16) + lane_bytes % 16 +
+              group_bytes / kRow * Tile::kBlockBytes + tt * 16 * kRow;
+    }
+    __device__ __forceinline__ float& at(int b, int hi, int p) const {
+      return *reinterpret_cast<float*>(gates + (first ^ (2 * hi ^ p) * 16) + (8 * b + p) * kRow);
+    }
+  };
+  template <typename Function>
+  __device__ __forceinline__ void with_gate_type(Function f) const {
+    if (call().gate_type == DataType::kFloat32) {
+      f(0.0f);
+    } else if (call().gate_type == DataType::kBFloat16) {
+      f(BFloat16());
+    } else {
+      f(Float16());
+    }
+  }
+
+  // g of the lane's elements of a tile.
+  __device__ __forceinline__ ChannelTile copied_gate(int tt) const {
+    ChannelTile gates;
+    with_gate_type([&](auto element) {
+      using Gate = decltype(element);
+      if constexpr (std::is_same_v<Gate, float>) {
+        const WideGates lane_gates(shared + Config::kGates, tt, this->group(), this->row, member);
+        gates = ChannelTile::make([&](int b, int hi, int p) { return lane_gates.at(b, hi, p); });
+      } else {
+        gates = this->load_channels(Config::kGates, tt).template unpack<Gate>();
+      }
+    });
+    return gates;
+  }
+
+  // dg of a tile, for the copy engine.
+  __device__ __forceinline__ void leave_gate_gradient(const ChannelTile& gradients, int tt) const {
+    with_gate_type([&](auto element) {
+      using Gate = decltype(element);
+      if constexpr (std::is_same_v<Gate, float>) {
+        const WideGates lane_gates(shared + Config::kGateGradient, tt, this->group(), this->row, member);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int b = i >> 2, hi = i >> 1 & 1, p = i & 1;
+          lane_gates.at(b, hi, p) = gradients.at(b, hi, p);
+        }
+      } else {
+        this->template store_channels<Gate>(gradients, Config::kGateGradient, tt);
+      }
+    });
+  }
+
+  // How far apart the tokens of a block are.
+  struct Range {
+    bool is_wide, is_too_wide;  // for one reference with any q and k, and for one at all
+  };
+
+  // log2 of P of the block's tokens; the totals of its tiles into shared memory.
+  __device__ __forceinline__ Range activate(Block& exponent) const {
+    const GateOfTile activation = kept_gate();
+    Range range = {};
+#pragma unroll
+    for (int i = 0; i < kBlockTiles; ++i) {
+      const int tt = first_tile() + i;
+      ChannelTile& x = exponent[i];
+      x = activation.log2_alpha(copied_gate(tt));
+      if (location.tokens < C) {
+        x.for_each([&](float& gate, int b, int, int p) {
+          if (token(tt, b, p) >= location.tokens) gate = 0.0f;
+        });
+      }
+      float total[2];
+      prefix_sums(x, total, lane);
+#pragma unroll
+      for (int hi = 0; hi < 2; ++hi) {
+        range.is_wide |= !(total[hi] >= -kMaxLog2Range);
+        range.is_too_wide |= !(total[hi] >= -kWideLog2Range);
+        if (member == 0) totals(tt)[channel(hi)] = total[hi];
+      }
+      if (i == 0) x.for_each([&](float& sum, int, int hi, int) { sum -= total[hi]; });
+    }
+    return range;
+  }
+
+  __device__ __forceinline__ void keep_exponents(const Block& exponent) const {
+#pragma unroll
+    for (int i = 0; i < kBlockTiles; ++i) this->keep(this->exponents(i), exponent[i]);
+  }
+
+  __device__ __forceinline__ float& channel_sum(typename Config::ChannelArray array, int block, int hi) const {
+    return reinterpret_cast<float*>(shared + Config::kChannels)[(array * Config::kBlocks + block) * K + channel(hi)];
+  }
+
+  // From gradients of G to sums up to the end of the block; leaves what the other block needs of them.
+  __device__ __forceinline__ void leave_channel_sums(Block& cumulative, const float (&crossing)[2]) const {
+    float after[2] = {};
+#pragma unroll
+    for (int i = kBlockTiles - 1; i >= 0; --i) suffix_sums(cumulative[i], after, lane);
+#pragma unroll
+    for (int hi = 0; hi < 2; ++hi) {
+      const float sum = sum_tokens(crossing[hi]);
+      if (member == 0) {
+        channel_sum(Config::kCrossing, block(), hi) = sum;
+        channel_sum(Config::kGradient, block(), hi) = after[hi];
+      }
+    }
+  }
+
+  // dg of the block, and its sums for the gate's parameters.
+  __device__ __forceinline__ void store_gates(Block& cumulative) const {
+    const GateOfTile activation = kept_gate();
+    const float size = this->inverse_unit();
+    float outside[2];  // what crosses the whole block
+#pragma unroll
+    for (int hi = 0; hi < 2; ++hi) {
+      outside[hi] = channel_sum(Config::kCrossing, 0, hi) + channel_sum(Config::kCrossing, 1, hi);
+    }
+    float later[2] = {};
+    if (!is_second()) later[0] = channel_sum(Config::kGradient, 1, 0), later[1] = channel_sum(Config::kGradient, 1, 1);
+    float of_rate[2] = {}, of_bias[2] = {};
+#pragma unroll
+    for (int i = 0; i < kBlockTiles; ++i) {
+      cumulative[i].for_each([&](float& x, int, int hi, int) { x = size * ((x + later[hi]) + outside[hi]); });
+      this->clear_rows_past_end(cumulative[i], first_tile() + i);
+    }
+    if (activation.kind != GateKind::kLog) {  // a log-gate in range of one reference has a gradient, whatever it is
+      Block gates;
+      load_gates_again<2>(gates);
+#pragma unroll
+      for (int i = 0; i < kBlockTiles; ++i) activation.differentiate(cumulative[i], gates[i], of_rate, of_bias);
+    }
+    if (Config::kGateGradientFits && is_whole()) {
+#pragma unroll
+      for (int i = 0; i < kBlockTiles; ++i) leave_gate_gradient(cumulative[i], first_tile() + i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kBlockTiles; ++i) this->store_gate_gradient(cumulative[i], first_tile() + i);
+    }
+    if (params.dA_log_parts == nullptr) return;
+#pragma unroll
+    for (int hi = 0; hi < 2; ++hi) {
+      const float rate = sum_tokens(of_rate[hi]), bias = sum_tokens(of_bias[hi]);
+      if (member == 0) {
+        channel_sum(Config::kOfRate, block(), hi) = rate;
+        channel_sum(Config::kOfBias, block(), hi) = bias;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_gate_parameters() const {
+    if (params.dA_log_parts == nullptr || is_second() || member != 0 || location.tokens == 0) return;
+#pragma unroll
+    for (int hi = 0; hi < 2; ++hi) {
+      params.dA_log_parts[tile * K + channel(hi)] =
+          channel_sum(Config::kOfRate, 0, hi) + channel_sum(Config::kOfRate, 1, hi);
+      params.ddt_bias_parts[tile * K + channel(hi)] =
+          channel_sum(Config::kOfBias, 0, hi) + channel_sum(Config::kOfBias, 1, hi);
+    }
+  }
+
+  // What a chunk needs of parameters of a token or a channel, one element a thread: beta of token `thread` as it came, A_log, dt_bias of a channel; and
+  // where they are kept until the chunk is the next.
+  static constexpr int kRateThread = C, kFirstBiasThread = 2 * C;
+  __device__ __forceinline__ float raw_parameter() const {
+    const ChunkFwdParams& c = call();
+    const int thread = this->thread, k = thread - kFirstBiasThread;
+    if (thread < C || c.gate == GateKind::kLog || location.tokens == 0) return this->raw_beta();
+    if (thread == kRateThread && c.A_log != nullptr) return c.A_log[value_head];
+    return k >= 0 && k < K && c.dt_bias != nullptr ? c.dt_bias[int64_t{value_head} * K + k] : 0.0f;
+  }
+  __device__ __forceinline__ float& kept_bias(int k) const {
+    return reinterpret_cast<float*>(shared + Config::kBias)[this->turn * K + k];
+  }
+  __device__ __forceinline__ float& kept_rate() const {
+    return reinterpret_cast<float*>(shared + Config::kRate)[this->turn];
+  }
+  __device__ __forceinline__ void keep_parameter(float value) const {
+    const int thread = this->thread, k = thread - kFirstBiasThread;
+    if (thread < C) {
+      this->tokens(Config::kNextBeta)[thread] = value;
+    } else if (thread == kRateThread) {
+      kept_rate() = call().A_log != nullptr ? expf(value) : 1.0f;
+    } else if (k >= 0 && k < K) {
+      kept_bias(k) = value;
+    }
+  }
+  __device__ __forceinline__ GateOfTile kept_gate() const {
+    if (call().gate == GateKind::kLog) return {GateKind::kLog, 1.0f, 0.0f, {0.0f, 0.0f}};
+    return {call().gate, kept_rate(), call().lower_bound, {kept_bias(channel(0)), kept_bias(channel(1))}};
+  }
+
+  // g once more for its derivative, as the next chunk's comes to where it was: what a warp needs is copied by the warp. Not fp32, for which there is no room.
+  __device__ __forceinline__ bool copies_gates_again() const {
+    return call().gate != GateKind::kLog && call().gate_type != DataType::kFloat32 && params.forward.vectorized;
+  }
+  __device__ __forceinline__ uint8_t* gates_again() const {
+    return shared + Config::kGatesAgain + this->warp * Config::kGatesOfWarpBytes;
+  }
+  __device__ __forceinline__ void copy_gates_again() const {
+    if (copies_gates_again() && location.tokens > 0) {
+      static_assert(Config::kBlockTokens == 32);
+      const ChunkFwdParams& c = call();
+      const int t = min(first_tile() * 16 + lane, location.tokens - 1);
+      const uint16_t* const row = static_cast<const uint16_t*>(c.g) +
+                                  (location.batch * c.g_stride.batch + (location.first_token + t) * c.g_stride.token +
+                                   value_head * c.g_stride.head + 16 * this->group());
+      const uint32_t to = ptx::shared_address(gates_again() + lane * 32);
+      ptx::cp_async_16(to, row, 16);
+      ptx::cp_async_16(to + 16, row + 8, 16);
+    }
+    ptx::cp_async_commit_group();
+  }
+  // kLater: groups of copies behind that of copy_gates_again(), where rows are copied in such groups.
+  template <int kLater>
+  __device__ __forceinline__ void load_gates_again(Block& gates) const {
+    if (!copies_gates_again()) {
+      this->load_gates(gates, first_tile());
+      return;
+    }
+    ptx::cp_async_wait_group<kTensorCopies ? 0 : kLater>();
+    __syncwarp();
+    // The lane's row of the four matrices of a tile, as TileOperands::load_a_trans() has them.
+    const uint32_t first =
+        ptx::shared_address(gates_again()) + ((lane & 7) + (lane >> 4) * 8) * 32 + (lane >> 3 & 1) * 16;
+    const auto load = [&](auto element) {
+#pragma unroll
+      for (int i = 0; i < kBlockTiles; ++i) {
+        ChannelOperand operand;
+        ptx::ldmatrix_x4_trans(operand.pair, first + i * 16 * 32);
+        gates[i] = operand.template unpack<decltype(element)>();
+      }
+    };
+    if (call().gate_type == DataType::kBFloat16) {
+      load(BFloat16());
+    } else {
+      load(Float16());
+    }
+  }
+
+  __device__ __forceinline__ float copied_beta() const {
+    return this->thread < C ? this->tokens(Config::kNextBeta)[this->thread] : 0.0f;
+  }
+
+  // ---- One chunk ----
 
   __device__ __forceinline__ void leave_to_levels(bool wanted) const {
     if (this->thread == 0 && location.tokens > 0) params.by_levels[tile] = wanted;
@@ -57,7 +514,7 @@ struct IntraChunkGradients : GradientGates<Config> {
   static __device__ __forceinline__ bool run(int turn, Here here, Next next, Find find_next) {
     bool is_wide;
     {
-      if constexpr (kTensorCopies) here().wait_for(Copy::kGates, turn);
+      if constexpr (kTensorCopies) here().wait_for(Copies::kGates, turn);
       Block exponent;
       const Range range = here().activate(exponent);
       is_wide = range.is_wide;
@@ -70,7 +527,7 @@ struct IntraChunkGradients : GradientGates<Config> {
     }
     {
       typename Values::SolveOperands operands;
-      here().wait_for(Copy::kValues, turn);
+      here().wait_for(Copies::kValues, turn);
       here().load_operands(operands);
       here().store_decays();
       __syncthreads();
@@ -94,7 +551,7 @@ struct IntraChunkGradients : GradientGates<Config> {
     here().leave_to_levels(is_large);
     if (is_large) return false;
     const float unit = here().store_pairs(pairs);
-    here().wait_for(Copy::kStates, turn);
+    here().wait_for(Copies::kStates, turn);
     Sums sums;
     float crossing[2] = {};
     Block written;
@@ -159,6 +616,13 @@ struct IntraChunkGradients : GradientGates<Config> {
     here().store_rows(dq, here().params.dq, here().key_row(0), here().call().problem.heads);
     here().store_rows(dk, here().params.dk, here().key_row(0), here().call().problem.heads);
     return true;
+  }
+
+  // dq and dk, which lie where q and k were, and dg.
+  __device__ __forceinline__ void store_gradients() const {
+    if (asks_for(Asking::kQueries)) store_tile(maps.dq, Config::kQuery);
+    if (asks_for(Asking::kKeys)) store_tile(maps.dk, Config::kKey);
+    if (Config::kGateGradientFits && asks_for(Asking::kGateGradients)) store_tile(maps.dg, Config::kGateGradient);
   }
 };
 
@@ -242,9 +706,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   const auto at = [&](int turn) -> Gradients {
     const ChunkPlace& place = places[turn];
     const int thread = ptx::opaque(threadIdx.x), lane = thread & 31;  // what follows from it is not kept
-    return {{{{{{{params, shared, thread, warp, lane, lane >> 2, lane & 3, place.location, place.value_head, place.tile,
-                  turn}}}},
-              given.maps}}};
+    return {{{{{params, shared, thread, warp, lane, lane >> 2, lane & 3, place.location, place.value_head, place.tile,
+                turn}}}},
+            given.maps};
   };
 
   if (threadIdx.x == 0) {
@@ -305,11 +769,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
       }
     }
     ptx::cp_async_wait_all();
-    here().wait_for(Gradients::Copy::kValues, turn);
-    here().wait_for(Gradients::Copy::kStates, turn);
+    here().wait_for(Gradients::Copies::kValues, turn);
+    here().wait_for(Gradients::Copies::kStates, turn);
     if constexpr (Config::kTensorCopies) {
-      here().wait_for(Gradients::Copy::kGates, turn);
-      here().wait_for(Gradients::Copy::kKeys, turn);
+      here().wait_for(Gradients::Copies::kGates, turn);
+      here().wait_for(Gradients::Copies::kKeys, turn);
       ptx::fence_proxy_async_shared();
     }
     __syncthreads();  // all are done with this chunk, and with the one before

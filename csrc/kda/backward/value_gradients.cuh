@@ -4,7 +4,6 @@
 //                the gradients of the pairs of tokens, from dO U^T and Y U^T
 #pragma once
 
-#include "../device/sum_rows.cuh"
 #include "../device/wgmma.cuh"
 #include "block_config.cuh"
 
