@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.shapes import Shape
+from kda_cuda.reference import log_gate
 
 __all__ = [
     "FAMILIES",
@@ -127,9 +128,7 @@ def make_processed_inputs(shape: Shape, family: str, seed: int, device: torch.de
 
 def log_decay(inputs: dict[str, Any]) -> Tensor:
     """Log-decay of every token, head and channel [B, T, HV, K], fp32."""
-    HV, K = inputs["g"].shape[-2:]
-    rate = inputs["A_log"].exp()[:, None]
-    return inputs["lower_bound"] * torch.sigmoid(rate * (inputs["g"].float() + inputs["dt_bias"].view(HV, K)))
+    return log_gate(inputs["g"].float(), inputs["A_log"], inputs["dt_bias"], inputs["lower_bound"])
 
 
 def input_bytes(inputs: dict[str, Any]) -> int:
