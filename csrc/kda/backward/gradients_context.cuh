@@ -131,6 +131,18 @@ struct GradientsContext {
     return values;
   }
 
+  // Calls f with a value of the type of g.
+  template <typename Function>
+  __device__ __forceinline__ void with_gate_type(Function f) const {
+    if (call().gate_type == DataType::kFloat32) {
+      f(0.0f);
+    } else if (call().gate_type == DataType::kBFloat16) {
+      f(BFloat16());
+    } else {
+      f(Float16());
+    }
+  }
+
   // g of the lane's elements of a tile, or of N from it on, all in flight at once. Rows past the end are those of the last token.
   __device__ __forceinline__ ChannelTile load_gate(int tt) const {
     ChannelTile g[1];
@@ -140,7 +152,7 @@ struct GradientsContext {
   template <int N>
   __device__ __forceinline__ void load_gates(ChannelTile (&g)[N], int first_tile) const {
     const ChunkFwdParams& c = call();
-    const auto load = [&](auto element) {
+    with_gate_type([&](auto element) {
       using Gate = decltype(element);
       const Gate* const first =
           static_cast<const Gate*>(c.g) + (location.batch * c.g_stride.batch + location.first_token * c.g_stride.token +
@@ -156,14 +168,7 @@ struct GradientsContext {
         g[n].for_each(
             [&](float& x, int block, int row, int parity) { x = to_float(rows[token_index(block, parity)][8 * row]); });
       }
-    };
-    if (c.gate_type == DataType::kFloat32) {
-      load(0.0f);
-    } else if (c.gate_type == DataType::kBFloat16) {
-      load(BFloat16());
-    } else {
-      load(Float16());
-    }
+    });
   }
 };
 

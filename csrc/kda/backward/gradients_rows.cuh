@@ -263,7 +263,7 @@ struct GradientsRows : GradientsContext<Config> {
 
   // dg of a tile.
   __device__ __forceinline__ void store_gate_gradient(const ChannelTile& gradients, int tt) const {
-    const auto store = [&](auto element) {
+    this->with_gate_type([&](auto element) {
       using Gate = decltype(element);
       uint8_t* const first = this->template first_channel<Gate>(params.dg);
 #pragma unroll
@@ -275,14 +275,7 @@ struct GradientsRows : GradientsContext<Config> {
           destination[8] = Gate(gradients.at(block, 1, parity));
         }
       }
-    };
-    if (call().gate_type == DataType::kFloat32) {
-      store(0.0f);
-    } else if (call().gate_type == DataType::kBFloat16) {
-      store(BFloat16());
-    } else {
-      store(Float16());
-    }
+    });
   }
 };
 

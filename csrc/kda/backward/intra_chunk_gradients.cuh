@@ -66,7 +66,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
     kStates,
     kAhead,
     kValueGradients,
-    kNone,
+    kNothing,  // this warp looks for the next chunk
     kGateGradients
   };
   __device__ __forceinline__ bool asks_for(Asking what) const {
@@ -95,16 +95,6 @@ struct IntraChunkGradients : BlockGradients<Config> {
   // Whether rows of 64 tokens are the chunk's: else those past its end belong to another sequence.
   __device__ __forceinline__ bool is_whole() const { return location.tokens == C; }
 
-  template <typename Gate>
-  __device__ __forceinline__ void copy_gates_of() const {
-    const ChunkFwdParams& c = call();
-    const Gate* const first =
-        static_cast<const Gate*>(c.g) +
-        (location.batch * c.g_stride.batch + location.first_token * c.g_stride.token + value_head * c.g_stride.head);
-    this->template load_rows<typename Config::GateTile, K>(Config::kGates, first, c.g_stride.token,
-                                                           params.forward.vectorized);
-  }
-
   __device__ __forceinline__ void copy_gates() const {
     if constexpr (kTensorCopies) {
       if (!asks_for(Asking::kGates)) return;
@@ -115,13 +105,14 @@ struct IntraChunkGradients : BlockGradients<Config> {
       return;
     }
     if (location.tokens > 0) {
-      if (call().gate_type == DataType::kFloat32) {
-        copy_gates_of<float>();
-      } else if (call().gate_type == DataType::kBFloat16) {
-        copy_gates_of<BFloat16>();
-      } else {
-        copy_gates_of<Float16>();
-      }
+      this->with_gate_type([&](auto element) {
+        const ChunkFwdParams& c = call();
+        const auto* const first = static_cast<const decltype(element)*>(c.g) +
+                                  (location.batch * c.g_stride.batch + location.first_token * c.g_stride.token +
+                                   value_head * c.g_stride.head);
+        this->template load_rows<typename Config::GateTile, K>(Config::kGates, first, c.g_stride.token,
+                                                               params.forward.vectorized);
+      });
     }
     ptx::cp_async_commit_group();
   }
@@ -172,9 +163,8 @@ struct IntraChunkGradients : BlockGradients<Config> {
     copy_tile<Config::kStateBytes>(Copies::kStates, offset, states);
   }
 
-  // turn: of the chunk, modulo 2.
-  __device__ __forceinline__ void wait_for(Copies copies, int turn) const {
-    ptx::mbarrier_wait_parity(barrier(copies), turn);
+  __device__ __forceinline__ void wait_for(Copies copies) const {
+    ptx::mbarrier_wait_parity(barrier(copies), this->turn);
   }
 
   __device__ __forceinline__ void copy_keys() const {
@@ -223,20 +213,20 @@ struct IntraChunkGradients : BlockGradients<Config> {
     }
   }
   // q, k and dO of the chunk are there; rows past its end are zero.
-  __device__ __forceinline__ void wait_for_rows(int turn) const {
+  __device__ __forceinline__ void wait_for_rows() const {
     if constexpr (!kTensorCopies) {
       ptx::cp_async_wait_all();
       if constexpr (!std::is_same_v<Element, BFloat16>) this->convert_output_gradient();
       return;
     }
-    wait_for(Copies::kKeys, turn);
+    wait_for(Copies::kKeys);
     if (is_whole()) return;
     clear_copied_rows<Config::kValueTileBytes>(Config::kOutputGradient);
     clear_copied_rows<Config::kKeyTileBytes>(Config::kQuery);
     clear_copied_rows<Config::kKeyTileBytes>(Config::kKey);
   }
 
-  // dV, before and after a barrier that follows others.
+  // dV, from the tile that solve() has left, behind a barrier; wait_for_stores() goes before the one behind which pairs take its place.
   __device__ __forceinline__ void store_value_gradient() const {
     if (!kTensorCopies || !is_whole()) {
       this->template store_rows<typename Config::ValueTile, V>(params.dv, Config::kValueGradient, this->value_row(0),
@@ -267,21 +257,11 @@ struct IntraChunkGradients : BlockGradients<Config> {
       return *reinterpret_cast<float*>(gates + (first ^ (2 * hi ^ p) * 16) + (8 * b + p) * kRow);
     }
   };
-  template <typename Function>
-  __device__ __forceinline__ void with_gate_type(Function f) const {
-    if (call().gate_type == DataType::kFloat32) {
-      f(0.0f);
-    } else if (call().gate_type == DataType::kBFloat16) {
-      f(BFloat16());
-    } else {
-      f(Float16());
-    }
-  }
 
   // g of the lane's elements of a tile.
   __device__ __forceinline__ ChannelTile copied_gate(int tt) const {
     ChannelTile gates;
-    with_gate_type([&](auto element) {
+    this->with_gate_type([&](auto element) {
       using Gate = decltype(element);
       if constexpr (std::is_same_v<Gate, float>) {
         const WideGates lane_gates(shared + Config::kGates, tt, this->group(), this->row, member);
@@ -295,7 +275,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
 
   // dg of a tile, for the copy engine.
   __device__ __forceinline__ void leave_gate_gradient(const ChannelTile& gradients, int tt) const {
-    with_gate_type([&](auto element) {
+    this->with_gate_type([&](auto element) {
       using Gate = decltype(element);
       if constexpr (std::is_same_v<Gate, float>) {
         const WideGates lane_gates(shared + Config::kGateGradient, tt, this->group(), this->row, member);
@@ -385,7 +365,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
     }
     if (activation.kind != GateKind::kLog) {  // a log-gate in range of one reference has a gradient, whatever it is
       Block gates;
-      load_gates_again<2>(gates);
+      load_gates_again(gates);
 #pragma unroll
       for (int i = 0; i < kBlockTiles; ++i) activation.differentiate(cumulative[i], gates[i], of_rate, of_bias);
     }
@@ -470,14 +450,13 @@ struct IntraChunkGradients : BlockGradients<Config> {
     }
     ptx::cp_async_commit_group();
   }
-  // kLater: groups of copies behind that of copy_gates_again(), where rows are copied in such groups.
-  template <int kLater>
   __device__ __forceinline__ void load_gates_again(Block& gates) const {
     if (!copies_gates_again()) {
       this->load_gates(gates, first_tile());
       return;
     }
-    ptx::cp_async_wait_group<kTensorCopies ? 0 : kLater>();
+    constexpr int kLaterGroups = kTensorCopies ? 0 : 2;  // of the next chunk: g, dO
+    ptx::cp_async_wait_group<kLaterGroups>();
     __syncwarp();
     // The lane's row of the four matrices of a tile, as TileOperands::load_a_trans() has them.
     const uint32_t first =
@@ -508,13 +487,13 @@ struct IntraChunkGradients : BlockGradients<Config> {
   }
 
   // here(), next(): this chunk, and the one to copy from memory meanwhile, looked up in shared memory again by each part, as there are few
-  // registers. find_next(): where the next one is. turn: of the chunk, modulo 2. Returns whether the chunk is
+  // registers. find_next(): where the next one is. Returns whether the chunk is
   // done: else it is left to the levels, nothing of the next one is on its way, nor has it been looked for.
   template <typename Here, typename Next, typename Find>
-  static __device__ __forceinline__ bool run(int turn, Here here, Next next, Find find_next) {
+  static __device__ __forceinline__ bool run(Here here, Next next, Find find_next) {
     bool is_wide;
     {
-      if constexpr (kTensorCopies) here().wait_for(Copies::kGates, turn);
+      if constexpr (kTensorCopies) here().wait_for(Copies::kGates);
       Block exponent;
       const Range range = here().activate(exponent);
       is_wide = range.is_wide;
@@ -527,13 +506,13 @@ struct IntraChunkGradients : BlockGradients<Config> {
     }
     {
       typename Values::SolveOperands operands;
-      here().wait_for(Copies::kValues, turn);
+      here().wait_for(Copies::kValues);
       here().load_operands(operands);
       here().store_decays();
       __syncthreads();
       here().solve(operands);
     }
-    here().wait_for_rows(turn);
+    here().wait_for_rows();
     ptx::fence_proxy_async_shared();  // Y, U and dO, before the products that read them, and dV
     is_wide = __syncthreads_or(is_wide);
 
@@ -551,7 +530,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
     here().leave_to_levels(is_large);
     if (is_large) return false;
     const float unit = here().store_pairs(pairs);
-    here().wait_for(Copies::kStates, turn);
+    here().wait_for(Copies::kStates);
     Sums sums;
     float crossing[2] = {};
     Block written;
@@ -760,7 +739,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     const ChunkPlace& place = places[turn];
     if (place.location.tokens > 0 || rehearses) {
       if (threadIdx.x == 0) mark(params.forward, Mark::kGradientsChunk, place.tile);
-      if (Gradients::run(turn, here, next, find_next)) continue;
+      if (Gradients::run(here, next, find_next)) continue;
     } else {
       here().copy_over_gradients();
       if (place.slot >= 0) {
@@ -769,11 +748,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
       }
     }
     ptx::cp_async_wait_all();
-    here().wait_for(Gradients::Copies::kValues, turn);
-    here().wait_for(Gradients::Copies::kStates, turn);
+    here().wait_for(Gradients::Copies::kValues);
+    here().wait_for(Gradients::Copies::kStates);
     if constexpr (Config::kTensorCopies) {
-      here().wait_for(Gradients::Copies::kGates, turn);
-      here().wait_for(Gradients::Copies::kKeys, turn);
+      here().wait_for(Gradients::Copies::kGates);
+      here().wait_for(Gradients::Copies::kKeys);
       ptx::fence_proxy_async_shared();
     }
     __syncthreads();  // all are done with this chunk, and with the one before
