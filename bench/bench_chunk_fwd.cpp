@@ -16,6 +16,8 @@ std::optional<kda::ChunkFwdPath> path_of(PathChoice choice) {
   switch (choice) {
     case PathChoice::kStepwise:
       return kda::ChunkFwdPath::kStepwise;
+    case PathChoice::kFusedCut:
+      return kda::ChunkFwdPath::kFusedCut;
     case PathChoice::kFused:
       return kda::ChunkFwdPath::kFused;
     case PathChoice::kStaged:
@@ -41,14 +43,15 @@ kda::ChunkFwdPlan make_plan(const kda::ChunkFwdProblem& problem, const Options& 
   if (plan.path == kda::ChunkFwdPath::kComposite) {
     throw std::runtime_error(std::string("no kernel covers this case: ") + plan.reason);
   }
-  if (plan.path != kda::ChunkFwdPath::kStepwise && options.segment_chunks > 0) {
-    throw std::runtime_error("--segment-chunks: the plan takes a path that cuts no sequences: --path stepwise");
+  const bool is_cut = plan.path == kda::ChunkFwdPath::kFusedCut;
+  if (plan.path != kda::ChunkFwdPath::kStepwise && !is_cut && options.segment_chunks > 0) {
+    throw std::runtime_error("--segment-chunks: the plan takes a path that has no segments: --path stepwise or fused_cut");
   }
   if (plan.path != kda::ChunkFwdPath::kStaged && options.value_tile != kAsPlanned) {
     throw std::runtime_error("--value-tile: the plan takes a path that has no tiles of V to choose: --path staged");
   }
-  if (plan.path != kda::ChunkFwdPath::kFused && options.clusters != kAsPlanned) {
-    throw std::runtime_error("--clusters: the plan takes a path that has no clusters: --path fused");
+  if (plan.path != kda::ChunkFwdPath::kFused && !is_cut && options.clusters != kAsPlanned) {
+    throw std::runtime_error("--clusters: the plan takes a path that has no clusters: --path fused or fused_cut");
   }
   return plan;
 }
@@ -84,6 +87,10 @@ Errors verify(Options options, const kda::ChunkFwdPlan& timed, const Device& dev
   switch (timed.path) {
     case kda::ChunkFwdPath::kStepwise:
       options.path = PathChoice::kStepwise;
+      options.segment_chunks = static_cast<int>(std::min(timed.segment_chunks, kMaxSegmentChunks));
+      break;
+    case kda::ChunkFwdPath::kFusedCut:
+      options.path = PathChoice::kFusedCut;
       options.segment_chunks = static_cast<int>(std::min(timed.segment_chunks, kMaxSegmentChunks));
       break;
     case kda::ChunkFwdPath::kFused:
@@ -190,7 +197,7 @@ constexpr const char* kHelp[] = {R"(bench_chunk_fwd: checks and times kda::chunk
   --chunk-states       also write the state at entry of each chunk
 
 Overrides of the plan
-  --path PATH          auto, stepwise, fused or staged: fail if the kernels of that path do not cover the case
+  --path PATH          auto, stepwise, fused_cut, fused or staged: fail if the kernels of that path do not cover the case
                                                                                                     (default auto)
   --value-tile N       V columns of one CTA of the state recurrence, of the staged path: a multiple of 64 that divides
                        V, at most 128                                                               (default: the plan's)

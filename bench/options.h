@@ -19,7 +19,7 @@ struct UsageError : std::runtime_error {
 };
 
 enum class GateFamily { kRandom, kLong, kUnbounded };
-enum class PathChoice { kAuto, kStepwise, kFused, kStaged };
+enum class PathChoice { kAuto, kStepwise, kFusedCut, kFused, kStaged };
 
 struct Options {
   std::vector<int64_t> lengths = {8192};
@@ -175,6 +175,7 @@ inline GateFamily parse_gate(const std::string& flag, const std::string& value) 
 inline PathChoice parse_path(const std::string& flag, const std::string& value) {
   if (value == "auto") return PathChoice::kAuto;
   if (value == "stepwise") return PathChoice::kStepwise;
+  if (value == "fused_cut") return PathChoice::kFusedCut;
   if (value == "fused") return PathChoice::kFused;
   if (value == "staged") return PathChoice::kStaged;
   throw UsageError(flag + ": expected auto, stepwise, fused or staged, got '" + value + "'");
@@ -219,12 +220,12 @@ inline void check_overrides(const Options& options) {
   if (options.value_tile != kAsPlanned && !may_be(PathChoice::kStaged)) {
     throw UsageError("--value-tile: expected --path staged or auto, as the other paths have no tiles of V to choose");
   }
-  if (options.clusters != kAsPlanned && !may_be(PathChoice::kFused)) {
+  if (options.clusters != kAsPlanned && !may_be(PathChoice::kFused) && !may_be(PathChoice::kFusedCut)) {
     throw UsageError(
-        "--clusters: expected --path fused or auto, as the other paths have no clusters to deal chains to");
+        "--clusters: expected --path fused, fused_cut or auto, as the other paths have no clusters to deal chains to");
   }
-  if (options.segment_chunks > 0 && !may_be(PathChoice::kStepwise)) {
-    throw UsageError("--segment-chunks: expected --path stepwise or auto, as the other paths cut no sequences");
+  if (options.segment_chunks > 0 && !may_be(PathChoice::kStepwise) && !may_be(PathChoice::kFusedCut)) {
+    throw UsageError("--segment-chunks: expected --path stepwise, fused_cut or auto, as the other paths have none");
   }
 }
 
@@ -271,6 +272,8 @@ inline const char* name_of(PathChoice path) {
       return "auto";
     case PathChoice::kStepwise:
       return "stepwise";
+    case PathChoice::kFusedCut:
+      return "fused_cut";
     case PathChoice::kFused:
       return "fused";
     case PathChoice::kStaged:

@@ -102,6 +102,8 @@ const char* name_of(ChunkFwdPath path) {
       return "fused";
     case ChunkFwdPath::kStepwise:
       return "stepwise";
+    case ChunkFwdPath::kFusedCut:
+      return "fused_cut";
   }
   return "unknown";
 }
@@ -123,14 +125,15 @@ class JsonObject {
   std::string body_;
 };
 
-// Thread blocks (CTAs) of each stage.
+// Thread blocks (CTAs) of each stage. Those of step_factors after a fused kernel go from one of these to the next.
 JsonObject stage_ctas(const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
   JsonObject ctas;
   const int64_t segments = plan.segment_slots * p.value_heads;
-  if (plan.path == ChunkFwdPath::kFused) {
+  const bool is_cut = plan.path == ChunkFwdPath::kFusedCut;
+  if (plan.path == ChunkFwdPath::kFused || is_cut) {
     ctas.add("fused_scan", plan.clusters * (p.value_dim / plan.value_tile));
   }
-  if (plan.path == ChunkFwdPath::kStepwise) {
+  if (plan.path == ChunkFwdPath::kStepwise || is_cut) {
     ctas.add("step_factors", plan.step_slots * p.value_heads);
     if (plan.segment_chunks > 0) {
       ctas.add("segment_summary", segments * ((p.value_dim + p.key_dim) / kScanRows));
@@ -186,6 +189,17 @@ void reserve_stepwise(ChunkFwdWorkspace& w, const ChunkFwdProblem& p, const Chun
 
 }  // namespace
 
+namespace {
+
+// Why a call may not be fused and cut; null if it may.
+const char* reason_against_fused_cut(const ChunkFwdProblem& p) {
+  constexpr int64_t kMostChains = 0xfffffffe;  // a chain is told in a word
+  if (!p.contractive) return "q and k are not normalised, or beta is not known to be in [0, 2]: a state may grow over a cut";
+  return chains_of(p) > kMostChains ? "more sequences and heads than a word can tell" : nullptr;
+}
+
+}  // namespace
+
 ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p, const ChunkFwdPlanOptions& options) {
   ChunkFwdPlan plan;
   plan.chunk_slots = chunk_slots(p);
@@ -204,21 +218,40 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p, const ChunkFwdPlanOptions&
   const int64_t side_by_side = std::max<int64_t>(p.sm_count / (p.value_dim / kScanRows), 1);
   const int64_t most = std::max<int64_t>(options.clusters.value_or(side_by_side), 1);
   const int64_t clusters = std::min({side_by_side, most, std::max<int64_t>(chains_of(p), 1)});
-  const CutEstimate stepwise = estimate_stepwise(p);
-  const bool is_forced = options.path.has_value();
-  if (is_forced ? *options.path == ChunkFwdPath::kFused : estimate_fused_us(p, clusters) < stepwise.us) {
-    plan.path = ChunkFwdPath::kFused;
-    plan.reason = is_forced ? "asked for" : "its estimate is below that of the stepwise path";
+  const int64_t cut_clusters = std::min(side_by_side, most);
+  const CutEstimate stepwise = estimate_stepwise(p), fused_cut = estimate_fused_cut(p, cut_clusters);
+  const double fused_us = estimate_fused_us(p, clusters);
+  const char* const against_cut = reason_against_fused_cut(p);
+  const bool cut_is_better = against_cut == nullptr && p.bounded_gate && fused_cut.us < stepwise.us;
+  plan.path = fused_us < (cut_is_better ? fused_cut.us : stepwise.us) ? ChunkFwdPath::kFused
+              : cut_is_better                                         ? ChunkFwdPath::kFusedCut
+                                                                      : ChunkFwdPath::kStepwise;
+  plan.reason = "its estimate is the lowest";
+  if (options.path) {
+    plan.path = *options.path;
+    plan.reason = "asked for";
+    if (plan.path == ChunkFwdPath::kFusedCut && against_cut != nullptr) {
+      plan.path = ChunkFwdPath::kStepwise;
+      plan.reason = against_cut;
+    }
+  }
+  if (plan.path == ChunkFwdPath::kFused) {
     plan.value_tile = kScanRows;
     plan.clusters = clusters;
     reserve_fused(plan.workspace, p, plan);
     return plan;
   }
-  plan.path = ChunkFwdPath::kStepwise;
-  plan.reason = is_forced ? "asked for" : "its estimate is below that of the fused kernel";
   plan.step_slots = step_slots(p);
-  plan.value_tile = p.value_dim;
-  plan.segment_chunks = options.segment_chunks.value_or(stepwise.segment_chunks);
+  if (plan.path == ChunkFwdPath::kFusedCut) {
+    plan.value_tile = kScanRows;
+    plan.clusters = cut_clusters;
+    plan.segment_chunks = options.segment_chunks.value_or(stepwise.segment_chunks);
+    const auto words = static_cast<size_t>(plan.clusters * left_chain_words(p.value_dim / plan.value_tile));
+    plan.workspace.left_chains = reserve(plan.workspace, words * sizeof(uint32_t));
+  } else {
+    plan.value_tile = p.value_dim;
+    plan.segment_chunks = options.segment_chunks.value_or(stepwise.segment_chunks);
+  }
   plan.segment_slots = segment_slots(p, plan.segment_chunks);
   reserve_stepwise(plan.workspace, p, plan);
   return plan;

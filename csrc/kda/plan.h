@@ -28,6 +28,7 @@ struct ChunkFwdProblem {
   int value_dim = 128;                             // V
   DataType activation_type = DataType::kBFloat16;  // of q, k, v and o
   bool bounded_gate = false;                       // no log-gate is below kMinLowerBound
+  bool contractive = false;                        // keys of norm 1 and beta in [0, 2]: no tokens enlarge a state
   bool aligned_inputs = true;                      // inputs_are_aligned(): the copy engine needs it
   int compute_capability = 0;                      // major * 10 + minor of the device; 0: no CUDA device
   int sm_count = 0;                                // multiprocessors of the device
@@ -51,15 +52,20 @@ enum class ChunkFwdPath : int32_t {
   kStaged = 1,     // three kernels: intra-chunk solve, state recurrence, output GEMM; for inputs that are not aligned
   kFused = 2,      // one kernel: producers of the factors of a step feed the recurrence through shared memory
   kStepwise = 3,   // two kernels: the factors of all steps side by side, then a scan; two more if sequences are cut
+  kFusedCut = 4,   // the fused kernel on pieces of sequences, where the gates let it; the kernels of kStepwise for the rest
 };
 
 // What a caller may fix that the planner otherwise chooses; for tests and measurements.
 struct ChunkFwdPlanOptions {
   std::optional<ChunkFwdPath> path;       // a path of kernels; kStaged where that does not cover the call
   std::optional<int> value_tile;          // of kStaged: 64 or 128; at most V
-  std::optional<int64_t> clusters;        // of kFused: at most so many in the grid
-  std::optional<int64_t> segment_chunks;  // of kStepwise; 0: sequences are not cut
+  std::optional<int64_t> clusters;        // of kFused and kFusedCut: at most so many in the grid
+  std::optional<int64_t> segment_chunks;  // of kStepwise and kFusedCut; 0: sequences are not cut
 };
+
+// Words of a cluster of kFusedCut in the region left_chains: of its CTAs, each 1 + the chain at the cut before its stretch if that is left to
+// the other kernels, else 0; then the same of the cut behind.
+[[nodiscard]] constexpr int left_chain_words(int ctas) { return ctas + 1; }
 
 // Bytes of what a consumer needs of a step of one value head, apart from V: gated operands [3 C, K] and tiles [C, 4 C] in bf16, e^{G_C} and
 // two scales of each token in fp32.
@@ -81,7 +87,9 @@ struct ChunkFwdWorkspace {
   // Of kFused, one for each cluster: the state of a chain that goes on in another one, if that can be
   size_t handoff_states = 0;  // [clusters, V, K]     fp32, fragments
   size_t handoff_flags = 0;   // whether it is there  [clusters, V / 64]   uint32
-  // Of kStepwise:
+  // Of kFusedCut:
+  size_t left_chains = 0;  // which chains are left to kStepwise  [clusters, V / 64 + 1]  uint32
+  // Of kStepwise and kFusedCut:
   size_t step_images = 0;  // factors of each step      [step slots, HV]    see step_image_bytes()
   // Of a cut, one for each (segment slot, value head):
   size_t segment_map = 0;    // M of each segment     [segment slots, HV, K, K]  fp32, transposed, in tiles of operands
@@ -94,9 +102,9 @@ struct ChunkFwdPlan {
   ChunkFwdPath path = ChunkFwdPath::kComposite;
   const char* reason = "";  // one clause: why this path
   int64_t chunk_slots = 0;  // grid extent over chunks; see chunk_slots()
-  int64_t step_slots = 0;   // of kStepwise: grid extent over steps; see step_slots()
+  int64_t step_slots = 0;   // of kStepwise and kFusedCut: grid extent over steps; see step_slots()
   int value_tile = 0;       // V columns of one CTA of the state recurrence, of the fused kernel or of the scan
-  int64_t clusters = 0;  // of kFused: of V / 64 CTAs each, side by side; chains are dealt out to them in equal shares
+  int64_t clusters = 0;  // of kFused and kFusedCut: of V / 64 CTAs each, side by side; chains are dealt out in equal shares
 
   // The cut of sequences into segments, whose affine maps S -> M S + B are computed side by side before the scan.
   int64_t segment_chunks = 0;  // chunks of one segment; 0: sequences are not cut

@@ -42,6 +42,9 @@ double expected_us(const ChunkFwdProblem& p, Cost cost) {
   return p.varlen && p.sequences > 1 ? kEqual * equal + (1 - kEqual) * cost(Load::of_one_sequence(p)) : equal;
 }
 
+// Which share of the calls with a bounded gate have gates that do not forget within a few steps, as far as a plan knows.
+constexpr double kSlow = 0.5;
+
 // CTAs take turns where there are more than run side by side; of many turns the later ones fill gaps.
 double turns(double ctas, double side_by_side) {
   const double share = ctas / side_by_side;
@@ -59,7 +62,8 @@ class StepwiseModel {
         value_rows_(p.value_dim),
         scans_per_sm_(p.value_dim == 128 ? 1 : 2) {}
 
-  [[nodiscard]] double us(const Load& load, double segment_chunks) const {
+  // slow: which share of the calls have gates that do not forget within a few steps.
+  [[nodiscard]] double us(const Load& load, double segment_chunks, double slow) const {
     const double segments = segment_chunks == 0 ? 1 : std::ceil(load.chunks / segment_chunks);
     const double steps = Load::kStepsPerChunk * (segments > 1 ? segment_chunks : load.chunks);
     const double factors = load.steps() * (wide_ ? 0.0155 : 0.0105) * (bounded_ ? 1.0 : 1.15);
@@ -71,12 +75,11 @@ class StepwiseModel {
     double cut = 0;
     if (segment_chunks != 0) cut = 2 * kLaunch + 4.0;  // the last steps of each segment, and their composition
     if (segments > 1) {
-      // Maps of steep gates are known after these steps, those of gates with a long memory are not: the mean of both. A gate without a bound is rarely
-      // steep in all channels.
+      // Maps of steep gates are known after these steps, those of gates with a long memory are not.
       const double ctas = load.chains() * (segments - 1) * (map_rows_ + value_rows_) / kScanRows;
       const double summary = turns(ctas, load.sm_count * (wide_ ? 3 : 4)) * steps * (wide_ ? 1.75 : 1.0);
       const double compose = (segments - 2) * 1.4 * turns(load.chains() * value_rows_ / kComposeRows, load.sm_count);
-      cut += (summary + compose) * (bounded_ ? 0.5 : 0.9);
+      cut += (summary + compose) * slow;
     }
     return 2 * kLaunch + factors + scan + cut;
   }
@@ -156,7 +159,8 @@ CutEstimate best_cut(const ChunkFwdProblem& p, Cost cost_of_load) {
 
 CutEstimate estimate_stepwise(const ChunkFwdProblem& p) {
   const StepwiseModel model(p);
-  return best_cut(p, [&](const Load& load, double chunks) { return model.us(load, chunks); });
+  const double slow = p.bounded_gate ? kSlow : 0.9;  // a gate without a bound is rarely steep in all channels
+  return best_cut(p, [&](const Load& load, double chunks) { return model.us(load, chunks, slow); });
 }
 
 int64_t choose_segment_chunks(const ChunkFwdProblem& p) {
@@ -164,16 +168,40 @@ int64_t choose_segment_chunks(const ChunkFwdProblem& p) {
   return best_cut(p, [&](const Load& load, double chunks) { return model.us(load, chunks); }).segment_chunks;
 }
 
-double estimate_fused_us(const ChunkFwdProblem& p, int64_t clusters) {
-  constexpr double kLaunchUs = 9.0;      // launch, first loads, last stores
-  constexpr double kStepsToBegin = 2.5;  // from one chain to the next, without a partial step
-  constexpr double kLevels = 1.7;        // of a gate without a bound, whose steps take the levels (step_operands.cuh)
+namespace {
+
+// Of the fused kernel, in microseconds.
+constexpr double kFusedLaunch = 9.0;  // launch, first loads, last stores
+
+double fused_step_us(const ChunkFwdProblem& p) {
+  constexpr double kLevels = 1.7;  // of a gate without a bound, whose steps take the levels (step_operands.cuh)
   const double bounded_us = p.key_dim == 128 ? (p.value_dim == 128 ? 1.66 : 2.85) : (p.value_dim == 128 ? 1.27 : 2.07);
-  const double step_us = bounded_us * (p.bounded_gate ? 1.0 : kLevels);
+  return bounded_us * (p.bounded_gate ? 1.0 : kLevels);
+}
+
+}  // namespace
+
+double estimate_fused_us(const ChunkFwdProblem& p, int64_t clusters) {
+  constexpr double kStepsToBegin = 2.5;  // from one chain to the next, without a partial step
+  const double step_us = fused_step_us(p);
   const auto available = static_cast<double>(std::max<int64_t>(clusters, 1));
   return expected_us(p, [&](const Load& load) {
     const double chain = load.chunks * Load::kStepsPerChunk + kStepsToBegin;
-    return kLaunchUs + std::max(load.chains() * chain / available, chain) * step_us;
+    return kFusedLaunch + std::max(load.chains() * chain / available, chain) * step_us;
+  });
+}
+
+CutEstimate estimate_fused_cut(const ChunkFwdProblem& p, int64_t clusters) {
+  constexpr double kStagesAfter = 8.0, kFusedBefore = 6.0;  // kernels that find nothing to do
+  constexpr double kStepsToBegin = 4.0, kStepsBefore = 4.0;  // on the line of chains, and before a stretch
+  const StepwiseModel model(p);
+  const double step_us = fused_step_us(p);
+  const auto available = static_cast<double>(std::max<int64_t>(clusters, 1));
+  return best_cut(p, [&](const Load& load, double chunks) {
+    const double chain = load.chunks * Load::kStepsPerChunk + kStepsToBegin;
+    const double steep =
+        kFusedLaunch + (std::ceil(load.chains() * chain / available) + kStepsBefore) * step_us + kStagesAfter;
+    return (1 - kSlow) * steep + kSlow * (kFusedBefore + model.us(load, chunks, 1.0));
   });
 }
 

@@ -26,4 +26,7 @@ struct CutEstimate {
 // The fused kernel on so many clusters, which walk through equal shares of all steps.
 [[nodiscard]] double estimate_fused_us(const ChunkFwdProblem& problem, int64_t clusters);
 
+// The same where it cuts chains anywhere, with the cut that is best for the stepwise stages after it.
+[[nodiscard]] CutEstimate estimate_fused_cut(const ChunkFwdProblem& problem, int64_t clusters);
+
 }  // namespace kda

@@ -22,13 +22,14 @@ PYBIND11_MODULE(kda_plan, m) {
       .value("composite", kda::ChunkFwdPath::kComposite)
       .value("staged", kda::ChunkFwdPath::kStaged)
       .value("fused", kda::ChunkFwdPath::kFused)
-      .value("stepwise", kda::ChunkFwdPath::kStepwise);
+      .value("stepwise", kda::ChunkFwdPath::kStepwise)
+      .value("fused_cut", kda::ChunkFwdPath::kFusedCut);
 
   const kda::ChunkFwdProblem defaults;
   py::class_<kda::ChunkFwdProblem>(m, "ChunkFwdProblem")
       .def(py::init([](int64_t batch, int64_t tokens, int64_t sequences, bool varlen, int heads, int value_heads,
                        int key_dim, int value_dim, kda::DataType activation_type, bool bounded_gate,
-                       bool aligned_inputs, int compute_capability, int sm_count) {
+                       bool contractive, bool aligned_inputs, int compute_capability, int sm_count) {
              kda::ChunkFwdProblem p;
              p.batch = batch;
              p.tokens = tokens;
@@ -40,6 +41,7 @@ PYBIND11_MODULE(kda_plan, m) {
              p.value_dim = value_dim;
              p.activation_type = activation_type;
              p.bounded_gate = bounded_gate;
+             p.contractive = contractive;
              p.aligned_inputs = aligned_inputs;
              p.compute_capability = compute_capability;
              p.sm_count = sm_count;
@@ -50,7 +52,7 @@ PYBIND11_MODULE(kda_plan, m) {
            py::arg("heads") = defaults.heads, py::arg("value_heads") = defaults.value_heads,
            py::arg("key_dim") = defaults.key_dim, py::arg("value_dim") = defaults.value_dim,
            py::arg("activation_type") = defaults.activation_type, py::arg("bounded_gate") = defaults.bounded_gate,
-           py::arg("aligned_inputs") = defaults.aligned_inputs,
+           py::arg("contractive") = defaults.contractive, py::arg("aligned_inputs") = defaults.aligned_inputs,
            py::arg("compute_capability") = defaults.compute_capability, py::arg("sm_count") = defaults.sm_count)
       .def_readwrite("batch", &kda::ChunkFwdProblem::batch)
       .def_readwrite("tokens", &kda::ChunkFwdProblem::tokens)
@@ -62,6 +64,7 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readwrite("value_dim", &kda::ChunkFwdProblem::value_dim)
       .def_readwrite("activation_type", &kda::ChunkFwdProblem::activation_type)
       .def_readwrite("bounded_gate", &kda::ChunkFwdProblem::bounded_gate)
+      .def_readwrite("contractive", &kda::ChunkFwdProblem::contractive)
       .def_readwrite("aligned_inputs", &kda::ChunkFwdProblem::aligned_inputs)
       .def_readwrite("compute_capability", &kda::ChunkFwdProblem::compute_capability)
       .def_readwrite("sm_count", &kda::ChunkFwdProblem::sm_count);
@@ -76,6 +79,7 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("chunk_decay", &kda::ChunkFwdWorkspace::chunk_decay)
       .def_readonly("handoff_states", &kda::ChunkFwdWorkspace::handoff_states)
       .def_readonly("handoff_flags", &kda::ChunkFwdWorkspace::handoff_flags)
+      .def_readonly("left_chains", &kda::ChunkFwdWorkspace::left_chains)
       .def_readonly("step_images", &kda::ChunkFwdWorkspace::step_images)
       .def_readonly("segment_map", &kda::ChunkFwdWorkspace::segment_map)
       .def_readonly("segment_state", &kda::ChunkFwdWorkspace::segment_state)

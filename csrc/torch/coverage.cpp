@@ -40,6 +40,7 @@ ChunkFwdProblem problem_of(const ChunkFwdArguments& args, const Device& device) 
   problem.value_dim = static_cast<int>(n.value_dim);
   problem.activation_type = data_type(type_of(args.q));  // float64: layout_reason names it before
   problem.bounded_gate = args.use_gate && args.lower_bound && *args.lower_bound >= kMinLowerBound;
+  problem.contractive = args.use_qk_l2norm && args.use_beta_sigmoid;
   problem.aligned_inputs =
       rows_are_aligned(args.q) && rows_are_aligned(args.k) && rows_are_aligned(args.v) && rows_are_aligned(args.g);
   problem.compute_capability = device.compute_capability;

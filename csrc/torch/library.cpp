@@ -35,7 +35,7 @@ template <typename Value>
   throw std::runtime_error(message.str());
 }
 
-// What a planning operator is asked about; bounded_gate and aligned_inputs are for the caller to say.
+// What a planning operator is asked about; bounded_gate, contractive and aligned_inputs are for the caller to say.
 struct PlanRequest {
   const char* operation;
   const std::vector<int64_t>& lengths;
@@ -86,12 +86,13 @@ struct PlanRequest {
 
 std::string plan_chunk_fwd_json(std::vector<int64_t> lengths, int64_t batch, int64_t heads, int64_t value_heads,
                                 int64_t key_dim, int64_t value_dim, std::string activation_dtype, bool varlen,
-                                int64_t compute_capability, int64_t sm_count, bool bounded_gate) {
+                                int64_t compute_capability, int64_t sm_count, bool bounded_gate, bool contractive) {
   const PlanRequest request{
       "plan_chunk_fwd",   lengths, batch, heads, value_heads, key_dim, value_dim, activation_dtype, varlen,
       compute_capability, sm_count};
   ChunkFwdProblem problem = request.problem();
   problem.bounded_gate = bounded_gate;
+  problem.contractive = contractive;
   return to_json(problem, plan_chunk_fwd(problem));
 }
 

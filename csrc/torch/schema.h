@@ -34,9 +34,9 @@ inline constexpr const char* kSchemas[] = {
     ") -> (Tensor o, Tensor final_state, Tensor chunk_states, Tensor intermediates)",
 
     // The forward by CUDA kernels and nothing else, as planned with what is fixed here; for tests and measurements.
-    // path: stepwise, fused or staged; empty: as chunk_fwd. segment_chunks: chunks of a segment of the stepwise path, 0: no
-    // cut; the others cut nothing. value_tile: V columns of a CTA of the recurrence of the staged path. clusters: at most so
-    // many in the grid of the fused kernel. What the path cannot do is refused.
+    // path: stepwise, fused_cut, fused or staged; empty: as chunk_fwd. segment_chunks: chunks of a segment of the first two,
+    // 0: no cut; the others have none. value_tile: V columns of a CTA of the recurrence of the staged path. clusters: at most
+    // so many in the grid of the fused kernel, cut or not. What the path cannot do is refused.
     "chunk_fwd_planned(" KDA_CHUNK_FWD_ARGUMENTS
     ", str path=\"\", int? segment_chunks=None, int? value_tile=None, int? clusters=None) -> "
     "(Tensor o, Tensor final_state, Tensor chunk_states)",
@@ -76,9 +76,11 @@ inline constexpr const char* kSchemas[] = {
 
     // The path and the cut that the planner chooses, as JSON, for inputs that are aligned. With varlen `lengths` are those
     // of the sequences, else it is the one length of all `batch` sequences. compute_capability is major * 10 + minor, 0
-    // without a CUDA device. bounded_gate: with use_gate and lower_bound.
+    // without a CUDA device. bounded_gate: with use_gate and lower_bound. contractive: with use_qk_l2norm and
+    // use_beta_sigmoid.
     "plan_chunk_fwd(int[] lengths, int batch, int heads, int value_heads, int key_dim, int value_dim, "
-    "str activation_dtype, bool varlen, int compute_capability, int sm_count, bool bounded_gate=True) -> str",
+    "str activation_dtype, bool varlen, int compute_capability, int sm_count, bool bounded_gate=True, "
+    "bool contractive=True) -> str",
 
     // The same of chunk_bwd. activated_gate: with use_gate. saved: with the intermediates of chunk_fwd_saving.
     "plan_chunk_bwd(int[] lengths, int batch, int heads, int value_heads, int key_dim, int value_dim, "

@@ -9,12 +9,15 @@ namespace {
 template <int K>
 cudaError_t run_stepwise(const StepKernelParams& params, cudaStream_t stream) {
   StageSequence stages;
+  if (params.left.words != nullptr) {
+    stages.run("kda.fused_cut", [&] { return launch_fused_cut<K>(params, stream); });
+  }
   stages.run("kda.step_factors", [&] { return launch_step_factors<K>(params, stream); });
   if (params.segment_chunks > 0) {
     stages.run("kda.segment_summary", [&] { return launch_segment_summary<K>(params, stream); });
     const SegmentMaps maps = {params.segment_map, params.segment_state, params.segment_faded, /*is_reversed=*/false};
     stages.run("kda.segment_compose",
-               [&] { return launch_segment_compose({params.call, params.segment_chunks, {maps}, 1}, stream); });
+               [&] { return launch_segment_compose({params.call, params.segment_chunks, {maps}, 1, params.left}, stream); });
   }
   stages.run("kda.state_scan", [&] { return launch_state_scan<K>(params, stream); });
   return stages.status;
@@ -27,13 +30,17 @@ cudaError_t run_steps(const ChunkFwdParams& call, const ChunkFwdPlan& plan, cuda
   const cudaError_t status = make_tensor_maps(params.maps, params.call);
   if (status != cudaSuccess) return status;
   uint8_t* const base = static_cast<uint8_t*>(call.workspace);
+  params.clusters = plan.clusters;
   if (plan.path == ChunkFwdPath::kFused) {
-    params.clusters = plan.clusters;
     if (plan.workspace.total_bytes > 0) {
       params.handoff_states = reinterpret_cast<float4*>(base + plan.workspace.handoff_states);
       params.handoff_flags = reinterpret_cast<uint32_t*>(base + plan.workspace.handoff_flags);
     }
     return run_stage("kda.fused_scan", [&] { return launch_fused_scan<K>(params, stream); });
+  }
+  if (plan.path == ChunkFwdPath::kFusedCut) {
+    params.left = {reinterpret_cast<uint32_t*>(base + plan.workspace.left_chains),
+                   static_cast<int>(plan.clusters * left_chain_words(call.problem.value_dim / plan.value_tile))};
   }
   params.images = base + plan.workspace.step_images;
   params.step_slots = plan.step_slots;
@@ -76,6 +83,7 @@ cudaError_t chunk_fwd(const ChunkFwdParams& call, const ChunkFwdPlan& plan, cuda
     }
     case ChunkFwdPath::kFused:
     case ChunkFwdPath::kStepwise:
+    case ChunkFwdPath::kFusedCut:
       return call.problem.key_dim == 128 ? run_steps<128>(call, plan, stream) : run_steps<64>(call, plan, stream);
   }
   return cudaErrorNotSupported;

@@ -8,7 +8,7 @@
 namespace kda {
 
 // K: channels of a key. V: width of a value row.
-template <int K_, int V_, typename Element_>
+template <int K_, int V_, typename Element_, ChainCut kChainCut_ = ChainCut::kHandOver>
 struct FusedConfig : StepStage<K_, 64> {
   using Stage = StepStage<K_, 64>;
   using Stage::C, Stage::K, Stage::kRows, Stage::kStageBytes, Stage::kKeyTileBytes;
@@ -18,6 +18,8 @@ struct FusedConfig : StepStage<K_, 64> {
 
   // CTAs of a cluster: one for each 64 rows of the transposed state. They share the work of the producers.
   static constexpr int kCtas = V / kRows;
+  static constexpr int kMapRows = kCtas * kRows, kMaps = (K + kMapRows - 1) / kMapRows;
+  using Cut = StretchCut<kChainCut_, kMaps, kMapRows>;
 
   // Registers of a thread after the roles have parted: those that all were launched with.
   static constexpr int kProducerGroups = 2, kGroupThreads = 128, kBarrierThreads = kGroupThreads;
@@ -46,8 +48,8 @@ struct FusedConfig : StepStage<K_, 64> {
   static constexpr int kRawOffset = kStages * kStageBytes;
   static constexpr int kProducerOffset = kRawOffset + kProducerGroups * kRawBytes;
   static constexpr int kBarrierOffset = kProducerOffset + kProducerGroups * kProducerBytes;
-  static constexpr int kBarriers = 3 * kStages + kProducerGroups;
-  static constexpr int kSearchOffset = 0;  // StretchSearch, before the roles part and stages take its place
+  static constexpr int kBarriers = 3 * kStages + kProducerGroups + (Cut::kForgets ? 1 : 0);
+  static constexpr int kSearchOffset = 0;  // StretchSearch or CutSearch, before the roles part and stages take its place
   static constexpr int kStretchOffset = kBarrierOffset + 8 * kBarriers;
   static constexpr int kSharedBytes = kStretchOffset + static_cast<int>(sizeof(ScanStretch));
   static_assert(kSharedBytes <= 227 * 1024);
@@ -63,6 +65,9 @@ struct FusedConfig : StepStage<K_, 64> {
   static __device__ __forceinline__ uint32_t raw_full(uint32_t shared, int producer) {
     return shared + kBarrierOffset + 24 * kStages + 8 * producer;
   }
+
+  // Of the gates before and behind the stretch; kForget.
+  static __device__ __forceinline__ uint32_t gates_full(uint32_t shared) { return raw_full(shared, kProducerGroups); }
 
   // Of a step, by its index in the stretch.
   static __device__ __forceinline__ int stage_of(int index) { return index % kStages; }

@@ -12,11 +12,10 @@ struct FusedConsumer : FusedRole {
   static constexpr int K = Config::K, C = Config::C;
   using Consumer = StepConsumer<Config, StepResult::kOutputs>;
   using Writer = OutputWriter<Config>;
+  using Cut = typename Config::Cut;
 
-  __device__ __forceinline__ void sync() const {
-    constexpr int kBarrier = 1 + Config::kProducerGroups;
-    ptx::barrier_sync(kBarrier, Config::kGroupThreads);
-  }
+  static constexpr int kBarrier = 1 + Config::kProducerGroups;
+  __device__ __forceinline__ void sync() const { ptx::barrier_sync(kBarrier, Config::kGroupThreads); }
 
   // First row of V of the group, and of the warp.
   __device__ __forceinline__ int group_row() const { return static_cast<int>(rank) * Config::kRows; }
@@ -52,8 +51,16 @@ struct FusedConsumer : FusedRole {
   }
 
   __device__ __forceinline__ void load_entry(StateFragments<K>& state, const ScanPiece& piece) const {
+    if (Cut::kForgets && piece.map_rows >= 0) {
+      begin_summary(state, true, piece.map_rows + warp_row(), lane);
+      return;
+    }
     if (piece.is_begin()) {
       load_initial_state(state, params.call, piece.sequence, piece.value_head, warp_row(), lane);
+      return;
+    }
+    if constexpr (Cut::kForgets) {
+      begin_summary(state, false, 0, lane);
       return;
     }
     if (thread == 0) {
@@ -72,10 +79,20 @@ struct FusedConsumer : FusedRole {
       }
       return;
     }
+    if constexpr (Cut::kForgets) return;
     state.store_fragments(handoff(stretch_index), lane);
     __threadfence();
     sync();
     if (thread == 0) ptx::store_release(handoff_flag(stretch_index), 1);
+  }
+
+  // Says of the chain that goes on behind a cut whether it is left to other kernels, from the rows of the map here. is_negligible: of all warps' rows so far.
+  __device__ __forceinline__ void judge_map(bool is_negligible, const ScanPiece& piece) const {
+    const bool is_left = ptx::barrier_any(kBarrier, Config::kGroupThreads, !is_negligible);
+    if (thread != 0) return;
+    const int64_t chain = piece.sequence * params.call.problem.value_heads + piece.value_head;
+    params.left.words[stretch_index * left_chain_words(Config::kCtas) + rank] =
+        is_left ? static_cast<uint32_t>(chain) + 1 : 0;
   }
 
   __device__ __forceinline__ void store_chunk_state(StateFragments<K>& state, const ScanPiece& piece, int step) const {
@@ -89,11 +106,13 @@ struct FusedConsumer : FusedRole {
     const ChunkFwdParams& call = params.call;
     const Consumer advance{0, warp, lane};
     int index = 0;
-    for (PieceWalk walk(call, stretch); !walk.done(); walk.next()) {
+    bool map_is_negligible = true;
+    for (PieceWalk<Cut> walk(call, stretch); !walk.done(); walk.next()) {
       const ScanPiece& piece = walk.piece;
       StateFragments<K> state;
       load_entry(state, piece);
-      Writer writer(call, piece.batch, piece.token_of(piece.first_step), piece.value_head, group_row(), thread);
+      const int first_result = Cut::kForgets ? piece.first_result : piece.first_step;
+      Writer writer(call, piece.batch, piece.token_of(first_result), piece.value_head, group_row(), thread);
       typename Consumer::PackedOutput output;  // of the step before, stored while the products of the next one run
       const auto store_output = [&](int step, int at) {
         writer.store(output, stage(at) + Config::kValues, piece.tokens(step));
@@ -101,20 +120,27 @@ struct FusedConsumer : FusedRole {
       uint32_t operands[K / 16][4];
       state.to_operands(operands);
       for (int step = piece.first_step; step < piece.end_step; ++step, ++index) {
-        if (__builtin_expect(call.chunk_states != nullptr, 0) && step % (kChunkTokens / C) == 0)
+        if (__builtin_expect(call.chunk_states != nullptr, 0) && step % (kChunkTokens / C) == 0 && step >= first_result)
           store_chunk_state(state, piece, step);
         ptx::mbarrier_wait_parity(Config::full(ptx::shared_address(shared), Config::stage_of(index)),
                                   Config::parity_of(index));
-        const bool follows = step > piece.first_step;
+        const bool follows = step > piece.first_step, has_result = step > first_result;
         advance.advance(state, operands, output, stage(index), piece.tokens(step), true, [&] {
-          if (follows) store_output(step - 1, index - 1);
+          if (has_result) store_output(step - 1, index - 1);
         });
         release_stage(index);
         if (follows) release_values(index - 1);
       }
       if (piece.end_step > piece.first_step) {
-        store_output(piece.end_step - 1, index - 1);
+        if (piece.end_step > first_result) store_output(piece.end_step - 1, index - 1);
         release_values(index - 1);
+      }
+      if constexpr (Cut::kForgets) {
+        if (piece.map_rows >= 0) {
+          map_is_negligible = map_is_negligible && state.is_below(kNegligibleMap);
+          if (piece.map_rows + Cut::kMapRows == Cut::kMaps * Cut::kMapRows) judge_map(map_is_negligible, piece);
+          continue;
+        }
       }
       store_exit(state, piece);
       if (call.cu_seqlens != nullptr && piece.is_end() && piece.sequence == call.problem.sequences - 1) {

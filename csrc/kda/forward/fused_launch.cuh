@@ -27,4 +27,20 @@ cudaError_t launch_fused_scan(const StepKernelParams& params, cudaStream_t strea
   });
 }
 
+template <int K>
+cudaError_t launch_fused_cut(const StepKernelParams& params, cudaStream_t stream) {
+  const ChunkFwdProblem& problem = params.call.problem;
+  const auto launch_config = [&](auto config) {
+    using Config = decltype(config);
+    return launch_grid(fused_scan_kernel<Config>,
+                       {params.clusters * Config::kCtas, Config::kThreads, Config::kSharedBytes, Config::kCtas}, stream,
+                       params);
+  };
+  return for_element(problem, [&](auto element) {
+    using Element = decltype(element);
+    if (problem.value_dim == 64) return launch_config(FusedConfig<K, 64, Element, ChainCut::kForget>());
+    return launch_config(FusedConfig<K, 128, Element, ChainCut::kForget>());
+  });
+}
+
 }  // namespace kda

@@ -9,18 +9,22 @@ namespace kda {
 template <typename Config>
 struct FusedProducer : FusedRole {
   static constexpr int C = Config::C;
+  using Walk = StepWalk<typename Config::Cut>;
   static constexpr int kStride = Config::kCtas * Config::kProducerGroups;  // steps from one of the group to the next
 
   // A step as the tensor maps and the producer need it.
   struct Step {
     int index;  // in the stretch
     int token, batch, tokens, value_head, key_head;
+    int value_token;  // past the end for a map, which has no V: the copy engine brings zeros
     bool exists;
   };
 
-  __device__ __forceinline__ Step describe(const StepWalk& walk, int key_head) const {
+  __device__ __forceinline__ Step describe(const Walk& walk, int key_head) const {
     const ScanPiece& piece = walk.pieces.piece;
-    return {walk.index, walk.token, piece.batch, walk.tokens(), piece.value_head, key_head, !walk.done()};
+    const bool is_map = Config::Cut::kForgets && piece.map_rows >= 0;
+    const int value_token = is_map ? static_cast<int>(params.call.problem.tokens) : walk.token;
+    return {walk.index, walk.token, piece.batch, walk.tokens(), piece.value_head, key_head, value_token, !walk.done()};
   }
 
   // Threads of different warps that start copies, so that none keeps its warp for long.
@@ -59,11 +63,11 @@ struct FusedProducer : FusedRole {
       const int block = static_cast<int>(cta);  // of 64 columns
       if (cta == rank) {
         ptx::mbarrier_arrive_expect_tx(full, Config::kValueTileBytes);
-        ptx::cp_async_bulk_tensor_load(to, &params.maps.v, 0, step.token, block, step.value_head, step.batch, full);
+        ptx::cp_async_bulk_tensor_load(to, &params.maps.v, 0, step.value_token, block, step.value_head, step.batch, full);
       } else {
         ptx::mbarrier_arrive_expect_tx_at_cta(ptx::map_to_cta(full, cta),
                                               Config::kValueTileBytes + Config::kImageBytes);
-        ptx::cp_async_bulk_tensor_load_multicast(to, &params.maps.v, 0, step.token, block, step.value_head, step.batch,
+        ptx::cp_async_bulk_tensor_load_multicast(to, &params.maps.v, 0, step.value_token, block, step.value_head, step.batch,
                                                  full, 1u << cta);
       }
     }
@@ -118,7 +122,7 @@ struct FusedProducer : FusedRole {
   __device__ __forceinline__ void run() const {
     const ChunkFwdParams& call = params.call;
     const int heads_of_key = call.problem.value_heads / call.problem.heads;
-    StepWalk walk(call, stretch);
+    Walk walk(call, stretch);
     walk.skip(static_cast<int>(rank) + Config::kCtas * group);
     if (walk.done()) return;
     // Of the step to come: what it takes of its chain.

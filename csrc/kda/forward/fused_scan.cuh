@@ -1,7 +1,8 @@
 // The fused forward: one kernel from q, k, v, g and beta to o and the final state. But for the state of a chain that two clusters share,
 // nothing else goes through device memory.
 //
-// Grid: clusters of a CTA for each 64 rows of V, as many as run side by side. scan_schedule.cuh says which steps of which chains a cluster takes.
+// Grid: clusters of a CTA for each 64 rows of V, as many as run side by side. scan_schedule.cuh says which steps of which chains a cluster takes,
+// fused_cut.cuh which it leaves where it cuts chains and they do not forget.
 // Roles of a CTA: two producer groups (fused_producer.cuh) make the factors of a step of 32 tokens each; the steps go in turn to all
 // producer groups of the cluster, and what is made goes to all of its CTAs through distributed shared memory. One consumer group
 // (fused_consumer.cuh) carries 64 rows of the state through all steps, in fp32 accumulators.
@@ -14,6 +15,7 @@
 #pragma once
 
 #include "fused_consumer.cuh"
+#include "fused_cut.cuh"
 #include "fused_producer.cuh"
 
 namespace kda {
@@ -21,6 +23,7 @@ namespace kda {
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     fused_scan_kernel(const __grid_constant__ StepKernelParams params) {
+  using Cut = typename Config::Cut;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t shared_base = ptx::shared_address(shared);
   const int clusters = gridDim.x / Config::kCtas;
@@ -40,15 +43,24 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     for (int producer = 0; producer < Config::kProducerGroups; ++producer) {
       ptx::mbarrier_init(Config::raw_full(shared_base, producer), 1);
     }
+    if constexpr (Cut::kForgets) ptx::mbarrier_init(Config::gates_full(shared_base), 1);
     ptx::fence_mbarrier_init();
   }
-  auto& search = *reinterpret_cast<StretchSearch*>(shared + Config::kSearchOffset);
   auto& stretch = *reinterpret_cast<ScanStretch*>(shared + Config::kStretchOffset);
-  const ScanStretch& found = find_stretch(params.call, stretch_index(), clusters, search);
-  if (threadIdx.x == 0) {
-    stretch = found;
-    ptx::fence_proxy_async_shared();  // the copy engine writes into the place of the search
+  if constexpr (Cut::kForgets) {
+    ptx::launch_dependents();
+    auto& search = *reinterpret_cast<CutSearch<Config>*>(shared + Config::kSearchOffset);
+    static_assert(Config::kSearchOffset % 1024 == 0 && sizeof(search) <= Config::kBarrierOffset);
+    uint32_t* const words = params.left.words + stretch_index() * left_chain_words(Config::kCtas);
+    const ScanStretch found = find_cut_stretch<Config>(params, stretch_index(), clusters, words, rank,
+                                                       Config::gates_full(shared_base), search);
+    if (threadIdx.x == 0) stretch = found;
+  } else {
+    auto& search = *reinterpret_cast<StretchSearch*>(shared + Config::kSearchOffset);
+    find_stretch<Cut>(params.call, stretch_index(), clusters, search);
+    if (threadIdx.x == 0) stretch = stretch_between(search.ends[0], search.ends[1]);
   }
+  ptx::fence_proxy_async_shared();  // the copy engine writes into the place of the search
   ptx::cluster_sync();
 
   const int group = threadIdx.x / Config::kGroupThreads, thread = threadIdx.x % Config::kGroupThreads;

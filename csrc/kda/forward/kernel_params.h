@@ -15,6 +15,12 @@ struct SegmentMaps {
   bool is_reversed;
 };
 
+// Which chains the fused kernel leaves to the stages after it where it cuts chains: 1 + a chain at a cut in each word, or 0 (left_chain_words()).
+struct LeftChains {
+  uint32_t* words;  // null: there was no such kernel, and all are left
+  int count;
+};
+
 // The cut of the recurrences over chunks: sequences in segments, whose ends come from their affine maps (segment_compose.cuh).
 struct RecurrenceSegments {
   int64_t chunks;  // of one segment; 0: sequences are not cut
@@ -91,7 +97,8 @@ struct SegmentComposeParams {
   ChunkFwdParams call;
   int64_t segment_chunks;
   SegmentMaps maps[2];
-  int directions;  // how many of them there are
+  int directions;   // how many of them there are
+  LeftChains left;  // of a forward that cuts its fused kernel
 };
 
 // Launches of the stages, for the K, V and types of the call. Each returns the error of its launch.

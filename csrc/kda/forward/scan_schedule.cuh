@@ -3,15 +3,25 @@
 // makes them equal (McNaughton's wrap-around rule): all clusters end at the same time, however many chains there are. A chain is as long as
 // its steps and what it takes to begin one.
 //
-// A chain that crosses a cut goes to two clusters. The one after the cut begins with it: it takes the chain's first steps, and leaves the
-// state for the one before the cut, which ends with its last steps. No stretch is shorter than a chain, so the state is there before it is needed
-// if both began together. The one that waits is the later of the two in the grid: it never keeps the other from starting.
+// A chain that crosses a cut goes to two clusters (ChainCut::kHandOver). The one after the cut begins with it: it takes the chain's first steps, and
+// leaves the state for the one before the cut, which ends with its last steps. No stretch is shorter than a chain, so the state is there before it is
+// needed if both began together. The one that waits is the later of the two in the grid: it never keeps the other from starting.
+//
+// Where there are too few chains for that, stretches are equal whatever a chain's length is (ChainCut::kForget), and a chain is taken in its order. A
+// stretch that begins inside a chain looks first at what the steps before the cut leave of a state: it takes them from the identity, without V. Then it
+// takes them again from nothing, as nothing is left of what was before (fused_cut.cuh).
 #pragma once
 
 #include "../device/chunk_location.cuh"
-#include "step_params.h"
+#include "forgetting.cuh"
 
 namespace kda {
+
+// What becomes of a chain that crosses a cut between stretches.
+enum class ChainCut {
+  kHandOver,  // its state goes from one cluster to the other
+  kForget,    // nothing of it is left after few steps
+};
 
 // The steps of one chain that a cluster takes.
 struct ScanPiece {
@@ -20,6 +30,8 @@ struct ScanPiece {
   int value_head;
   int steps;                 // of the chain
   int first_step, end_step;  // of the piece
+  int first_result;          // steps before this one only lead to its state; kForget
+  int map_rows;              // the piece is the map of its steps, from this row of the identity on; else -1; kForget
 
   __device__ __forceinline__ int token_of(int step) const { return begin + step * kStepTokens; }
   // Tokens of a step: kStepTokens but for the last of the chain.
@@ -32,19 +44,35 @@ __device__ __forceinline__ int steps_of(const SequenceRange& range) {
   return static_cast<int>((range.end - range.begin + kStepTokens - 1) / kStepTokens);
 }
 
-// What a chain takes beside its steps, as a number of steps: loads and stores of its state, an empty pipeline.
-inline constexpr int kStepsToBegin = 4;
-
 // A cluster's stretch of the line, and the first chain in it.
 struct ScanStretch {
   int64_t begin, end;   // on the line
   int64_t chain_begin;  // where that chain begins, at most `begin`
   int64_t sequence;     // of that chain; the number of sequences: there is none
-  int steps;            // in the stretch
+  int steps;            // in the stretch, and before its first one if a cluster takes these as well
   int value_head;       // of that chain
 };
 
+// How stretches are cut. kMaps: pieces that it takes until all rows of a map have been in a cluster; kMapRows: those of one.
+template <ChainCut kCut_, int kMaps_ = 0, int kMapRows_ = 0>
+struct StretchCut {
+  static constexpr bool kForgets = kCut_ == ChainCut::kForget;
+  static constexpr int kMaps = kMaps_, kMapRows = kMapRows_;
+  // What a chain takes beside its steps, as a number of steps: loads and stores of its state, an empty pipeline.
+  static constexpr int kStepsToBegin = kForgets ? 2 : 4;
+  // What a stretch takes before its own steps if it begins inside a chain.
+  static constexpr int kStepsBefore = kForgets ? (kMaps + 1) * kTailSteps : 0;
+
+  // A cut that would leave no more than that of a chain is moved to its begin.
+  static __device__ __forceinline__ int moved(int offset) { return offset <= kStepsBefore ? 0 : offset; }
+  // Whether nothing of the state has to be left at a cut.
+  static __device__ __forceinline__ bool has_to_forget(int offset, int steps) {
+    return kForgets && offset > 0 && offset < steps;
+  }
+};
+
 // Goes through the pieces of a stretch, those of chains without steps included.
+template <typename Cut>
 struct PieceWalk {
   const ChunkFwdParams& call;
   const ScanStretch& stretch;
@@ -57,7 +85,7 @@ struct PieceWalk {
     piece.value_head = stretch.value_head;
     enter_sequence();
     enter();
-    if (chain_begin < stretch.begin && piece.end_step == 0 && !done()) next();  // the stretch before has all of it
+    if (!Cut::kForgets && chain_begin < stretch.begin && piece.end_step == 0 && !done()) next();  // the stretch before has all of it
   }
 
   __device__ __forceinline__ bool done() const {
@@ -65,7 +93,14 @@ struct PieceWalk {
   }
 
   __device__ __forceinline__ void next() {
-    chain_begin += piece.steps + kStepsToBegin;
+    if constexpr (Cut::kForgets) {
+      if (piece.map_rows >= 0) {
+        piece.map_rows += Cut::kMapRows;
+        if (piece.map_rows == Cut::kMaps * Cut::kMapRows) enter_after_cut(static_cast<int>(stretch.begin - chain_begin));
+        return;
+      }
+    }
+    chain_begin += piece.steps + Cut::kStepsToBegin;
     if (++piece.value_head == call.problem.value_heads) {
       piece.value_head = 0;
       ++piece.sequence;
@@ -84,7 +119,26 @@ struct PieceWalk {
     piece.steps = steps_of(range);
   }
 
+  // The chain's own steps in the stretch, after what has to be done because it begins before.
+  __device__ __forceinline__ void enter_after_cut(int step) {
+    piece.map_rows = -1;
+    piece.first_result = step;
+    piece.first_step = step > 0 ? step - kTailSteps : 0;
+    piece.end_step = static_cast<int>(min(stretch.end - chain_begin, int64_t{piece.steps}));
+  }
+
   __device__ __forceinline__ void enter() {
+    if constexpr (Cut::kForgets) {
+      if (chain_begin < stretch.begin) {
+        const int step = static_cast<int>(stretch.begin - chain_begin);
+        piece.map_rows = 0;
+        piece.first_step = step - kTailSteps;
+        piece.first_result = piece.end_step = step;
+      } else {
+        enter_after_cut(0);
+      }
+      return;
+    }
     // Before a cut lie the last steps.
     const auto steps_after = [&](int64_t cut) {
       return piece.steps - static_cast<int>(min(cut - chain_begin, int64_t{piece.steps}));
@@ -99,8 +153,9 @@ struct PieceWalk {
 };
 
 // Goes through the steps of a stretch. Within a piece that takes a few instructions.
+template <typename Cut>
 struct StepWalk {
-  PieceWalk pieces;
+  PieceWalk<Cut> pieces;
   const int steps;  // of the stretch
   int index;        // of the step, in the stretch
   int token;        // its first, as a coordinate
@@ -139,67 +194,72 @@ struct StepWalk {
   }
 };
 
+// A place on the line: how far into which chain.
+struct LinePlace {
+  int64_t place, chain_begin;  // on the line
+  int64_t steps_before;        // on the line, those of the chain included
+  int64_t sequence;            // the number of sequences: the line has ended
+  int value_head, batch, token;  // the token of `offset`
+  int offset, steps;             // from the chain's begin, and of the chain; an offset beyond the steps lies in what it takes to begin another
+
+  __device__ __forceinline__ int step() const { return min(offset, steps); }
+};
+
 // What the threads of a CTA exchange to find their stretch.
 struct StretchSearch {
   static constexpr int kMostWarps = 32;
   int64_t lengths[kMostWarps];
   int longest[kMostWarps];
-  int64_t steps_before[2];  // on the line, before the begin and before the end of the stretch
-  ScanStretch found;
+  LinePlace ends[2];  // of the stretch
 };
 
-// Stretch `index` of `count`. Called by all threads of the CTA; `search` is in shared memory.
-__device__ __forceinline__ const ScanStretch& find_stretch(const ChunkFwdParams& call, int64_t index, int64_t count,
-                                                           StretchSearch& search) {
-  const int64_t sequences = call.problem.sequences, heads = call.problem.value_heads;
-  const int thread = threadIdx.x;
-  // By the length of the line and the steps of the longest chain.
-  const auto stretch_of = [&](int64_t length, int longest) {
-    const int64_t share = max((length + count - 1) / count, int64_t{longest} + kStepsToBegin);
-    return ScanStretch{index * share, (index + 1) * share, 0, sequences, 0, 0};
-  };
-  // Among chains of the same number of steps: how many chains, and how many steps, before a place.
-  struct Place {
-    int64_t chain, steps;
-  };
-  const auto place_of = [&](int64_t offset, int steps) {
-    const int64_t chain = offset / (steps + kStepsToBegin);
-    return Place{chain, chain * steps + min(offset - chain * (steps + kStepsToBegin), int64_t{steps})};
-  };
-  if (call.cu_seqlens == nullptr) {
-    if (thread == 0) {
-      const int steps = steps_of(sequence_range(call, 0));
-      const int64_t chains = sequences * heads;
-      ScanStretch stretch = stretch_of(chains * (steps + kStepsToBegin), steps);
-      const Place first = place_of(stretch.begin, steps), end = place_of(stretch.end, steps);
-      const int64_t all = chains * steps;
-      stretch.steps = static_cast<int>(min(end.steps, all) - min(first.steps, all));
-      if (first.chain < chains) {
-        stretch.chain_begin = first.chain * (steps + kStepsToBegin);
-        stretch.sequence = first.chain / heads;
-        stretch.value_head = static_cast<int>(first.chain % heads);
-      }
-      search.found = stretch;
+// The places between which stretch `index` of `count` lies, in search.ends. Called by all threads of the CTA; `search` is in shared memory.
+template <typename Cut>
+__device__ __forceinline__ void find_stretch(const ChunkFwdParams& call, uint32_t index, uint32_t count,
+                                             StretchSearch& search) {
+  const int64_t sequences = call.problem.sequences;
+  const int heads = call.problem.value_heads, thread = threadIdx.x;
+  if (call.cu_seqlens == nullptr || sequences == 1) {
+    // All chains have the same length, so that their number is known, and below 2^32 with all that their steps and begins take.
+    if (thread < 2) {
+      const SequenceRange range = sequences == 0 ? SequenceRange{0, 0, 0} : sequence_range(call, 0);
+      const uint32_t steps = steps_of(range), length = steps + Cut::kStepsToBegin;
+      const uint32_t chains = static_cast<uint32_t>(sequences) * heads, line = chains * length;
+      const uint32_t equal = (line + count - 1) / count, share = Cut::kForgets ? equal : max(equal, length);
+      const uint64_t end = uint64_t{index + thread} * share;  // clusters may be more than chains
+      const uint32_t place = end < line ? static_cast<uint32_t>(end) : line;
+      const uint32_t chain = place / length, sequence = chain / heads, offset = Cut::moved(place - chain * length);
+      search.ends[thread] = {chain * length + offset,
+                             chain * length,
+                             int64_t{chain} * steps + min(offset, steps),
+                             sequence,
+                             static_cast<int>(chain - sequence * heads),
+                             call.cu_seqlens == nullptr ? static_cast<int>(sequence) : 0,
+                             static_cast<int>(range.begin + offset * kStepTokens),
+                             static_cast<int>(offset),
+                             static_cast<int>(steps)};
     }
     __syncthreads();
-    return search.found;
+    return;
   }
 
-  if (sequences * heads <= count) {  // a chain for each: nothing is to be shared, whatever the lengths are
+  if (!Cut::kForgets && sequences * heads <= count) {  // a chain for each: nothing is to be shared, whatever the lengths are
     if (thread == 0) {
       const int64_t sequence = index / heads;
-      const int steps = sequence < sequences ? steps_of(sequence_range(call, sequence)) : 0;
-      search.found = {0, steps + kStepsToBegin, 0, sequence, steps, static_cast<int>(index % heads)};
+      const SequenceRange range = sequence_range(call, sequence);
+      const int steps = sequence < sequences ? steps_of(range) : 0, head = static_cast<int>(index % heads);
+      search.ends[0] = {0, 0, 0, sequence, head, 0, static_cast<int>(range.begin), 0, steps};
+      search.ends[1] = {steps + Cut::kStepsToBegin, 0, steps, sequence, head, 0, static_cast<int>(range.end), steps, steps};
     }
     __syncthreads();
-    return search.found;
+    return;
   }
 
   // Each thread counts the steps of its share of the sequences.
   const int threads = blockDim.x, warp = thread >> 5, lane = thread & 31;
-  const int64_t share = (sequences + threads - 1) / threads;
-  const int64_t first = min(thread * share, sequences), end = min(first + share, sequences);
-  const auto length_of = [&](int steps) { return heads * (steps + kStepsToBegin); };
+  const int64_t share_of_sequences = (sequences + threads - 1) / threads;
+  const int64_t first = min(thread * share_of_sequences, sequences), end = min(first + share_of_sequences, sequences);
+  const auto length_of = [&](int steps) { return int64_t{heads} * (steps + Cut::kStepsToBegin); };
   int64_t length = 0;
   int longest = 0;
   for (int64_t i = first; i < end; ++i) {
@@ -222,40 +282,47 @@ __device__ __forceinline__ const ScanStretch& find_stretch(const ChunkFwdParams&
     total += search.lengths[w];
     longest = max(longest, search.longest[w]);
   }
-  ScanStretch stretch = stretch_of(total, longest);
-  if (thread == 0) {
-    search.found = stretch;
-    // If the line ends first.
-    const int64_t all = total - sequences * heads * kStepsToBegin;
-    search.steps_before[0] = search.steps_before[1] = all;
-  }
-  __syncthreads();
-  // The places of begin and end are found by those whose share they are in.
+  const int64_t equal = (total + count - 1) / count;
+  const int64_t share = Cut::kForgets ? equal : max(equal, int64_t{longest} + Cut::kStepsToBegin);
+  // The places are found by those in whose share they are.
   for (int which = 0; which < 2; ++which) {
-    const int64_t place = which == 0 ? stretch.begin : stretch.end;
+    const int64_t place = (index + which) * share;
+    if (place >= total) {
+      if (thread == 0) search.ends[which] = {total, total, total - sequences * heads * Cut::kStepsToBegin, sequences};
+      continue;
+    }
     if (!(before <= place && place < before + length)) continue;
     int64_t at = before;
     for (int64_t i = first; i < end; ++i) {
-      const int steps = steps_of(sequence_range(call, i));
+      const SequenceRange range = sequence_range(call, i);
+      const int steps = steps_of(range);
       if (place < at + length_of(steps)) {
-        const Place found = place_of(place - at, steps);
-        // Before the sequence there are i times heads chains.
-        search.steps_before[which] = at - i * heads * kStepsToBegin + found.steps;
-        if (which == 0) {
-          stretch.chain_begin = at + found.chain * (steps + kStepsToBegin);
-          stretch.sequence = i;
-          stretch.value_head = static_cast<int>(found.chain);
-          search.found = stretch;
-        }
+        const int64_t chain = (place - at) / (steps + Cut::kStepsToBegin);
+        const int64_t chain_begin = at + chain * (steps + Cut::kStepsToBegin);
+        const int offset = Cut::moved(static_cast<int>(place - chain_begin));
+        // Before the chain there are as many as that.
+        const int64_t chains_before = i * heads + chain;
+        search.ends[which] = {chain_begin + offset,
+                              chain_begin,
+                              chain_begin - chains_before * Cut::kStepsToBegin + min(offset, steps),
+                              i,
+                              static_cast<int>(chain),
+                              0,
+                              static_cast<int>(range.begin) + offset * kStepTokens,
+                              offset,
+                              steps};
         break;
       }
       at += length_of(steps);
     }
   }
   __syncthreads();
-  if (thread == 0) search.found.steps = static_cast<int>(search.steps_before[1] - search.steps_before[0]);
-  __syncthreads();
-  return search.found;
+}
+
+// The stretch between two places.
+__device__ __forceinline__ ScanStretch stretch_between(const LinePlace& begin, const LinePlace& end) {
+  return {begin.place,    end.place, begin.chain_begin, begin.sequence, static_cast<int>(end.steps_before - begin.steps_before),
+          begin.value_head};
 }
 
 }  // namespace kda

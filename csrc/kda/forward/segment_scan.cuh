@@ -34,6 +34,10 @@ struct SegmentOfSteps {
   // Tokens of a step: kStepTokens but for the last of the sequence.
   __device__ __forceinline__ int tokens(int step) const { return min(all_tokens - step * kStepTokens, kStepTokens); }
 
+  // Index of (sequence, value head).
+  __device__ __forceinline__ int64_t chain(int value_heads) const {
+    return location.sequence * value_heads + value_head;
+  }
   // Its index in arrays [segment slots, HV].
   __device__ __forceinline__ int64_t tile(int value_heads) const { return slot * value_heads + value_head; }
 };

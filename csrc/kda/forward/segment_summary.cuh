@@ -12,14 +12,10 @@
 // Shared memory and registers: two stages, 168 a thread (K = 128): three CTAs share a multiprocessor. Bound by the chain of the products of a step.
 #pragma once
 
+#include "forgetting.cuh"
 #include "segment_scan.cuh"
 
 namespace kda {
-
-// What is dropped of the state at the entry is below 2^-93 of it: less than fp32 resolves of any state to which the segment adds something.
-inline constexpr float kNegligibleMap = 0x1p-100f;
-// Steps at the end of a segment whose map is looked at first.
-inline constexpr int kTailSteps = 2;
 
 template <int K_, int V_, typename Element_>
 struct SegmentSummaryConfig : StepStage<K_, 64> {
@@ -45,15 +41,21 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   extern __shared__ __align__(1024) uint8_t shared[];
   const ChunkFwdParams& call = params.call;
   const int value_heads = call.problem.value_heads;
+  const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
+  if (none_left(params.left, lane)) return;
   ptx::launch_dependents();
   ptx::wait_for_kernel_before();  // before any return: who waits for this kernel relies on those before it, too
-  const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
   const int rank = static_cast<int>(blockIdx.x % kCtas);
   const bool is_map = rank < kMapTiles;
   const int first_row = 64 * (is_map ? rank : rank - kMapTiles), warp_row = first_row + 16 * warp;
   const SegmentOfSteps segment(params, blockIdx.x / kCtas / value_heads,
                                static_cast<int>(blockIdx.x / kCtas % value_heads), lane);
   if (!segment.location.is_used || segment.location.is_last) return;
+  const int64_t tile = segment.tile(value_heads);
+  if (!is_left(params.left, segment.chain(value_heads), lane)) {
+    if (rank == 0 && thread == 0) params.segment_faded[tile] = 1;  // there is nothing to compose
+    return;
+  }
 
   const StageRing<Config> ring{shared};
   if (thread == 0) ring.init(Config::kThreads);
@@ -63,8 +65,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   StateFragments<K> state;
   typename Consumer::PackedOutput no_output;
 
-  // Keys of norm 1 and beta in [0, 2]: the norm of a map never grows.
-  const bool may_fade = call.qk_l2norm && call.beta_sigmoid;
+  const bool may_fade = is_contractive(call);
   const int tail = min(kTailSteps, segment.steps);
   bool faded = false;
   for (int pass = may_fade ? 0 : 1; pass < 2 && !faded; ++pass) {  // the last steps, then all of them
@@ -95,7 +96,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     }
   }
 
-  const int64_t tile = segment.tile(value_heads);
   if (!is_map) {
     state.store_fragments(fragments_at<K>(params.segment_state, tile, V, warp_row / 16), lane);
   } else if (!faded && !segment.location.is_first) {

@@ -9,6 +9,7 @@
 // Bound by memory at many heads: 33 KiB of an image and 16 KiB of V and o for a step; at few heads by the chain of the products of a step.
 #pragma once
 
+#include "forgetting.cuh"
 #include "segment_scan.cuh"
 
 namespace kda {
@@ -41,11 +42,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   using Consumer = StepConsumer<Config, StepResult::kOutputs>;
   extern __shared__ __align__(1024) uint8_t shared[];
   const ChunkFwdParams& call = params.call;
-  ptx::wait_for_kernel_before();  // before any return: who waits for this kernel relies on those before it, too
   const int value_heads = call.problem.value_heads;
   const int lane = threadIdx.x & 31;
+  if (none_left(params.left, lane)) return;
+  ptx::wait_for_kernel_before();  // before any return: who waits for this kernel relies on those before it, too
   const SegmentOfSteps segment(params, blockIdx.x / value_heads, static_cast<int>(blockIdx.x % value_heads), lane);
-  if (!segment.location.is_used) return;
+  if (!segment.location.is_used || !is_left(params.left, segment.chain(value_heads), lane)) return;
   const int steps = segment.steps;
   const StageRing<Config> ring{shared};
   if (threadIdx.x == 0) ring.init(Config::kConsumers);

@@ -1,7 +1,8 @@
 // The first stage of the stepwise forward: everything of each step of 32 tokens that does not depend on the state, into an image in the
 // workspace (StepImage). The formulas are those of step_producer.cuh and step_operands.cuh.
 //
-// Grid: one CTA for each (step slot, value head), of four warps; of eight where there are too few of them to fill the device (K = 128).
+// Grid: one CTA for each (step slot, value head), of four warps; of eight where there are too few of them to fill the device (K = 128). After a fused
+// kernel that may have left nothing, as many as are resident, each for one step after another: tens of thousands of CTAs that end at once take their time.
 // Shared memory (bytes, K = 128): rows of q, k, g 24576, which become pair operands and then the tiles of Tinv and Aqk; the second half
 // of the gates in fp32 8192, which becomes K ⊙ e^{G_C - G}; K ⊙ e^G and Q ⊙ e^G 16384; the solve and values of rows 6144.
 // So four CTAs share a multiprocessor: one's copies and its one inverting warp run beside the products of others.
@@ -10,7 +11,7 @@
 #pragma once
 
 #include "../device/chunk_location.cuh"
-#include "step_params.h"
+#include "forgetting.cuh"
 #include "step_producer.cuh"
 
 namespace kda {
@@ -42,12 +43,15 @@ struct StepFactorsConfig : StepTiles<K_> {
   static constexpr int kRowValues = kSolve + SolveMatrix32::kBytes;  // see RowValues
   static constexpr int kScratchBytes = kRowValues + 6 * C * 4;
   static constexpr int kBarrier = kScratch + kScratchBytes;
-  static constexpr int kSharedBytes = kBarrier + 8;
+  static constexpr int kLeft = kBarrier + 8;
+  using LeftSet = LeftChainSet<4096>;
+  static constexpr int kSharedBytes = kLeft + static_cast<int>(sizeof(LeftSet));
   static_assert(2 * kPairTileBytes <= 2 * kKeyTileBytes);
   static_assert(kCtasPerSm * (kSharedBytes + 1024 + 128) <= 228 * 1024);
 };
 
-template <typename Config>
+// kAfterFused: there was a fused kernel, which may have left nothing.
+template <typename Config, bool kAfterFused>
 __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
     step_factors_kernel(const __grid_constant__ StepKernelParams params) {
   constexpr int K = Config::K, C = Config::C, kBarrierId = 1;
@@ -57,67 +61,108 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
   const uint32_t shared_base = ptx::shared_address(shared);
   const int thread = threadIdx.x, lane = thread & 31;
   const int value_heads = call.problem.value_heads;
-  const int64_t slot = blockIdx.x / value_heads;
-  const int value_head = static_cast<int>(blockIdx.x % value_heads);
-  const int key_head = value_head / (value_heads / call.problem.heads);
+  if constexpr (kAfterFused) {
+    ptx::wait_for_kernel_before();
+    if (none_left(params.left, lane)) return;
+  }
   ptx::launch_dependents();
-  const ChunkLocation location = locate_slot(call, slot, C, lane);
-  if (location.tokens == 0) return;
-
   const uint32_t loaded = shared_base + Config::kBarrier;
+  auto& left = *reinterpret_cast<typename Config::LeftSet*>(shared + Config::kLeft);
+  if constexpr (kAfterFused) {
+    left.clear();
+    __syncthreads();
+    left.fill(params.left);
+    __syncthreads();
+  }
   if (thread == 0) {
     ptx::mbarrier_init(loaded, 1);
     ptx::fence_mbarrier_init();
-    const int token = static_cast<int>(location.first_token), batch = static_cast<int>(location.batch);
-    const bool gate_is_fp32 = call.gate_type == DataType::kFloat32;
-    ptx::mbarrier_arrive_expect_tx(loaded, (gate_is_fp32 ? 4 : 3) * Config::kKeyTileBytes);
-    ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawQ, &params.maps.q, 0, token, 0, key_head, batch, loaded);
-    ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawK, &params.maps.k, 0, token, 0, key_head, batch, loaded);
-    ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawG, &params.maps.g, 0, token, 0, value_head, batch, loaded);
   }
-  const StepProducer<Config> make{
-      call, shared, shared, shared + Config::kScratch, location.tokens, location.tokens, kBarrierId, thread, lane};
-  const GateConstants constants(call, value_head, make.channel_of(thread));
-  const uint32_t beta =
-      BetaReader(call, location.batch, location.first_token, location.first_token + location.tokens, value_head, thread)
-          .next(call, C);
-  const RowValues rows(shared + Config::kScratch + Config::kRowValues);
-  const StepOperands<Config> operands = make.operands(constants);
-  __syncthreads();
-  ptx::mbarrier_wait_parity(loaded, 0);
+  const uint32_t tiles = static_cast<uint32_t>(params.step_slots) * value_heads;  // fewer than 2^31
+  uint32_t parity = 0;
+  const auto make_tile = [&](uint32_t tile) {
+    const uint32_t slot = tile / value_heads;
+    const int value_head = static_cast<int>(tile - slot * value_heads);
+    const int key_head = value_head / (value_heads / call.problem.heads);
+    const auto [sequence, location] = find_slot(call, slot, C, lane);
+    if (location.tokens == 0) return;
+    if (kAfterFused && !left.has(params.left, sequence * value_heads + value_head, lane)) return;
 
-  typename StepProducer<Config>::Products products;
-  const bool far_apart = make.prepare(operands, constants, rows, beta);
-  make.multiply_pairs(products, operands, rows, far_apart);
-  uint8_t* const image = params.images + (slot * value_heads + value_head) * Image::kImageBytes;
-  ptx::fence_proxy_async_shared();
-  __syncthreads();  // the pair operands have been read, the gated ones are there
-  if (thread == 0) {
-    // In parts of at most 8 KiB: of larger ones initcheck believes that a part was not written.
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int offset = half * Config::kKeyTileBytes;
-      ptx::cp_async_bulk_store(image + Image::kGated + offset, shared_base + Config::kGated + offset,
-                               Config::kKeyTileBytes);
+    if (thread == 0) {
+      const int token = static_cast<int>(location.first_token), batch = static_cast<int>(location.batch);
+      const bool gate_is_fp32 = call.gate_type == DataType::kFloat32;
+      ptx::mbarrier_arrive_expect_tx(loaded, (gate_is_fp32 ? 4 : 3) * Config::kKeyTileBytes);
+      ptx::cp_async_bulk_wait_read<1>();  // of the step before, what lies in the place of g
+      ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawG, &params.maps.g, 0, token, 0, value_head, batch,
+                                     loaded);
+      ptx::cp_async_bulk_wait_read_all();  // of q and k
+      ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawQ, &params.maps.q, 0, token, 0, key_head, batch, loaded);
+      ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawK, &params.maps.k, 0, token, 0, key_head, batch, loaded);
     }
-    ptx::cp_async_bulk_store(image + Image::kKeysDecayed, shared_base + Config::kKeysDecayed, Config::kKeyTileBytes);
-    ptx::cp_async_bulk_commit_group();
+    const StepProducer<Config> make{
+        call, shared, shared, shared + Config::kScratch, location.tokens, location.tokens, kBarrierId, thread, lane};
+    const GateConstants constants(call, value_head, make.channel_of(thread));
+    const uint32_t beta =
+        BetaReader(call, location.batch, location.first_token, location.first_token + location.tokens, value_head,
+                   thread)
+            .next(call, C);
+    const RowValues rows(shared + Config::kScratch + Config::kRowValues);
+    const StepOperands<Config> operands = make.operands(constants);
+    __syncthreads();
+    ptx::mbarrier_wait_parity(loaded, parity);
+    parity ^= 1;
+
+    typename StepProducer<Config>::Products products;
+    const bool far_apart = make.prepare(operands, constants, rows, beta);
+    make.multiply_pairs(products, operands, rows, far_apart);
+    uint8_t* const image = params.images + int64_t{tile} * Image::kImageBytes;
+    ptx::fence_proxy_async_shared();
+    __syncthreads();  // the pair operands have been read, the gated ones are there
+    if (thread == 0) {
+      // In parts of at most 8 KiB: of larger ones initcheck believes that a part was not written.
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int offset = half * Config::kKeyTileBytes;
+        ptx::cp_async_bulk_store(image + Image::kGated + offset, shared_base + Config::kGated + offset,
+                                 Config::kKeyTileBytes);
+      }
+      ptx::cp_async_bulk_store(image + Image::kKeysDecayed, shared_base + Config::kKeysDecayed, Config::kKeyTileBytes);
+      ptx::cp_async_bulk_commit_group();
+    }
+    make.store_akk(products, rows, far_apart);
+    make.store_aqk(products, rows, far_apart);
+    __syncthreads();
+    make.invert();
+    if (kAfterFused && thread < 32 && tile + gridDim.x < tiles) {  // meanwhile: rows of the step after this one, as far as the second-level cache
+      const uint32_t next = tile + gridDim.x;
+      const int head = static_cast<int>(next % value_heads);
+      const ChunkLocation at = locate_slot(call, next / value_heads, C, lane);
+      const int token = static_cast<int>(at.first_token), batch = static_cast<int>(at.batch);
+      if (thread == 0 && at.tokens > 0) {
+        const int next_key_head = head / (value_heads / call.problem.heads);
+        ptx::prefetch_tensor_to_l2(&params.maps.q, 0, token, 0, next_key_head, batch);
+        ptx::prefetch_tensor_to_l2(&params.maps.k, 0, token, 0, next_key_head, batch);
+        ptx::prefetch_tensor_to_l2(&params.maps.g, 0, token, 0, head, batch);
+      }
+    }
+    __syncthreads();
+    make.store_inverse(rows);
+    ptx::fence_proxy_async_shared();
+    __syncthreads();
+    if (thread == 0) {
+      ptx::cp_async_bulk_store(image + Image::kInverseTile, shared_base + Config::kInverseTile,
+                               2 * Config::kPairTileBytes);
+      ptx::cp_async_bulk_store(image + Image::kVectors, shared_base + Config::kVectors, Config::kVectorBytes);
+      ptx::cp_async_bulk_commit_group();
+    }
+  };
+  if constexpr (kAfterFused) {
+#pragma unroll 1
+    for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) make_tile(tile);
+  } else {
+    make_tile(blockIdx.x);
   }
-  make.store_akk(products, rows, far_apart);
-  make.store_aqk(products, rows, far_apart);
-  __syncthreads();
-  make.invert();
-  __syncthreads();
-  make.store_inverse(rows);
-  ptx::fence_proxy_async_shared();
-  __syncthreads();
-  if (thread == 0) {
-    ptx::cp_async_bulk_store(image + Image::kInverseTile, shared_base + Config::kInverseTile,
-                             2 * Config::kPairTileBytes);
-    ptx::cp_async_bulk_store(image + Image::kVectors, shared_base + Config::kVectors, Config::kVectorBytes);
-    ptx::cp_async_bulk_commit_group();
-    ptx::cp_async_bulk_wait_read_all();  // the shared memory is given back
-  }
+  if (thread == 0) ptx::cp_async_bulk_wait_read_all();  // the shared memory is given back
 }
 
 }  // namespace kda

@@ -1,6 +1,9 @@
 // Launches of the stepwise stages for one K; one translation unit for each, so that they compile side by side.
 #pragma once
 
+#include <algorithm>
+#include <cstdlib>
+
 #include "launch.cuh"
 #include "segment_summary.cuh"
 #include "state_scan.cuh"
@@ -14,7 +17,15 @@ cudaError_t launch_step_factors(const StepKernelParams& params, cudaStream_t str
   const int64_t steps = params.step_slots * problem.value_heads;
   const auto launch_config = [&](auto config) {
     using Config = decltype(config);
-    return launch(step_factors_kernel<Config>, steps, Config::kGroupThreads, Config::kSharedBytes, stream, params);
+    if (steps > INT32_MAX) return cudaErrorInvalidConfiguration;
+    if (params.left.words == nullptr) {
+      return launch(step_factors_kernel<Config, false>, steps, Config::kGroupThreads, Config::kSharedBytes, stream,
+                    params);
+    }
+    const int64_t resident = int64_t{problem.sm_count} * Config::kCtasPerSm;
+    return launch_grid(step_factors_kernel<Config, true>,
+                       {getenv("KDA_FULL") ? std::max<int64_t>(steps / atoi(getenv("KDA_FULL")), 1) : std::min(resident, steps), Config::kGroupThreads, Config::kSharedBytes, 1, true}, stream,
+                       params);
   };
   return for_element(problem, [&](auto element) {
     using Element = decltype(element);

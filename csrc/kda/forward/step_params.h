@@ -16,13 +16,16 @@ struct StepKernelParams {
   ChunkFwdParams call;
   TensorMaps maps;
 
-  // Of the fused path:
+  // Of the fused kernel:
   int64_t clusters;  // of the grid
   float4*
       handoff_states;  // [clusters, V / 16, K / 8, 32 lanes] fragments of S^T where a chain goes from one cluster to another
   uint32_t* handoff_flags;  // [clusters, V / 64] whether these rows are there; null if no chain is shared
 
-  // Of the stepwise path:
+  // Of the fused kernel where it cuts chains, and of the stages after it (forgetting.cuh):
+  LeftChains left;
+
+  // Of the stepwise stages:
   uint8_t* images;          // [step slots, HV] StepImage
   float* segment_map;       // [segment slots, HV, K / 16, K / 8] tiles of M^T [16, 8], column by column
   float4* segment_state;    // [segment slots, HV, V / 16, K / 8, 32 lanes] fragments of S^T at the end of a segment
@@ -37,6 +40,9 @@ struct StepKernelParams {
 // Launches for one K, 64 or 128; each is instantiated in a file of its own. Each returns the error of its launch.
 template <int K>
 cudaError_t launch_fused_scan(const StepKernelParams& params, cudaStream_t stream);
+// The same with stretches that begin anywhere in a chain, of those chains whose gates forget all that was before.
+template <int K>
+cudaError_t launch_fused_cut(const StepKernelParams& params, cudaStream_t stream);
 
 // The stages of the stepwise path, in order; the second and the third only if sequences are cut.
 template <int K>
