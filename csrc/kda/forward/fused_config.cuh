@@ -2,19 +2,21 @@
 #pragma once
 
 #include "../device/triangular_inverse.cuh"
+#include "call_kind.h"
 #include "scan_schedule.cuh"
 #include "step_layout.cuh"
 
 namespace kda {
 
 // K: channels of a key. V: width of a value row.
-template <int K_, int V_, typename Element_, ChainCut kChainCut_ = ChainCut::kHandOver>
+template <int K_, int V_, typename Element_, CallKind kKind_, ChainCut kChainCut_>
 struct FusedConfig : StepStage<K_, 64> {
   using Stage = StepStage<K_, 64>;
   using Stage::C, Stage::K, Stage::kRows, Stage::kStageBytes, Stage::kKeyTileBytes;
   static constexpr bool kHasRegisters = true;  // see StepConsumer
   static constexpr int V = V_;
   using Element = Element_;
+  static constexpr CallKind kKind = kKind_;
 
   // CTAs of a cluster: one for each 64 rows of the transposed state. They share the work of the producers.
   static constexpr int kCtas = V / kRows;
@@ -78,6 +80,7 @@ struct FusedConfig : StepStage<K_, 64> {
 // Of a thread of the fused forward.
 struct FusedRole {
   const StepKernelParams& params;
+  const TensorMaps& maps;
   const ScanStretch& stretch;
   uint8_t* shared;
   int stretch_index;

@@ -73,10 +73,9 @@ __device__ __forceinline__ void add_tail_decays(float (&sums)[8], const ChunkFwd
 // The cluster's stretch, without what has to be left, and with the steps before its first one. Called by all threads of the CTA, of which the first
 // one gets it. `words`: of the cluster, in LeftChains. `loaded`: a barrier, to be used once. `search` is in shared memory.
 template <typename Config>
-__device__ __forceinline__ ScanStretch find_cut_stretch(const StepKernelParams& params, uint32_t index, uint32_t count,
+__device__ __forceinline__ ScanStretch find_cut_stretch(const ChunkFwdParams& call, const TensorMaps& maps, uint32_t index, uint32_t count,
                                                         uint32_t* words, uint32_t rank, uint32_t loaded,
                                                         CutSearch<Config>& search) {
-  const ChunkFwdParams& call = params.call;
   using Cut = typename Config::Cut;
   using Search = CutSearch<Config>;
   constexpr float kMostLog2Decay = -100.0f;  // as kNegligibleMap
@@ -92,7 +91,7 @@ __device__ __forceinline__ ScanStretch find_cut_stretch(const StepKernelParams& 
     for (int i = 0; i < 2 * kTailSteps; ++i) {
       const LinePlace& end = ends[i / kTailSteps];
       if (!has_to_forget(end)) continue;
-      ptx::cp_async_bulk_tensor_load(ptx::shared_address(search.gates[0][i]), &params.maps.g, 0,
+      ptx::cp_async_bulk_tensor_load(ptx::shared_address(search.gates[0][i]), &maps.g, 0,
                                      end.token + (i % kTailSteps - kTailSteps) * kStepTokens, 0, end.value_head,
                                      end.batch, loaded);
     }

@@ -43,11 +43,11 @@ struct FusedProducer : FusedRole {
     const uint32_t rows = ptx::shared_address(raw());
     const bool gate_is_fp32 = params.call.gate_type == DataType::kFloat32;
     ptx::mbarrier_arrive_expect_tx(barrier, (gate_is_fp32 ? 4 : 3) * Config::kKeyTileBytes);
-    ptx::cp_async_bulk_tensor_load(rows + Config::kRawQ, &params.maps.q, 0, step.token, 0, step.key_head, step.batch,
+    ptx::cp_async_bulk_tensor_load(rows + Config::kRawQ, &maps.q, 0, step.token, 0, step.key_head, step.batch,
                                    barrier);
-    ptx::cp_async_bulk_tensor_load(rows + Config::kRawK, &params.maps.k, 0, step.token, 0, step.key_head, step.batch,
+    ptx::cp_async_bulk_tensor_load(rows + Config::kRawK, &maps.k, 0, step.token, 0, step.key_head, step.batch,
                                    barrier);
-    ptx::cp_async_bulk_tensor_load(rows + Config::kRawG, &params.maps.g, 0, step.token, 0, step.value_head, step.batch,
+    ptx::cp_async_bulk_tensor_load(rows + Config::kRawG, &maps.g, 0, step.token, 0, step.value_head, step.batch,
                                    barrier);
   }
 
@@ -63,11 +63,11 @@ struct FusedProducer : FusedRole {
       const int block = static_cast<int>(cta);  // of 64 columns
       if (cta == rank) {
         ptx::mbarrier_arrive_expect_tx(full, Config::kValueTileBytes);
-        ptx::cp_async_bulk_tensor_load(to, &params.maps.v, 0, step.value_token, block, step.value_head, step.batch, full);
+        ptx::cp_async_bulk_tensor_load(to, &maps.v, 0, step.value_token, block, step.value_head, step.batch, full);
       } else {
         ptx::mbarrier_arrive_expect_tx_at_cta(ptx::map_to_cta(full, cta),
                                               Config::kValueTileBytes + Config::kImageBytes);
-        ptx::cp_async_bulk_tensor_load_multicast(to, &params.maps.v, 0, step.value_token, block, step.value_head, step.batch,
+        ptx::cp_async_bulk_tensor_load_multicast(to, &maps.v, 0, step.value_token, block, step.value_head, step.batch,
                                                  full, 1u << cta);
       }
     }
@@ -151,7 +151,7 @@ struct FusedProducer : FusedRole {
         constants = GateConstants(call, value_head, StepProducer<Config>::channel_of(thread));
       }
       const int here = ptx::opaque(thread);
-      FusedProducer{{params, stretch, shared, stretch_index, rank, group, here, here >> 5, here & 31}}.make_step(
+      FusedProducer{{params, maps, stretch, shared, stretch_index, rank, group, here, here >> 5, here & 31}}.make_step(
           step, next, turn, constants, beta);
     }
   }

@@ -22,7 +22,9 @@ namespace kda {
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    fused_scan_kernel(const __grid_constant__ StepKernelParams params) {
+    fused_scan_kernel(const __grid_constant__ StepKernelParams given) {
+  StepKernelParams params = given;
+  fix<Config::kKind>(params.call);
   using Cut = typename Config::Cut;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t shared_base = ptx::shared_address(shared);
@@ -52,7 +54,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     auto& search = *reinterpret_cast<CutSearch<Config>*>(shared + Config::kSearchOffset);
     static_assert(Config::kSearchOffset % 1024 == 0 && sizeof(search) <= Config::kBarrierOffset);
     uint32_t* const words = params.left.words + stretch_index() * left_chain_words(Config::kCtas);
-    const ScanStretch found = find_cut_stretch<Config>(params, stretch_index(), clusters, words, rank,
+    const ScanStretch found = find_cut_stretch<Config>(params.call, given.maps, stretch_index(), clusters, words, rank,
                                                        Config::gates_full(shared_base), search);
     if (threadIdx.x == 0) stretch = found;
   } else {
@@ -64,7 +66,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   ptx::cluster_sync();
 
   const int group = threadIdx.x / Config::kGroupThreads, thread = threadIdx.x % Config::kGroupThreads;
-  const FusedRole role{params, stretch, shared, stretch_index(), rank, group, thread, thread >> 5, thread & 31};
+  const FusedRole role{params, given.maps, stretch, shared, stretch_index(), rank, group, thread, thread >> 5, thread & 31};
   if (group < Config::kProducerGroups) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
     FusedProducer<Config>{role}.run();

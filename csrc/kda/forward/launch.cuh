@@ -66,6 +66,14 @@ cudaError_t for_element(const ChunkFwdProblem& problem, Function f) {
   return cudaErrorNotSupported;
 }
 
+// Calls f with V, 64 or 128, and a value of the activation type.
+template <typename Function>
+cudaError_t for_values(const ChunkFwdProblem& problem, Function f) {
+  return for_element(problem, [&](auto element) {
+    return problem.value_dim == 64 ? f(Constant<64>(), element) : f(Constant<128>(), element);
+  });
+}
+
 // Calls f(K, V, element) with the head dimensions as compile-time constants and a value of the activation type.
 template <typename Function>
 cudaError_t for_instantiation(const ChunkFwdProblem& problem, Function f) {

@@ -11,16 +11,18 @@
 #pragma once
 
 #include "../device/chunk_location.cuh"
+#include "call_kind.h"
 #include "forgetting.cuh"
 #include "step_producer.cuh"
 
 namespace kda {
 
-template <int K_, int kWarps, typename Element_>
+template <int K_, int kWarps, typename Element_, CallKind kKind_>
 struct StepFactorsConfig : StepTiles<K_> {
   using Tiles = StepTiles<K_>;
   using Tiles::C, Tiles::K, Tiles::kKeyTileBytes, Tiles::kPairTileBytes;
   using Element = Element_;
+  static constexpr CallKind kKind = kKind_;
   static constexpr int kGroupThreads = 32 * kWarps, kBarrierThreads = kGroupThreads, kCtasPerSm = K == 128 ? 4 : 5;
 
   static constexpr int kRawQ = 0, kRawK = kKeyTileBytes, kRawG = 2 * kKeyTileBytes, kSecondGate = 3 * kKeyTileBytes;
@@ -53,7 +55,9 @@ struct StepFactorsConfig : StepTiles<K_> {
 // kAfterFused: there was a fused kernel, which may have left nothing.
 template <typename Config, bool kAfterFused>
 __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
-    step_factors_kernel(const __grid_constant__ StepKernelParams params) {
+    step_factors_kernel(const __grid_constant__ StepKernelParams given) {
+  StepKernelParams params = given;
+  fix<Config::kKind>(params.call);
   constexpr int K = Config::K, C = Config::C, kBarrierId = 1;
   using Image = StepImage<K>;
   const ChunkFwdParams& call = params.call;
@@ -93,11 +97,11 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
       const bool gate_is_fp32 = call.gate_type == DataType::kFloat32;
       ptx::mbarrier_arrive_expect_tx(loaded, (gate_is_fp32 ? 4 : 3) * Config::kKeyTileBytes);
       ptx::cp_async_bulk_wait_read<1>();  // of the step before, what lies in the place of g
-      ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawG, &params.maps.g, 0, token, 0, value_head, batch,
+      ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawG, &given.maps.g, 0, token, 0, value_head, batch,
                                      loaded);
       ptx::cp_async_bulk_wait_read_all();  // of q and k
-      ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawQ, &params.maps.q, 0, token, 0, key_head, batch, loaded);
-      ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawK, &params.maps.k, 0, token, 0, key_head, batch, loaded);
+      ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawQ, &given.maps.q, 0, token, 0, key_head, batch, loaded);
+      ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawK, &given.maps.k, 0, token, 0, key_head, batch, loaded);
     }
     const StepProducer<Config> make{
         call, shared, shared, shared + Config::kScratch, location.tokens, location.tokens, kBarrierId, thread, lane};
@@ -140,9 +144,9 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
       const int token = static_cast<int>(at.first_token), batch = static_cast<int>(at.batch);
       if (thread == 0 && at.tokens > 0) {
         const int next_key_head = head / (value_heads / call.problem.heads);
-        ptx::prefetch_tensor_to_l2(&params.maps.q, 0, token, 0, next_key_head, batch);
-        ptx::prefetch_tensor_to_l2(&params.maps.k, 0, token, 0, next_key_head, batch);
-        ptx::prefetch_tensor_to_l2(&params.maps.g, 0, token, 0, head, batch);
+        ptx::prefetch_tensor_to_l2(&given.maps.q, 0, token, 0, next_key_head, batch);
+        ptx::prefetch_tensor_to_l2(&given.maps.k, 0, token, 0, next_key_head, batch);
+        ptx::prefetch_tensor_to_l2(&given.maps.g, 0, token, 0, head, batch);
       }
     }
     __syncthreads();
@@ -157,6 +161,8 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
     }
   };
   if constexpr (kAfterFused) {
+    // CTAs that begin together would wait together.
+    __nanosleep(blockIdx.x * Config::kCtasPerSm / gridDim.x * 2000);
 #pragma unroll 1
     for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) make_tile(tile);
   } else {

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "launch.cuh"
 #include "segment_summary.cuh"
@@ -24,25 +23,19 @@ cudaError_t launch_step_factors(const StepKernelParams& params, cudaStream_t str
     }
     const int64_t resident = int64_t{problem.sm_count} * Config::kCtasPerSm;
     return launch_grid(step_factors_kernel<Config, true>,
-                       {getenv("KDA_FULL") ? std::max<int64_t>(steps / atoi(getenv("KDA_FULL")), 1) : std::min(resident, steps), Config::kGroupThreads, Config::kSharedBytes, 1, true}, stream,
+                       {std::min(resident, steps), Config::kGroupThreads, Config::kSharedBytes, 1, true}, stream,
                        params);
   };
   return for_element(problem, [&](auto element) {
     using Element = decltype(element);
-    if constexpr (K == 128) {
-      // A CTA of eight warps takes 6 microseconds rather than 9, until memory bounds them all; measured up to 3072 steps on 132 multiprocessors.
-      constexpr int64_t kFewStepsPerSm = 16;
-      if (steps <= kFewStepsPerSm * problem.sm_count) return launch_config(StepFactorsConfig<K, 8, Element>());
-    }
-    return launch_config(StepFactorsConfig<K, 4, Element>());
-  });
-}
-
-// Calls f with V and a value of the activation type.
-template <typename Function>
-cudaError_t for_values(const ChunkFwdProblem& problem, Function f) {
-  return for_element(problem, [&](auto element) {
-    return problem.value_dim == 64 ? f(Constant<64>(), element) : f(Constant<128>(), element);
+    return for_call_kind<Element>(params.call, true, [&](auto kind) {
+      if constexpr (K == 128) {
+        // A CTA of eight warps takes 6 microseconds rather than 9, until memory bounds them all; measured up to 3072 steps on 132 multiprocessors.
+        constexpr int64_t kFewStepsPerSm = 16;
+        if (steps <= kFewStepsPerSm * problem.sm_count) return launch_config(StepFactorsConfig<K, 8, Element, kind()>());
+      }
+      return launch_config(StepFactorsConfig<K, 4, Element, kind()>());
+    });
   });
 }
 
