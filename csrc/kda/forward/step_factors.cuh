@@ -85,6 +85,8 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
   const uint32_t tiles = static_cast<uint32_t>(params.step_slots) * value_heads;  // fewer than 2^31
   uint32_t parity = 0;
   const auto make_tile = [&](uint32_t tile) {
+    // Else the compiler keeps what follows from the thread from one tile to the next, and has no registers for it.
+    const int thread = kAfterFused ? ptx::opaque(static_cast<int>(threadIdx.x)) : threadIdx.x, lane = thread & 31;
     const uint32_t slot = tile / value_heads;
     const int value_head = static_cast<int>(tile - slot * value_heads);
     const int key_head = value_head / (value_heads / call.problem.heads);
@@ -137,18 +139,6 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
     make.store_aqk(products, rows, far_apart);
     __syncthreads();
     make.invert();
-    if (kAfterFused && thread < 32 && tile + gridDim.x < tiles) {  // meanwhile: rows of the step after this one, as far as the second-level cache
-      const uint32_t next = tile + gridDim.x;
-      const int head = static_cast<int>(next % value_heads);
-      const ChunkLocation at = locate_slot(call, next / value_heads, C, lane);
-      const int token = static_cast<int>(at.first_token), batch = static_cast<int>(at.batch);
-      if (thread == 0 && at.tokens > 0) {
-        const int next_key_head = head / (value_heads / call.problem.heads);
-        ptx::prefetch_tensor_to_l2(&given.maps.q, 0, token, 0, next_key_head, batch);
-        ptx::prefetch_tensor_to_l2(&given.maps.k, 0, token, 0, next_key_head, batch);
-        ptx::prefetch_tensor_to_l2(&given.maps.g, 0, token, 0, head, batch);
-      }
-    }
     __syncthreads();
     make.store_inverse(rows);
     ptx::fence_proxy_async_shared();
@@ -161,8 +151,6 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
     }
   };
   if constexpr (kAfterFused) {
-    // CTAs that begin together would wait together.
-    __nanosleep(blockIdx.x * Config::kCtasPerSm / gridDim.x * 2000);
 #pragma unroll 1
     for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) make_tile(tile);
   } else {
