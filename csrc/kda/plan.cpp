@@ -246,8 +246,7 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p, const ChunkFwdPlanOptions&
     plan.value_tile = kScanRows;
     plan.clusters = cut_clusters;
     plan.segment_chunks = options.segment_chunks.value_or(stepwise.segment_chunks);
-    const auto words = static_cast<size_t>(plan.clusters * left_chain_words(p.value_dim / plan.value_tile));
-    plan.workspace.left_chains = reserve(plan.workspace, words * sizeof(uint32_t));
+    plan.workspace.left_chains = reserve(plan.workspace, plan.clusters * kLeftChainWords * sizeof(uint32_t));
   } else {
     plan.value_tile = p.value_dim;
     plan.segment_chunks = options.segment_chunks.value_or(stepwise.segment_chunks);

@@ -63,9 +63,8 @@ struct ChunkFwdPlanOptions {
   std::optional<int64_t> segment_chunks;  // of kStepwise and kFusedCut; 0: sequences are not cut
 };
 
-// Words of a cluster of kFusedCut in the region left_chains: of its CTAs, each 1 + the chain at the cut before its stretch if that is left to
-// the other kernels, else 0; then the same of the cut behind.
-[[nodiscard]] constexpr int left_chain_words(int ctas) { return ctas + 1; }
+// Words of a cluster of kFusedCut in the region left_chains: one of each of its CTAs, of which there are at most two.
+inline constexpr int kLeftChainWords = 2;
 
 // Bytes of what a consumer needs of a step of one value head, apart from V: gated operands [3 C, K] and tiles [C, 4 C] in bf16, e^{G_C} and
 // two scales of each token in fp32.
@@ -88,7 +87,7 @@ struct ChunkFwdWorkspace {
   size_t handoff_states = 0;  // [clusters, V, K]     fp32, fragments
   size_t handoff_flags = 0;   // whether it is there  [clusters, V / 64]   uint32
   // Of kFusedCut:
-  size_t left_chains = 0;  // which chains are left to kStepwise  [clusters, V / 64 + 1]  uint32
+  size_t left_chains = 0;  // which chains are left to kStepwise  [clusters, 2]  uint32
   // Of kStepwise and kFusedCut:
   size_t step_images = 0;  // factors of each step      [step slots, HV]    see step_image_bytes()
   // Of a cut, one for each (segment slot, value head):

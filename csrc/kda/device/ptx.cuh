@@ -268,9 +268,9 @@ __device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddep
 
 // ---- Flags in device memory, between CTAs of a grid ----
 
-__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* flag) {
-  uint32_t value;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+__device__ __forceinline__ uint2 load_relaxed(const uint2* flags) {
+  uint2 value;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(flags) : "memory");
   return value;
 }
 

@@ -9,7 +9,7 @@ namespace {
 template <int K>
 cudaError_t run_stepwise(const StepKernelParams& params, cudaStream_t stream) {
   StageSequence stages;
-  if (params.left.words != nullptr) {
+  if (params.left.cuts != nullptr) {
     stages.run("kda.fused_cut", [&] { return launch_fused_cut<K>(params, stream); });
   }
   stages.run("kda.step_factors", [&] { return launch_step_factors<K>(params, stream); });
@@ -39,8 +39,7 @@ cudaError_t run_steps(const ChunkFwdParams& call, const ChunkFwdPlan& plan, cuda
     return run_stage("kda.fused_scan", [&] { return launch_fused_scan<K>(params, stream); });
   }
   if (plan.path == ChunkFwdPath::kFusedCut) {
-    params.left = {reinterpret_cast<uint32_t*>(base + plan.workspace.left_chains),
-                   static_cast<int>(plan.clusters * left_chain_words(call.problem.value_dim / plan.value_tile))};
+    params.left = {reinterpret_cast<uint2*>(base + plan.workspace.left_chains), static_cast<int>(plan.clusters)};
   }
   params.images = base + plan.workspace.step_images;
   params.step_slots = plan.step_slots;

@@ -91,8 +91,7 @@ struct FusedConsumer : FusedRole {
     const bool is_left = ptx::barrier_any(kBarrier, Config::kGroupThreads, !is_negligible);
     if (thread != 0) return;
     const int64_t chain = piece.sequence * params.call.problem.value_heads + piece.value_head;
-    params.left.words[stretch_index * left_chain_words(Config::kCtas) + rank] =
-        is_left ? static_cast<uint32_t>(chain) + 1 : 0;
+    (&params.left.cuts[stretch_index].x)[rank] = is_left ? static_cast<uint32_t>(chain) + 1 : 0;
   }
 
   __device__ __forceinline__ void store_chunk_state(StateFragments<K>& state, const ScanPiece& piece, int step) const {

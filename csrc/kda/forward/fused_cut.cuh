@@ -71,10 +71,10 @@ __device__ __forceinline__ void add_tail_decays(float (&sums)[8], const ChunkFwd
 }
 
 // The cluster's stretch, without what has to be left, and with the steps before its first one. Called by all threads of the CTA, of which the first
-// one gets it. `words`: of the cluster, in LeftChains. `loaded`: a barrier, to be used once. `search` is in shared memory.
+// one gets it. left: of the cluster, in LeftChains. `loaded`: a barrier, to be used once. `search` is in shared memory.
 template <typename Config>
 __device__ __forceinline__ ScanStretch find_cut_stretch(const ChunkFwdParams& call, const TensorMaps& maps, uint32_t index, uint32_t count,
-                                                        uint32_t* words, uint32_t rank, uint32_t loaded,
+                                                        uint2& left, uint32_t rank, uint32_t loaded,
                                                         CutSearch<Config>& search) {
   using Cut = typename Config::Cut;
   using Search = CutSearch<Config>;
@@ -119,7 +119,6 @@ __device__ __forceinline__ ScanStretch find_cut_stretch(const ChunkFwdParams& ca
   const auto chain_of = [&](const LinePlace& at) {
     return static_cast<uint32_t>(at.sequence * call.problem.value_heads + at.value_head);
   };
-  if (rank == 0) words[Config::kCtas] = next_is_left ? chain_of(end) + 1 : 0;
   if (next_is_left) {
     end.place = end.chain_begin;
     end.steps_before -= end.step();
@@ -137,7 +136,9 @@ __device__ __forceinline__ ScanStretch find_cut_stretch(const ChunkFwdParams& ca
     end = begin;
     steps_before = 0;
   }
-  if (is_left || is_empty || !has_to_forget(ends[0])) words[rank] = is_left ? chain_of(ends[0]) + 1 : 0;  // else by the consumers
+  const uint32_t word = is_left ? chain_of(ends[0]) + 1 : 0;
+  if (is_left || is_empty || !has_to_forget(ends[0])) (&left.x)[rank] = word;  // else by the consumers
+  if (Config::kCtas == 1) left.y = 0;
   ScanStretch stretch = stretch_between(begin, end);
   stretch.steps += steps_before;
   return stretch;

@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     ptx::launch_dependents();
     auto& search = *reinterpret_cast<CutSearch<Config>*>(shared + Config::kSearchOffset);
     static_assert(Config::kSearchOffset % 1024 == 0 && sizeof(search) <= Config::kBarrierOffset);
-    uint32_t* const words = params.left.words + stretch_index() * left_chain_words(Config::kCtas);
-    const ScanStretch found = find_cut_stretch<Config>(params.call, given.maps, stretch_index(), clusters, words, rank,
+    const ScanStretch found = find_cut_stretch<Config>(params.call, given.maps, stretch_index(), clusters,
+                                                       params.left.cuts[stretch_index()], rank,
                                                        Config::gates_full(shared_base), search);
     if (threadIdx.x == 0) stretch = found;
   } else {

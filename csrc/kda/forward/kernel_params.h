@@ -15,9 +15,10 @@ struct SegmentMaps {
   bool is_reversed;
 };
 
-// Which chains the fused kernel leaves to the stages after it where it cuts chains: 1 + a chain at a cut in each word, or 0 (left_chain_words()).
+// Which chains the fused kernel leaves to the stages after it where it cuts chains. Of the cut before each stretch, by each CTA of its cluster: 1 + the
+// chain in which it is, if that is left, else 0.
 struct LeftChains {
-  uint32_t* words;  // null: there was no such kernel, and all are left
+  uint2* cuts;  // null: there was no such kernel, and all are left
   int count;
 };
 

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   constexpr int K = Config::K, kPartWords = Config::kPartWords;
   extern __shared__ __align__(16) uint32_t states[];
   const ChunkFwdParams& call = params.call;
-  if (none_left(params.left, threadIdx.x & 31)) return;
+  if (!find_left(params.left, 0, threadIdx.x & 31).anything) return;
   ptx::launch_dependents();
   ptx::wait_for_kernel_before();  // before any return: who waits for this kernel relies on those before it, too
   const int value_heads = call.problem.value_heads, row_tiles = call.problem.value_dim / Config::kRows;

@@ -42,17 +42,18 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   const ChunkFwdParams& call = params.call;
   const int value_heads = call.problem.value_heads;
   const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
-  if (none_left(params.left, lane)) return;
-  ptx::launch_dependents();
-  ptx::wait_for_kernel_before();  // before any return: who waits for this kernel relies on those before it, too
   const int rank = static_cast<int>(blockIdx.x % kCtas);
   const bool is_map = rank < kMapTiles;
   const int first_row = 64 * (is_map ? rank : rank - kMapTiles), warp_row = first_row + 16 * warp;
   const SegmentOfSteps segment(params, blockIdx.x / kCtas / value_heads,
                                static_cast<int>(blockIdx.x / kCtas % value_heads), lane);
+  const WhatIsLeft left = find_left(params.left, segment.chain(value_heads), lane);
+  if (!left.anything) return;
+  ptx::launch_dependents();
+  ptx::wait_for_kernel_before();  // before any other return: who waits for this kernel relies on those before it, too
   if (!segment.location.is_used || segment.location.is_last) return;
   const int64_t tile = segment.tile(value_heads);
-  if (!is_left(params.left, segment.chain(value_heads), lane)) {
+  if (!left.chain) {
     if (rank == 0 && thread == 0) params.segment_faded[tile] = 1;  // there is nothing to compose
     return;
   }

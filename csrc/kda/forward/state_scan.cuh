@@ -44,10 +44,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   const ChunkFwdParams& call = params.call;
   const int value_heads = call.problem.value_heads;
   const int lane = threadIdx.x & 31;
-  if (none_left(params.left, lane)) return;
-  ptx::wait_for_kernel_before();  // before any return: who waits for this kernel relies on those before it, too
   const SegmentOfSteps segment(params, blockIdx.x / value_heads, static_cast<int>(blockIdx.x % value_heads), lane);
-  if (!segment.location.is_used || !is_left(params.left, segment.chain(value_heads), lane)) return;
+  const WhatIsLeft left = find_left(params.left, segment.chain(value_heads), lane);
+  if (!left.anything) return;
+  ptx::wait_for_kernel_before();  // before any other return: who waits for this kernel relies on those before it, too
+  if (!segment.location.is_used || !left.chain) return;
   const int steps = segment.steps;
   const StageRing<Config> ring{shared};
   if (threadIdx.x == 0) ring.init(Config::kConsumers);

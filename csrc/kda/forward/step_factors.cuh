@@ -2,7 +2,7 @@
 // workspace (StepImage). The formulas are those of step_producer.cuh and step_operands.cuh.
 //
 // Grid: one CTA for each (step slot, value head), of four warps; of eight where there are too few of them to fill the device (K = 128). After a fused
-// kernel that may have left nothing, as many as are resident, each for one step after another: tens of thousands of CTAs that end at once take their time.
+// kernel that has done a chain, its CTAs end at once.
 // Shared memory (bytes, K = 128): rows of q, k, g 24576, which become pair operands and then the tiles of Tinv and Aqk; the second half
 // of the gates in fp32 8192, which becomes K ⊙ e^{G_C - G}; K ⊙ e^G and Q ⊙ e^G 16384; the solve and values of rows 6144.
 // So four CTAs share a multiprocessor: one's copies and its one inverting warp run beside the products of others.
@@ -45,15 +45,12 @@ struct StepFactorsConfig : StepTiles<K_> {
   static constexpr int kRowValues = kSolve + SolveMatrix32::kBytes;  // see RowValues
   static constexpr int kScratchBytes = kRowValues + 6 * C * 4;
   static constexpr int kBarrier = kScratch + kScratchBytes;
-  static constexpr int kLeft = kBarrier + 8;
-  using LeftSet = LeftChainSet<4096>;
-  static constexpr int kSharedBytes = kLeft + static_cast<int>(sizeof(LeftSet));
+  static constexpr int kSharedBytes = kBarrier + 8;
   static_assert(2 * kPairTileBytes <= 2 * kKeyTileBytes);
   static_assert(kCtasPerSm * (kSharedBytes + 1024 + 128) <= 228 * 1024);
 };
 
-// kAfterFused: there was a fused kernel, which may have left nothing.
-template <typename Config, bool kAfterFused>
+template <typename Config>
 __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
     step_factors_kernel(const __grid_constant__ StepKernelParams given) {
   StepKernelParams params = given;
@@ -65,98 +62,72 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
   const uint32_t shared_base = ptx::shared_address(shared);
   const int thread = threadIdx.x, lane = thread & 31;
   const int value_heads = call.problem.value_heads;
-  if constexpr (kAfterFused) {
-    ptx::wait_for_kernel_before();
-    if (none_left(params.left, lane)) return;
-  }
+  const int64_t slot = blockIdx.x / value_heads;
+  const int value_head = static_cast<int>(blockIdx.x % value_heads);
+  const int key_head = value_head / (value_heads / call.problem.heads);
+  const auto [sequence, location] = find_slot(call, slot, C, lane);
+  ptx::wait_for_kernel_before();
+  // Through the first-level cache: there are many CTAs.
+  const WhatIsLeft left = find_left(params.left, sequence * value_heads + value_head, lane,
+                                    [](const uint2* words) { return *words; });
+  if (!left.anything) return;
   ptx::launch_dependents();
+  if (location.tokens == 0 || !left.chain) return;
+
   const uint32_t loaded = shared_base + Config::kBarrier;
-  auto& left = *reinterpret_cast<typename Config::LeftSet*>(shared + Config::kLeft);
-  if constexpr (kAfterFused) {
-    left.clear();
-    __syncthreads();
-    left.fill(params.left);
-    __syncthreads();
-  }
   if (thread == 0) {
     ptx::mbarrier_init(loaded, 1);
     ptx::fence_mbarrier_init();
+    const int token = static_cast<int>(location.first_token), batch = static_cast<int>(location.batch);
+    const bool gate_is_fp32 = call.gate_type == DataType::kFloat32;
+    ptx::mbarrier_arrive_expect_tx(loaded, (gate_is_fp32 ? 4 : 3) * Config::kKeyTileBytes);
+    ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawQ, &given.maps.q, 0, token, 0, key_head, batch, loaded);
+    ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawK, &given.maps.k, 0, token, 0, key_head, batch, loaded);
+    ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawG, &given.maps.g, 0, token, 0, value_head, batch, loaded);
   }
-  const uint32_t tiles = static_cast<uint32_t>(params.step_slots) * value_heads;  // fewer than 2^31
-  uint32_t parity = 0;
-  const auto make_tile = [&](uint32_t tile) {
-    // Else the compiler keeps what follows from the thread from one tile to the next, and has no registers for it.
-    const int thread = kAfterFused ? ptx::opaque(static_cast<int>(threadIdx.x)) : threadIdx.x, lane = thread & 31;
-    const uint32_t slot = tile / value_heads;
-    const int value_head = static_cast<int>(tile - slot * value_heads);
-    const int key_head = value_head / (value_heads / call.problem.heads);
-    const auto [sequence, location] = find_slot(call, slot, C, lane);
-    if (location.tokens == 0) return;
-    if (kAfterFused && !left.has(params.left, sequence * value_heads + value_head, lane)) return;
+  const StepProducer<Config> make{
+      call, shared, shared, shared + Config::kScratch, location.tokens, location.tokens, kBarrierId, thread, lane};
+  const GateConstants constants(call, value_head, make.channel_of(thread));
+  const uint32_t beta =
+      BetaReader(call, location.batch, location.first_token, location.first_token + location.tokens, value_head, thread)
+          .next(call, C);
+  const RowValues rows(shared + Config::kScratch + Config::kRowValues);
+  const StepOperands<Config> operands = make.operands(constants);
+  __syncthreads();
+  ptx::mbarrier_wait_parity(loaded, 0);
 
-    if (thread == 0) {
-      const int token = static_cast<int>(location.first_token), batch = static_cast<int>(location.batch);
-      const bool gate_is_fp32 = call.gate_type == DataType::kFloat32;
-      ptx::mbarrier_arrive_expect_tx(loaded, (gate_is_fp32 ? 4 : 3) * Config::kKeyTileBytes);
-      ptx::cp_async_bulk_wait_read<1>();  // of the step before, what lies in the place of g
-      ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawG, &given.maps.g, 0, token, 0, value_head, batch,
-                                     loaded);
-      ptx::cp_async_bulk_wait_read_all();  // of q and k
-      ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawQ, &given.maps.q, 0, token, 0, key_head, batch, loaded);
-      ptx::cp_async_bulk_tensor_load(shared_base + Config::kRawK, &given.maps.k, 0, token, 0, key_head, batch, loaded);
-    }
-    const StepProducer<Config> make{
-        call, shared, shared, shared + Config::kScratch, location.tokens, location.tokens, kBarrierId, thread, lane};
-    const GateConstants constants(call, value_head, make.channel_of(thread));
-    const uint32_t beta =
-        BetaReader(call, location.batch, location.first_token, location.first_token + location.tokens, value_head,
-                   thread)
-            .next(call, C);
-    const RowValues rows(shared + Config::kScratch + Config::kRowValues);
-    const StepOperands<Config> operands = make.operands(constants);
-    __syncthreads();
-    ptx::mbarrier_wait_parity(loaded, parity);
-    parity ^= 1;
-
-    typename StepProducer<Config>::Products products;
-    const bool far_apart = make.prepare(operands, constants, rows, beta);
-    make.multiply_pairs(products, operands, rows, far_apart);
-    uint8_t* const image = params.images + int64_t{tile} * Image::kImageBytes;
-    ptx::fence_proxy_async_shared();
-    __syncthreads();  // the pair operands have been read, the gated ones are there
-    if (thread == 0) {
-      // In parts of at most 8 KiB: of larger ones initcheck believes that a part was not written.
+  typename StepProducer<Config>::Products products;
+  const bool far_apart = make.prepare(operands, constants, rows, beta);
+  make.multiply_pairs(products, operands, rows, far_apart);
+  uint8_t* const image = params.images + (slot * value_heads + value_head) * Image::kImageBytes;
+  ptx::fence_proxy_async_shared();
+  __syncthreads();  // the pair operands have been read, the gated ones are there
+  if (thread == 0) {
+    // In parts of at most 8 KiB: of larger ones initcheck believes that a part was not written.
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int offset = half * Config::kKeyTileBytes;
-        ptx::cp_async_bulk_store(image + Image::kGated + offset, shared_base + Config::kGated + offset,
-                                 Config::kKeyTileBytes);
-      }
-      ptx::cp_async_bulk_store(image + Image::kKeysDecayed, shared_base + Config::kKeysDecayed, Config::kKeyTileBytes);
-      ptx::cp_async_bulk_commit_group();
+    for (int half = 0; half < 2; ++half) {
+      const int offset = half * Config::kKeyTileBytes;
+      ptx::cp_async_bulk_store(image + Image::kGated + offset, shared_base + Config::kGated + offset,
+                               Config::kKeyTileBytes);
     }
-    make.store_akk(products, rows, far_apart);
-    make.store_aqk(products, rows, far_apart);
-    __syncthreads();
-    make.invert();
-    __syncthreads();
-    make.store_inverse(rows);
-    ptx::fence_proxy_async_shared();
-    __syncthreads();
-    if (thread == 0) {
-      ptx::cp_async_bulk_store(image + Image::kInverseTile, shared_base + Config::kInverseTile,
-                               2 * Config::kPairTileBytes);
-      ptx::cp_async_bulk_store(image + Image::kVectors, shared_base + Config::kVectors, Config::kVectorBytes);
-      ptx::cp_async_bulk_commit_group();
-    }
-  };
-  if constexpr (kAfterFused) {
-#pragma unroll 1
-    for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) make_tile(tile);
-  } else {
-    make_tile(blockIdx.x);
+    ptx::cp_async_bulk_store(image + Image::kKeysDecayed, shared_base + Config::kKeysDecayed, Config::kKeyTileBytes);
+    ptx::cp_async_bulk_commit_group();
   }
-  if (thread == 0) ptx::cp_async_bulk_wait_read_all();  // the shared memory is given back
+  make.store_akk(products, rows, far_apart);
+  make.store_aqk(products, rows, far_apart);
+  __syncthreads();
+  make.invert();
+  __syncthreads();
+  make.store_inverse(rows);
+  ptx::fence_proxy_async_shared();
+  __syncthreads();
+  if (thread == 0) {
+    ptx::cp_async_bulk_store(image + Image::kInverseTile, shared_base + Config::kInverseTile,
+                             2 * Config::kPairTileBytes);
+    ptx::cp_async_bulk_store(image + Image::kVectors, shared_base + Config::kVectors, Config::kVectorBytes);
+    ptx::cp_async_bulk_commit_group();
+    ptx::cp_async_bulk_wait_read_all();  // the shared memory is given back
+  }
 }
 
 }  // namespace kda

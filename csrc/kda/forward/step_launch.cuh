@@ -1,8 +1,6 @@
 // Launches of the stepwise stages for one K; one translation unit for each, so that they compile side by side.
 #pragma once
 
-#include <algorithm>
-
 #include "launch.cuh"
 #include "segment_summary.cuh"
 #include "state_scan.cuh"
@@ -16,15 +14,9 @@ cudaError_t launch_step_factors(const StepKernelParams& params, cudaStream_t str
   const int64_t steps = params.step_slots * problem.value_heads;
   const auto launch_config = [&](auto config) {
     using Config = decltype(config);
-    if (steps > INT32_MAX) return cudaErrorInvalidConfiguration;
-    if (params.left.words == nullptr) {
-      return launch(step_factors_kernel<Config, false>, steps, Config::kGroupThreads, Config::kSharedBytes, stream,
-                    params);
-    }
-    const int64_t resident = int64_t{problem.sm_count} * Config::kCtasPerSm;
-    return launch_grid(step_factors_kernel<Config, true>,
-                       {std::min(resident, steps), Config::kGroupThreads, Config::kSharedBytes, 1, true}, stream,
-                       params);
+    const bool is_after_fused = params.left.cuts != nullptr;
+    return launch_grid(step_factors_kernel<Config>,
+                       {steps, Config::kGroupThreads, Config::kSharedBytes, 1, is_after_fused}, stream, params);
   };
   return for_element(problem, [&](auto element) {
     using Element = decltype(element);
