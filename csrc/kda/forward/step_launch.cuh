@@ -1,6 +1,8 @@
 // Launches of the stepwise stages for one K; one translation unit for each, so that they compile side by side.
 #pragma once
 
+#include <algorithm>
+
 #include "launch.cuh"
 #include "segment_summary.cuh"
 #include "state_scan.cuh"
@@ -14,9 +16,19 @@ cudaError_t launch_step_factors(const StepKernelParams& params, cudaStream_t str
   const int64_t steps = params.step_slots * problem.value_heads;
   const auto launch_config = [&](auto config) {
     using Config = decltype(config);
-    const bool is_after_fused = params.left.cuts != nullptr;
-    return launch_grid(step_factors_kernel<Config>,
-                       {steps, Config::kGroupThreads, Config::kSharedBytes, 1, is_after_fused}, stream, params);
+    if (params.left.cuts == nullptr) {
+      return launch(step_factors_kernel<Config, false>, steps, Config::kGroupThreads, Config::kSharedBytes, stream,
+                    params);
+    }
+    constexpr int64_t kMostOfCta = 4, kMost = int64_t{1} << 31;
+    if (steps >= kMost) return cudaErrorInvalidConfiguration;
+    // No fewer CTAs than run side by side twice.
+    const int64_t resident = int64_t{problem.sm_count} * Config::kCtasPerSm;
+    const int64_t of_cta = std::clamp(steps / (2 * resident), int64_t{1}, kMostOfCta);
+    return launch_grid(
+        step_factors_kernel<Config, true>,
+        {(steps + of_cta - 1) / of_cta, Config::kGroupThreads, Config::kSharedBytes, /*cluster_ctas=*/1, /*overlaps=*/true},
+        stream, params);
   };
   return for_element(problem, [&](auto element) {
     using Element = decltype(element);
