@@ -45,7 +45,8 @@ kda::ChunkFwdPlan make_plan(const kda::ChunkFwdProblem& problem, const Options& 
   }
   const bool is_cut = plan.path == kda::ChunkFwdPath::kFusedCut;
   if (plan.path != kda::ChunkFwdPath::kStepwise && !is_cut && options.segment_chunks > 0) {
-    throw std::runtime_error("--segment-chunks: the plan takes a path that has no segments: --path stepwise or fused_cut");
+    throw std::runtime_error(
+        "--segment-chunks: the plan takes a path that has no segments: --path stepwise or fused_cut");
   }
   if (plan.path != kda::ChunkFwdPath::kStaged && options.value_tile != kAsPlanned) {
     throw std::runtime_error("--value-tile: the plan takes a path that has no tiles of V to choose: --path staged");

@@ -178,7 +178,7 @@ inline PathChoice parse_path(const std::string& flag, const std::string& value) 
   if (value == "fused_cut") return PathChoice::kFusedCut;
   if (value == "fused") return PathChoice::kFused;
   if (value == "staged") return PathChoice::kStaged;
-  throw UsageError(flag + ": expected auto, stepwise, fused or staged, got '" + value + "'");
+  throw UsageError(flag + ": expected auto, stepwise, fused_cut, fused or staged, got '" + value + "'");
 }
 
 // Whether `value` is `second`; it must be that or `first`.

@@ -50,6 +50,7 @@ inline kda::ChunkFwdProblem make_problem(const Shape& shape, const Device& devic
   problem.value_dim = shape.options.value_dim;
   problem.activation_type = shape.options.fp16 ? kda::DataType::kFloat16 : kda::DataType::kBFloat16;
   problem.bounded_gate = !shape.options.log_gate && shape.options.gate != GateFamily::kUnbounded;
+  problem.contractive = shape.options.l2norm && shape.options.beta_sigmoid;
   problem.aligned_inputs = has_aligned_inputs(shape, problem.activation_type);
   problem.compute_capability = device.compute_capability;
   problem.sm_count = device.properties.multiProcessorCount;

@@ -68,27 +68,34 @@ def planned(
     sm_count: int,
     sizes: dict[str, Any],
     bounded_gate: bool = True,
+    contractive: bool = True,
 ) -> dict[str, Any]:
     """``torch.ops.kda.plan_chunk_fwd`` as a dict; `sizes` holds heads to activation_dtype by name."""
     order = ("heads", "value_heads", "key_dim", "value_dim", "activation_dtype")
     call = (list(lengths), batch, *(sizes[name] for name in order), varlen)
-    return json.loads(torch.ops.kda.plan_chunk_fwd(*call, capability, sm_count, bounded_gate))
+    return json.loads(torch.ops.kda.plan_chunk_fwd(*call, capability, sm_count, bounded_gate, contractive))
 
 
 def cut_rows(plan: dict[str, Any], value_dim: int) -> list[tuple[str, str]]:
     """How a path of kernels cuts its work, for `plan` as text."""
-    if plan["path"] == "fused":
+    clusters: list[tuple[str, str]] = []
+    if plan["path"] in ("fused", "fused_cut"):
         ctas = value_dim // plan["value_tile"]
         size = "of one CTA" if ctas == 1 else f"of {ctas} CTAs, with {plan['value_tile']} columns of V each"
+        dealt = "the chains are dealt out to them"
+        if plan["path"] == "fused_cut":
+            dealt = "they take equal parts of the chains whose gates forget, and leave the others to segments"
+        clusters = [("clusters", f"{plan['clusters']} {size}; {dealt}")]
+    if plan["path"] == "fused":
         steps = f"of {STEP_TOKENS} tokens, one by one in the chain of a sequence and value head"
-        return [("steps", steps), ("clusters", f"{plan['clusters']} {size}; the chains are dealt out to them")]
-    if plan["path"] == "stepwise":
+        return [("steps", steps), *clusters]
+    if plan["path"] in ("stepwise", "fused_cut"):
         steps = f"of {STEP_TOKENS} tokens: their factors side by side, then one by one in a CTA for each value head"
         segments = "none: a sequence is scanned in one piece"
         if plan["segment_chunks"]:
             tokens = plan["segment_chunks"] * plan["chunk_tokens"]
             segments = f"of {plan['segment_chunks']} chunks ({tokens} tokens); {plan['segment_slots']} slots"
-        return [("steps", steps), ("segments", segments)]
+        return [*clusters, ("steps", steps), ("segments", segments)]
     chunks = f"{plan['chunk_slots']} slots of {plan['chunk_tokens']} tokens for each value head"
     tile = f"{plan['value_tile']} of {value_dim} columns for each CTA of the recurrence"
     return [("chunks", chunks), ("value tile", tile)]
@@ -215,11 +222,11 @@ def run_plan(args: argparse.Namespace) -> int:
         "value_dim": args.value_dim,
         "activation_dtype": DTYPES[args.dtype],
     }
-    bounded_gate = not args.unbounded_gate
-    plan = planned(args.lengths, args.batch, varlen, capability, sm_count, sizes, bounded_gate)
+    features = {"bounded_gate": not args.unbounded_gate, "contractive": not args.not_contractive}
+    plan = planned(args.lengths, args.batch, varlen, capability, sm_count, sizes, **features)
     here = why_no_kernels(devices[0] if devices else None)
     if args.json:
-        call = {"lengths": args.lengths, "batch": args.batch, "varlen": varlen, **sizes, "bounded_gate": bounded_gate}
+        call = {"lengths": args.lengths, "batch": args.batch, "varlen": varlen, **sizes, **features}
         target = {"compute_capability": capability, "sm_count": sm_count, "assumed": not devices}
         print(json.dumps({"call": call, "device": target, "plan": plan, "kernels_usable_here": here is None}, indent=2))
         return EXIT_GOOD
@@ -231,7 +238,8 @@ def run_plan(args: argparse.Namespace) -> int:
     rows = [
         ("tokens", f"T = {tokens}, {layout}"),
         ("sizes", f"H = {args.heads}, HV = {value_heads}, K = {args.key_dim}, V = {args.value_dim}, {args.dtype}"),
-        ("gate", "bounded (use_gate with a lower_bound)" if bounded_gate else "not bounded"),
+        ("gate", "bounded (use_gate with a lower_bound)" if features["bounded_gate"] else "not bounded"),
+        ("states", "no tokens enlarge one" if features["contractive"] else "tokens may enlarge one"),
         ("device", f"{sm_count} SMs, compute capability {capability_text(capability)} ({source})"),
         ("path", f"{plan['path']}: {plan['reason']}"),
     ]
@@ -268,6 +276,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--value-dim", type=size, default=128, help="V (default 128)")
     add("--dtype", choices=sorted(DTYPES), default="bf16", help="of q, k, v (default bf16)")
     add("--unbounded-gate", action="store_true", help="log-gates, or softplus without lower_bound; else a bounded gate")
+    add(
+        "--not-contractive",
+        action="store_true",
+        help="without use_qk_l2norm or use_beta_sigmoid, so that tokens may enlarge a state",
+    )
     add("--device-sms", type=size, help=f"multiprocessors (default: this GPU's; {H200_SM_COUNT} without one)")
     add("--compute-capability", type=integer_in(0, 999), help="major * 10 + minor, 0: no GPU (default: this GPU's; 90)")
     add("--json", action="store_true", help="print JSON")

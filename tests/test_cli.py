@@ -97,9 +97,9 @@ class TestPlan:
 
     def test_fused_with_whole_chains(self, capsys):
         """One for each cluster: nothing is handed over, so no memory is taken for that."""
-        text = run(capsys, "plan", *self.H200, "--lengths", "8192", "--heads", "96", "--value-dim", "64")
-        assert "fused: " in text and "96 of one CTA; the chains are dealt out to them" in text
-        assert "grid of fused scan" in text and "96 CTAs" in text and "0 B (0 bytes)" in text
+        text = run(capsys, "plan", *self.H200, "--lengths", "8192", "--heads", "132", "--value-dim", "64")
+        assert "fused: " in text and "132 of one CTA; the chains are dealt out to them" in text
+        assert "grid of fused scan" in text and "132 CTAs" in text and "0 B (0 bytes)" in text
 
     def test_stepwise(self, capsys):
         text = run(capsys, "plan", *self.H200, "--lengths", "8192", "--heads", "96", "--unbounded-gate")
@@ -116,6 +116,16 @@ class TestPlan:
         assert chunks > 0 and f"of {chunks} chunks ({64 * chunks} tokens); {slots} slots" in text
         for stage in ("step factors", "segment summary", "segment composition", "state scan"):
             assert f"grid of {stage}" in text
+
+    def test_fused_cut(self, capsys):
+        arguments = ["--lengths", "8192", "--heads", "16"]
+        text = run(capsys, "plan", *self.H200, *arguments)
+        assert "fused_cut: " in text and "no tokens enlarge one" in text
+        assert "66 of 2 CTAs" in text and "leave the others to segments" in text and "tokens); " in text
+        for stage in ("fused scan", "step factors", "segment summary", "segment composition", "state scan"):
+            assert f"grid of {stage}" in text
+        text = run(capsys, "plan", *self.H200, *arguments, "--not-contractive")
+        assert "stepwise: " in text and "tokens may enlarge one" in text and "clusters" not in text
 
     def test_staged(self):
         """No call of `plan` takes it, as that knows no strides."""
@@ -144,6 +154,7 @@ class TestPlan:
         expected = torch.ops.kda.plan_chunk_fwd([100], 3, 2, 2, 128, 128, "bfloat16", False, 90, 132)
         assert content["plan"] == json.loads(expected)
         assert content["plan"]["chunk_slots"] == 6 and content["call"]["bounded_gate"] is True
+        assert content["call"]["contractive"] is True
         unbounded = json.loads(run(capsys, "plan", *arguments.split(), "--unbounded-gate"))
         assert unbounded["call"]["bounded_gate"] is False and unbounded["plan"]["path"] == "stepwise"
 

@@ -38,6 +38,7 @@ def load_planner() -> ModuleType:
 planner = load_planner()
 COMPOSITE, STAGED = planner.ChunkFwdPath.composite, planner.ChunkFwdPath.staged
 FUSED, STEPWISE = planner.ChunkFwdPath.fused, planner.ChunkFwdPath.stepwise
+FUSED_CUT = planner.ChunkFwdPath.fused_cut
 
 
 def problem(**changes: Any):
@@ -222,7 +223,7 @@ class TestPath:
         assert plan.path == COMPOSITE
         assert clause in plan.reason
         assert plan.workspace.total_bytes == 0
-        for path in (STAGED, FUSED, STEPWISE):
+        for path in (STAGED, FUSED, STEPWISE, FUSED_CUT):
             forced = planner.plan_chunk_fwd(problem(**change), path=path)
             assert (forced.path, forced.reason) == (COMPOSITE, plan.reason)
 
@@ -233,7 +234,7 @@ class TestPath:
     def test_what_the_copy_engine_cannot_read_is_staged(self, change, clause, bounded_gate):
         """It alone: no gate, and no wish for another path."""
         p = problem(**change, bounded_gate=bounded_gate)
-        for path in (None, STAGED, FUSED, STEPWISE):
+        for path in (None, STAGED, FUSED, STEPWISE, FUSED_CUT):
             plan = planner.plan_chunk_fwd(p, path=path)
             assert plan.path == STAGED and clause in plan.reason
             assert plan.workspace.total_bytes > 0
@@ -244,13 +245,13 @@ class TestPath:
         plan = planner.plan_chunk_fwd(problem(**shape, bounded_gate=False))
         assert plan.path == STEPWISE and "below that of the fused" in plan.reason
 
-    @pytest.mark.parametrize("path", [STAGED, FUSED, STEPWISE], ids=str)
+    @pytest.mark.parametrize("path", [STAGED, FUSED, STEPWISE, FUSED_CUT], ids=str)
     @pytest.mark.parametrize("change", [{"heads": 1, "tokens": 64}, {"bounded_gate": False}, {"heads": 16}, ROWS])
     def test_a_path_can_be_fixed(self, path, change):
-        p = problem(**{"bounded_gate": True, **change})
+        p = problem(**{"bounded_gate": True, "contractive": True, **change})
         plan = planner.plan_chunk_fwd(p, path=path)
         assert plan.path == path and plan.reason == "asked for"
-        assert (plan.clusters > 0) == (path == FUSED)
+        assert (plan.clusters > 0) == (path in (FUSED, FUSED_CUT))
         if path == FUSED:
             assert plan.workspace.total_bytes == handoff_bytes(p, plan.clusters)
         else:
@@ -352,6 +353,89 @@ class TestFused:
         assert plan.workspace.total_bytes == handoff_bytes(p, plan.clusters)
         ctas = json.loads(planner.to_json(p, plan))["stage_ctas"]
         assert ctas == {"fused_scan": plan.clusters * ctas_of_cluster}
+
+
+class TestFusedCut:
+    """Few chains of many steps, gates that are bounded, and keys and beta with which no tokens enlarge a state: the
+    fused kernel takes equal stretches of all chains, and the stages of the stepwise path what its cuts may not divide.
+    """
+
+    LONG = {"heads": 16, "tokens": 8192}
+
+    def plan(self, **changes: Any) -> Any:
+        options = {name: changes.pop(name) for name in ("path", "clusters", "segment_chunks") if name in changes}
+        p = problem(**{"bounded_gate": True, "contractive": True, **self.LONG, **changes})
+        return planner.plan_chunk_fwd(p, **options)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {},
+            {"heads": 24},
+            {"heads": 32},
+            {"heads": 8, "tokens": 65536},
+            {"heads": 4, "tokens": 32768},
+            {"heads": 1, "tokens": 131072},
+            {"varlen": True},
+        ],
+        ids=str,
+    )
+    def test_few_long_chains(self, change):
+        plan = self.plan(**change)
+        assert plan.path == FUSED_CUT and "below those of the fused and of the stepwise path" in plan.reason
+        assert plan.clusters == 66 and plan.value_tile == ROWS_OF_CTA
+        p = problem(**{**self.LONG, **change})
+        assert plan.step_slots == planner.step_slots(p)
+        # What is left is cut as the stepwise path would cut it.
+        stepwise = self.plan(**change, path=STEPWISE)
+        assert plan.segment_chunks == stepwise.segment_chunks > 0
+        assert plan.segment_slots == planner.segment_slots(p, plan.segment_chunks)
+
+    @pytest.mark.parametrize(
+        ("change", "path"),
+        [
+            ({"contractive": False}, STEPWISE),
+            ({"bounded_gate": False}, STEPWISE),
+            ({"heads": 4, "tokens": 1024}, STEPWISE),
+            ({"heads": 12, "tokens": 2048}, STEPWISE),
+            ({"heads": 1, "tokens": 64}, STEPWISE),
+            ({"heads": 64}, FUSED),
+            ({"heads": 96}, FUSED),
+            (PACKED, FUSED),
+        ],
+        ids=str,
+    )
+    def test_others_take_another_path(self, change, path):
+        assert self.plan(**change).path == path
+
+    @pytest.mark.parametrize(("value_dim", "ctas"), [(64, 1), (128, 2)])
+    @pytest.mark.parametrize("clusters", [1, 2, 5, 66, 2**62])
+    def test_clusters_can_be_forced(self, value_dim, ctas, clusters):
+        """More than there are chains, but no more than run side by side."""
+        plan = self.plan(heads=1, value_dim=value_dim, path=FUSED_CUT, clusters=clusters)
+        assert plan.path == FUSED_CUT and plan.clusters == min(clusters, 132 // ctas)
+
+    @pytest.mark.parametrize("segment_chunks", [0, 1, 7])
+    def test_segments_can_be_forced(self, segment_chunks):
+        plan = self.plan(path=FUSED_CUT, segment_chunks=segment_chunks)
+        assert plan.path == FUSED_CUT and plan.segment_chunks == segment_chunks
+
+    def test_states_that_may_grow_are_never_cut(self):
+        plan = self.plan(contractive=False, path=FUSED_CUT)
+        assert plan.path == STEPWISE and "q and k are not normalised, or beta" in plan.reason
+
+    def test_json(self):
+        p = problem(bounded_gate=True, contractive=True, **self.LONG)
+        plan = self.plan()
+        content = json.loads(planner.to_json(p, plan))
+        assert content["path"] == "fused_cut" and content["clusters"] == 66
+        assert content["stage_ctas"] == {
+            "fused_scan": 132,
+            "step_factors": 256 * 16,
+            "segment_summary": plan.segment_slots * 16 * 4,
+            "segment_compose": 16 * 8,
+            "state_scan": plan.segment_slots * 16,
+        }
 
 
 class TestHandOver:
@@ -525,7 +609,9 @@ class TestWorkspace:
         "handoff_states": lambda K, V: V * K * 4,
         "handoff_flags": lambda K, V: V // ROWS_OF_CTA * 4,
     }
-    # Of the stepwise path, for each (step slot, value head).
+    # Of the fused kernel where it cuts chains, for each cluster.
+    CUT_REGIONS = {"left_chains": lambda K, V: 2 * 4}
+    # Of the stepwise path and of that kernel's, for each (step slot, value head).
     STEP_REGIONS = {"step_images": lambda K, V: planner.step_image_bytes(K)}
     # Of a cut, for each (segment slot, value head).
     SEGMENT_REGIONS = {
@@ -539,8 +625,10 @@ class TestWorkspace:
         kinds = [(plan.chunk_slots * p.heads, self.STAGED_REGIONS)]
         if plan.path == FUSED:
             kinds = [(plan.clusters, self.HANDOFF_REGIONS)] if handoff_bytes(p, plan.clusters) else []
-        if plan.path == STEPWISE:
+        if plan.path in (STEPWISE, FUSED_CUT):
             kinds = [(plan.step_slots * p.heads, self.STEP_REGIONS)]
+        if plan.path == FUSED_CUT:
+            kinds.append((plan.clusters, self.CUT_REGIONS))
         if plan.segment_chunks:
             kinds.append((plan.segment_slots * p.heads, self.SEGMENT_REGIONS))
         return [
@@ -551,8 +639,8 @@ class TestWorkspace:
 
     @settings(deadline=None, max_examples=200)
     @given(
-        problems(tokens=2**34, sequences=(1, 300)),
-        st.sampled_from([None, STAGED, FUSED, STEPWISE]),
+        problems(tokens=2**34, sequences=(1, 300), contractive=True),
+        st.sampled_from([None, STAGED, FUSED, STEPWISE, FUSED_CUT]),
         st.sampled_from([None, 0, 1, 50]),
         st.sampled_from([None, 1, 2, 5]),
     )
@@ -572,6 +660,7 @@ class TestWorkspace:
         assert {n for n in dir(planner.ChunkFwdWorkspace) if not n.startswith("_")} == {
             *self.STAGED_REGIONS,
             *self.HANDOFF_REGIONS,
+            *self.CUT_REGIONS,
             *self.STEP_REGIONS,
             *self.SEGMENT_REGIONS,
             "total_bytes",

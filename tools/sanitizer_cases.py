@@ -139,6 +139,7 @@ def cases() -> list[Case]:
         Case("saving_padded", {"lengths": [50, 50, 50, 50]}, contents=(0, 70, 100, 100, 100), path="saving"),
         *backward_cut_cases(),
         *fused_cases(),
+        *fused_cut_cases(),
         *stepwise_cases(),
     ]
     wrong = {
@@ -245,6 +246,34 @@ def fused_cases() -> list[Case]:
         fused_case("negative_eigenvalues", None, {"T": 80, "allow_neg_eigval": True, "scale": -0.5}),
         fused_case("fused_projection", 3, {"B": 2, "T": 70, "HV": 4, "strided": "fused"}),
         fused_case("head_major", 3, {"B": 2, "T": 70, "HV": 4, "strided": "head_major"}),
+    ]
+
+
+def fused_cut_case(name: str, clusters: int, features: dict[str, Any], **changes: Any) -> Case:
+    return Case(f"fused_cut_{name}", features, path="fused_cut", clusters=clusters, segment_chunks=2, **changes)
+
+
+def fused_cut_cases() -> list[Case]:
+    """The fused kernel on stretches that begin anywhere in a chain: with gates that forget it does all, with others it
+    leaves chains to the kernels of the stepwise path.
+    """
+    types = [(K, V, dtype) for K in (64, 128) for V in (64, 128) for dtype in (torch.bfloat16, torch.float16)]
+    result = [
+        fused_cut_case(
+            f"{family}_K{K}_V{V}_{str(dtype).removeprefix('torch.')}",
+            5,
+            {"family": family, "T": 460, "H": 2, "K": K, "V": V, "dtype": dtype, "with_state": True},
+        )
+        for K, V, dtype in types
+        for family in (("random", "long") if K == V and dtype == torch.bfloat16 else ("random",))
+    ]
+    packed = {"lengths": [0, 1, 330, 0, 64, 400], "with_state": True, "K": 128}
+    return [
+        *result,
+        fused_cut_case("packed", 7, {**packed, "family": "random"}),
+        fused_cut_case("packed_long", 7, packed),
+        fused_cut_case("gate_fp32", 5, {"family": "random", "T": 460, "K": 128, "gate_dtype": torch.float32}),
+        fused_cut_case("padded", 3, {"lengths": [300, 100]}, contents=(0, 210, 210)),
     ]
 
 
@@ -398,7 +427,8 @@ def run_case(case: Case, device: str) -> str:
     elif case.path == "" or device == "cpu":
         outputs = kda_cuda.chunk_fwd(**moved)
     else:
-        cut = {"segment_chunks": case.segment_chunks if case.path == "stepwise" else None, "clusters": case.clusters}
+        has_segments = case.path in ("stepwise", "fused_cut")
+        cut = {"segment_chunks": case.segment_chunks if has_segments else None, "clusters": case.clusters}
         outputs = torch.ops.kda.chunk_fwd_planned(**moved, path=case.path, **cut)
     outputs = tuple(x.cpu() for x in outputs)
     if case.is_wrong:

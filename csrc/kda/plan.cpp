@@ -194,7 +194,8 @@ namespace {
 // Why a call may not be fused and cut; null if it may.
 const char* reason_against_fused_cut(const ChunkFwdProblem& p) {
   constexpr int64_t kMostChains = 0xfffffffe;  // a chain is told in a word
-  if (!p.contractive) return "q and k are not normalised, or beta is not known to be in [0, 2]: a state may grow over a cut";
+  if (!p.contractive)
+    return "q and k are not normalised, or beta is not known to be in [0, 2]: a state may grow over a cut";
   return chains_of(p) > kMostChains ? "more sequences and heads than a word can tell" : nullptr;
 }
 
@@ -219,14 +220,19 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p, const ChunkFwdPlanOptions&
   const int64_t most = std::max<int64_t>(options.clusters.value_or(side_by_side), 1);
   const int64_t clusters = std::min({side_by_side, most, std::max<int64_t>(chains_of(p), 1)});
   const int64_t cut_clusters = std::min(side_by_side, most);
-  const CutEstimate stepwise = estimate_stepwise(p), fused_cut = estimate_fused_cut(p, cut_clusters);
-  const double fused_us = estimate_fused_us(p, clusters);
+  const CutEstimate stepwise = estimate_stepwise(p);
+  const GatesEstimate cut = estimate_fused_cut(p, cut_clusters, stepwise.segment_chunks);
   const char* const against_cut = reason_against_fused_cut(p);
-  const bool cut_is_better = against_cut == nullptr && p.bounded_gate && fused_cut.us < stepwise.us;
-  plan.path = fused_us < (cut_is_better ? fused_cut.us : stepwise.us) ? ChunkFwdPath::kFused
-              : cut_is_better                                         ? ChunkFwdPath::kFusedCut
-                                                                      : ChunkFwdPath::kStepwise;
-  plan.reason = "its estimate is the lowest";
+  const bool cut_is_better =
+      against_cut == nullptr && p.bounded_gate && cut.is_better_than(estimate_stepwise(p, stepwise.segment_chunks));
+  const double unfused_us = cut_is_better ? cut.mean() : stepwise.us;
+  plan.path = estimate_fused_us(p, clusters) < unfused_us ? ChunkFwdPath::kFused
+              : cut_is_better                             ? ChunkFwdPath::kFusedCut
+                                                          : ChunkFwdPath::kStepwise;
+  plan.reason = plan.path == ChunkFwdPath::kFused ? "its estimate is below that of the stepwise path"
+                : plan.path == ChunkFwdPath::kFusedCut
+                    ? "its estimate is below those of the fused and of the stepwise path"
+                    : "its estimate is below that of the fused kernel";
   if (options.path) {
     plan.path = *options.path;
     plan.reason = "asked for";

@@ -52,7 +52,8 @@ enum class ChunkFwdPath : int32_t {
   kStaged = 1,     // three kernels: intra-chunk solve, state recurrence, output GEMM; for inputs that are not aligned
   kFused = 2,      // one kernel: producers of the factors of a step feed the recurrence through shared memory
   kStepwise = 3,   // two kernels: the factors of all steps side by side, then a scan; two more if sequences are cut
-  kFusedCut = 4,   // the fused kernel on pieces of sequences, where the gates let it; the kernels of kStepwise for the rest
+  kFusedCut =
+      4,  // the fused kernel on pieces of sequences, where the gates let it; the kernels of kStepwise for the rest
 };
 
 // What a caller may fix that the planner otherwise chooses; for tests and measurements.
@@ -103,7 +104,8 @@ struct ChunkFwdPlan {
   int64_t chunk_slots = 0;  // grid extent over chunks; see chunk_slots()
   int64_t step_slots = 0;   // of kStepwise and kFusedCut: grid extent over steps; see step_slots()
   int value_tile = 0;       // V columns of one CTA of the state recurrence, of the fused kernel or of the scan
-  int64_t clusters = 0;  // of kFused and kFusedCut: of V / 64 CTAs each, side by side; chains are dealt out in equal shares
+  int64_t clusters =
+      0;  // of kFused and kFusedCut: of V / 64 CTAs each, side by side; chains are dealt out in equal shares
 
   // The cut of sequences into segments, whose affine maps S -> M S + B are computed side by side before the scan.
   int64_t segment_chunks = 0;  // chunks of one segment; 0: sequences are not cut

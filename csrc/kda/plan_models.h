@@ -17,8 +17,19 @@ struct CutEstimate {
   double us;
 };
 
-// The stepwise path with the cut that is best for it.
+// With gates that forget within a few steps, and with others. A plan does not know which they are.
+struct GatesEstimate {
+  double steep_us, slow_us;
+
+  [[nodiscard]] double mean() const { return (steep_us + slow_us) / 2; }
+  [[nodiscard]] bool is_better_than(const GatesEstimate& other) const {  // in geometric mean
+    return steep_us * slow_us < other.steep_us * other.slow_us;
+  }
+};
+
+// The stepwise path with the cut that is best for it, and with a cut.
 [[nodiscard]] CutEstimate estimate_stepwise(const ChunkFwdProblem& problem);
+[[nodiscard]] GatesEstimate estimate_stepwise(const ChunkFwdProblem& problem, int64_t segment_chunks);
 
 // Chunks of the segments that the recurrences over chunks of a backward take, or of a forward that saves for it; 0: no cut.
 [[nodiscard]] int64_t choose_segment_chunks(const ChunkFwdProblem& problem);
@@ -26,7 +37,8 @@ struct CutEstimate {
 // The fused kernel on so many clusters, which walk through equal shares of all steps.
 [[nodiscard]] double estimate_fused_us(const ChunkFwdProblem& problem, int64_t clusters);
 
-// The same where it cuts chains anywhere, with the cut that is best for the stepwise stages after it.
-[[nodiscard]] CutEstimate estimate_fused_cut(const ChunkFwdProblem& problem, int64_t clusters);
+// The same where it cuts chains anywhere, and then the stages of the stepwise path with a cut.
+[[nodiscard]] GatesEstimate estimate_fused_cut(const ChunkFwdProblem& problem, int64_t clusters,
+                                               int64_t segment_chunks);
 
 }  // namespace kda

@@ -28,8 +28,8 @@ PYBIND11_MODULE(kda_plan, m) {
   const kda::ChunkFwdProblem defaults;
   py::class_<kda::ChunkFwdProblem>(m, "ChunkFwdProblem")
       .def(py::init([](int64_t batch, int64_t tokens, int64_t sequences, bool varlen, int heads, int value_heads,
-                       int key_dim, int value_dim, kda::DataType activation_type, bool bounded_gate,
-                       bool contractive, bool aligned_inputs, int compute_capability, int sm_count) {
+                       int key_dim, int value_dim, kda::DataType activation_type, bool bounded_gate, bool contractive,
+                       bool aligned_inputs, int compute_capability, int sm_count) {
              kda::ChunkFwdProblem p;
              p.batch = batch;
              p.tokens = tokens;

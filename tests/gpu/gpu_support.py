@@ -72,13 +72,13 @@ def kernels_only(function: str = "chunk_fwd") -> Iterator[None]:
 
 _forced_path: str | None = None  # of call(), see all_paths
 
-PATHS = ("stepwise", "fused", "staged")
+PATHS = ("stepwise", "fused", "staged")  # without a cut
 
 
 @pytest.fixture(params=PATHS)
 def all_paths(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test once for each path of the kernels: :func:`call` takes it, whatever the planner would choose, and does
-    not cut sequences (test_forward_segments.py does).
+    not cut sequences (test_forward_segments.py and test_forward_fused_cut.py do).
     """
     global _forced_path
     if not ON_CUDA and request.param != PATHS[0]:
@@ -103,7 +103,7 @@ def call(inputs: dict[str, Any], **grid: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         grid: in a test of all paths, what the path of the test has to choose: ``value_tile``, V columns of a CTA of the
-            staged path; ``clusters`` of the fused path.
+            staged path; ``clusters`` of the fused kernel.
     """
     with kernels_only():
         return launch(inputs, **grid)
@@ -203,6 +203,7 @@ def plan(inputs: dict[str, Any]) -> dict[str, Any]:
             device.major * 10 + device.minor,
             device.multi_processor_count,
             bool(inputs.get("use_gate")) and inputs.get("lower_bound") is not None,
+            bool(inputs.get("use_qk_l2norm")) and bool(inputs.get("use_beta_sigmoid")),
         )
     )
 

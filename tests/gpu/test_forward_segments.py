@@ -280,14 +280,14 @@ def test_a_long_sequence_is_cut_unasked(family: str) -> None:
     """Few heads and a long sequence: the plan has segments, and the call keeps the contract."""
     inputs = make_inputs(family, T=16384 + 100, H=2, K=128, V=128, with_state=True, device=DEVICE)
     planned = plan(inputs)
-    assert planned["path"] == "stepwise" and planned["segment_chunks"] > 0
+    assert planned["path"] in ("stepwise", "fused_cut") and planned["segment_chunks"] > 0
     assert_contract(inputs, call(inputs), composite_fp32(inputs))
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (dict(path="other"), "argument `path`: expected stepwise, fused, staged or nothing, got other"),
+        (dict(path="other"), "argument `path`: expected stepwise, fused_cut, fused, staged or nothing, got other"),
         (dict(segment_chunks=-1), "argument `segment_chunks`: expected at least 0, got -1"),
         (
             dict(path="fused", segment_chunks=1),
@@ -297,13 +297,24 @@ def test_a_long_sequence_is_cut_unasked(family: str) -> None:
             dict(path="staged", segment_chunks=1),
             "argument `segment_chunks`: expected none or 0 with path fused or staged",
         ),
-        (dict(path="stepwise", value_tile=64), "argument `value_tile`: expected none with path stepwise or fused"),
-        (dict(path="fused", value_tile=64), "argument `value_tile`: expected none with path stepwise or fused"),
-        (dict(value_tile=64), "argument `value_tile`: expected none with path stepwise or fused"),
+        (
+            dict(path="stepwise", value_tile=64),
+            "argument `value_tile`: expected none with path stepwise, fused_cut or fused",
+        ),
+        (
+            dict(path="fused", value_tile=64),
+            "argument `value_tile`: expected none with path stepwise, fused_cut or fused",
+        ),
+        (dict(value_tile=64), "argument `value_tile`: expected none with path stepwise, fused_cut or fused"),
         (dict(path="staged", value_tile=48), "argument `value_tile`: expected 64 or 128"),
         (dict(path="staged", value_tile=128), "argument `value_tile`: .* at most V = 64, got 128"),
         (dict(path="fused", clusters=0), "argument `clusters`: expected at least 1, got 0"),
         (dict(path="stepwise", clusters=2), "argument `clusters`: expected none with path stepwise or staged, got 2"),
+        (
+            dict(path="fused_cut", value_tile=64),
+            "argument `value_tile`: expected none with path stepwise, fused_cut or fused",
+        ),
+        (dict(path="fused_cut", clusters=0), "argument `clusters`: expected at least 1, got 0"),
         (dict(path="staged", clusters=2), "argument `clusters`: expected none with path stepwise or staged, got 2"),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
@@ -316,8 +327,8 @@ def test_wrong_plans_are_refused(wrong: dict[str, Any], message: str) -> None:
 
 
 def test_what_a_path_does_not_have_may_be_said() -> None:
-    """No cut is all that the fused and the staged path know."""
+    """No segments are all that the fused and the staged path know."""
     inputs = make_inputs("long", T=70, device=DEVICE)
     expected = reference(inputs)
-    for path in ("fused", "staged", "stepwise"):
+    for path in ("fused", "staged", "stepwise", "fused_cut"):
         assert_contract(inputs, torch.ops.kda.chunk_fwd_planned(**inputs, path=path, segment_chunks=0), expected)

@@ -119,6 +119,19 @@ def test_cases_cover_every_instantiation_of_the_stepwise_kernels() -> None:
     assert faded == {(True, True), (False, True), (True, False)}  # assumed where keys and beta allow it, else not
 
 
+def test_cases_cover_every_instantiation_of_the_fused_kernel_that_cuts() -> None:
+    """Stretches of at least five steps, more clusters than chains; gates that forget and gates that do not."""
+    cuts, families = set(), set()
+    for case, inputs in covering_cases("fused_cut"):
+        (B, T, _, K), (HV, V) = inputs["q"].shape, inputs["v"].shape[2:]
+        assert inputs["use_qk_l2norm"] and inputs["use_beta_sigmoid"], case.name
+        families.add((case.features.get("family", "long"), "cu_seqlens" in inputs))
+        if "cu_seqlens" not in inputs and B * HV < case.clusters and B * HV * -(-T // 32) // case.clusters >= 5:
+            cuts.add((K, V, inputs["q"].dtype))
+    assert cuts == {(K, V, d) for K in (64, 128) for V in (64, 128) for d in (torch.bfloat16, torch.float16)}
+    assert families == {(family, packed) for family in ("random", "long") for packed in (False, True)}
+
+
 def test_fused_cases_hand_over_sequences_of_any_length() -> None:
     """Packed calls with empty sequences and with more sequences than a CTA has threads, on several clusters."""
     threads = 384
@@ -139,7 +152,7 @@ def test_cases_cover_every_instantiation_of_the_forward_that_saves() -> None:
     assert any("cu_seqlens" in inputs for inputs in calls)
 
 
-@pytest.mark.parametrize("path", ["fused", "stepwise"])
+@pytest.mark.parametrize("path", ["fused", "fused_cut", "stepwise"])
 def test_cases_of_the_copy_engine_are_aligned(path: str) -> None:
     """Others these paths do not take: rows of q, k, v and g start at multiples of 16 bytes."""
     for case, inputs in covering_cases(path):

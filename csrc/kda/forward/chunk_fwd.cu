@@ -16,8 +16,9 @@ cudaError_t run_stepwise(const StepKernelParams& params, cudaStream_t stream) {
   if (params.segment_chunks > 0) {
     stages.run("kda.segment_summary", [&] { return launch_segment_summary<K>(params, stream); });
     const SegmentMaps maps = {params.segment_map, params.segment_state, params.segment_faded, /*is_reversed=*/false};
-    stages.run("kda.segment_compose",
-               [&] { return launch_segment_compose({params.call, params.segment_chunks, {maps}, 1, params.left}, stream); });
+    stages.run("kda.segment_compose", [&] {
+      return launch_segment_compose({params.call, params.segment_chunks, {maps}, 1, params.left}, stream);
+    });
   }
   stages.run("kda.state_scan", [&] { return launch_state_scan<K>(params, stream); });
   return stages.status;

@@ -18,7 +18,7 @@ struct CutSearch {
   static constexpr int kTokens = Config::kThreads / 2 / kLanes;        // that are looked at together
   static_assert(Config::kThreads % (2 * kLanes) == 0 && 2 * Config::K <= Config::kThreads);
   static constexpr int kStepBytes = 2 * Config::kKeyTileBytes;  // room for gates in fp32
-  uint8_t gates[2][kTailSteps][kStepBytes];  // as the copy engine brings them
+  uint8_t gates[2][kTailSteps][kStepBytes];                     // as the copy engine brings them
   float log2_decay[2][kTokens][Config::K];
   StretchSearch places;
 };
@@ -73,9 +73,9 @@ __device__ __forceinline__ void add_tail_decays(float (&sums)[8], const ChunkFwd
 // The cluster's stretch, without what has to be left, and with the steps before its first one. Called by all threads of the CTA, of which the first
 // one gets it. left: of the cluster, in LeftChains. `loaded`: a barrier, to be used once. `search` is in shared memory.
 template <typename Config>
-__device__ __forceinline__ ScanStretch find_cut_stretch(const ChunkFwdParams& call, const TensorMaps& maps, uint32_t index, uint32_t count,
-                                                        uint2& left, uint32_t rank, uint32_t loaded,
-                                                        CutSearch<Config>& search) {
+__device__ __forceinline__ ScanStretch find_cut_stretch(const ChunkFwdParams& call, const TensorMaps& maps,
+                                                        uint32_t index, uint32_t count, uint2& left, uint32_t rank,
+                                                        uint32_t loaded, CutSearch<Config>& search) {
   using Cut = typename Config::Cut;
   using Search = CutSearch<Config>;
   constexpr float kMostLog2Decay = -100.0f;  // as kNegligibleMap

@@ -43,10 +43,8 @@ struct FusedProducer : FusedRole {
     const uint32_t rows = ptx::shared_address(raw());
     const bool gate_is_fp32 = params.call.gate_type == DataType::kFloat32;
     ptx::mbarrier_arrive_expect_tx(barrier, (gate_is_fp32 ? 4 : 3) * Config::kKeyTileBytes);
-    ptx::cp_async_bulk_tensor_load(rows + Config::kRawQ, &maps.q, 0, step.token, 0, step.key_head, step.batch,
-                                   barrier);
-    ptx::cp_async_bulk_tensor_load(rows + Config::kRawK, &maps.k, 0, step.token, 0, step.key_head, step.batch,
-                                   barrier);
+    ptx::cp_async_bulk_tensor_load(rows + Config::kRawQ, &maps.q, 0, step.token, 0, step.key_head, step.batch, barrier);
+    ptx::cp_async_bulk_tensor_load(rows + Config::kRawK, &maps.k, 0, step.token, 0, step.key_head, step.batch, barrier);
     ptx::cp_async_bulk_tensor_load(rows + Config::kRawG, &maps.g, 0, step.token, 0, step.value_head, step.batch,
                                    barrier);
   }

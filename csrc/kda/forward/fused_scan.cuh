@@ -53,9 +53,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     ptx::launch_dependents();
     auto& search = *reinterpret_cast<CutSearch<Config>*>(shared + Config::kSearchOffset);
     static_assert(Config::kSearchOffset % 1024 == 0 && sizeof(search) <= Config::kBarrierOffset);
-    const ScanStretch found = find_cut_stretch<Config>(params.call, given.maps, stretch_index(), clusters,
-                                                       params.left.cuts[stretch_index()], rank,
-                                                       Config::gates_full(shared_base), search);
+    const ScanStretch found =
+        find_cut_stretch<Config>(params.call, given.maps, stretch_index(), clusters, params.left.cuts[stretch_index()],
+                                 rank, Config::gates_full(shared_base), search);
     if (threadIdx.x == 0) stretch = found;
   } else {
     auto& search = *reinterpret_cast<StretchSearch*>(shared + Config::kSearchOffset);
@@ -66,7 +66,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   ptx::cluster_sync();
 
   const int group = threadIdx.x / Config::kGroupThreads, thread = threadIdx.x % Config::kGroupThreads;
-  const FusedRole role{params, given.maps, stretch, shared, stretch_index(), rank, group, thread, thread >> 5, thread & 31};
+  const FusedRole role{params, given.maps, stretch, shared,      stretch_index(),
+                       rank,   group,      thread,  thread >> 5, thread & 31};
   if (group < Config::kProducerGroups) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
     FusedProducer<Config>{role}.run();

@@ -85,7 +85,8 @@ struct PieceWalk {
     piece.value_head = stretch.value_head;
     enter_sequence();
     enter();
-    if (!Cut::kForgets && chain_begin < stretch.begin && piece.end_step == 0 && !done()) next();  // the stretch before has all of it
+    if (!Cut::kForgets && chain_begin < stretch.begin && piece.end_step == 0 && !done())
+      next();  // the stretch before has all of it
   }
 
   __device__ __forceinline__ bool done() const {
@@ -96,7 +97,8 @@ struct PieceWalk {
     if constexpr (Cut::kForgets) {
       if (piece.map_rows >= 0) {
         piece.map_rows += Cut::kMapRows;
-        if (piece.map_rows == Cut::kMaps * Cut::kMapRows) enter_after_cut(static_cast<int>(stretch.begin - chain_begin));
+        if (piece.map_rows == Cut::kMaps * Cut::kMapRows)
+          enter_after_cut(static_cast<int>(stretch.begin - chain_begin));
         return;
       }
     }
@@ -196,11 +198,12 @@ struct StepWalk {
 
 // A place on the line: how far into which chain.
 struct LinePlace {
-  int64_t place, chain_begin;  // on the line
-  int64_t steps_before;        // on the line, those of the chain included
-  int64_t sequence;            // the number of sequences: the line has ended
+  int64_t place, chain_begin;    // on the line
+  int64_t steps_before;          // on the line, those of the chain included
+  int64_t sequence;              // the number of sequences: the line has ended
   int value_head, batch, token;  // the token of `offset`
-  int offset, steps;             // from the chain's begin, and of the chain; an offset beyond the steps lies in what it takes to begin another
+  int offset,
+      steps;  // from the chain's begin, and of the chain; an offset beyond the steps lies in what it takes to begin another
 
   __device__ __forceinline__ int step() const { return min(offset, steps); }
 };
@@ -243,13 +246,15 @@ __device__ __forceinline__ void find_stretch(const ChunkFwdParams& call, uint32_
     return;
   }
 
-  if (!Cut::kForgets && sequences * heads <= count) {  // a chain for each: nothing is to be shared, whatever the lengths are
+  if (!Cut::kForgets &&
+      sequences * heads <= count) {  // a chain for each: nothing is to be shared, whatever the lengths are
     if (thread == 0) {
       const int64_t sequence = index / heads;
       const SequenceRange range = sequence_range(call, sequence);
       const int steps = sequence < sequences ? steps_of(range) : 0, head = static_cast<int>(index % heads);
       search.ends[0] = {0, 0, 0, sequence, head, 0, static_cast<int>(range.begin), 0, steps};
-      search.ends[1] = {steps + Cut::kStepsToBegin, 0, steps, sequence, head, 0, static_cast<int>(range.end), steps, steps};
+      search.ends[1] = {steps + Cut::kStepsToBegin,  0,     steps, sequence, head, 0,
+                        static_cast<int>(range.end), steps, steps};
     }
     __syncthreads();
     return;
@@ -321,7 +326,11 @@ __device__ __forceinline__ void find_stretch(const ChunkFwdParams& call, uint32_
 
 // The stretch between two places.
 __device__ __forceinline__ ScanStretch stretch_between(const LinePlace& begin, const LinePlace& end) {
-  return {begin.place,    end.place, begin.chain_begin, begin.sequence, static_cast<int>(end.steps_before - begin.steps_before),
+  return {begin.place,
+          end.place,
+          begin.chain_begin,
+          begin.sequence,
+          static_cast<int>(end.steps_before - begin.steps_before),
           begin.value_head};
 }
 

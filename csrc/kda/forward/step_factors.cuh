@@ -101,10 +101,9 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
     const StepProducer<Config> make{
         call, shared, shared, shared + Config::kScratch, location.tokens, location.tokens, kBarrierId, thread, lane};
     const GateConstants constants(call, value_head, make.channel_of(thread));
-    const uint32_t beta =
-        BetaReader(call, location.batch, location.first_token, location.first_token + location.tokens, value_head,
-                   thread)
-            .next(call, C);
+    const uint32_t beta = BetaReader(call, location.batch, location.first_token, location.first_token + location.tokens,
+                                     value_head, thread)
+                              .next(call, C);
     const RowValues rows(shared + Config::kScratch + Config::kRowValues);
     const StepOperands<Config> operands = make.operands(constants);
     __syncthreads();

@@ -25,10 +25,10 @@ cudaError_t launch_step_factors(const StepKernelParams& params, cudaStream_t str
     // No fewer CTAs than run side by side twice.
     const int64_t resident = int64_t{problem.sm_count} * Config::kCtasPerSm;
     const int64_t of_cta = std::clamp(steps / (2 * resident), int64_t{1}, kMostOfCta);
-    return launch_grid(
-        step_factors_kernel<Config, true>,
-        {(steps + of_cta - 1) / of_cta, Config::kGroupThreads, Config::kSharedBytes, /*cluster_ctas=*/1, /*overlaps=*/true},
-        stream, params);
+    return launch_grid(step_factors_kernel<Config, true>,
+                       {(steps + of_cta - 1) / of_cta, Config::kGroupThreads, Config::kSharedBytes, /*cluster_ctas=*/1,
+                        /*overlaps=*/true},
+                       stream, params);
   };
   return for_element(problem, [&](auto element) {
     using Element = decltype(element);
@@ -36,7 +36,8 @@ cudaError_t launch_step_factors(const StepKernelParams& params, cudaStream_t str
       if constexpr (K == 128) {
         // A CTA of eight warps takes 6 microseconds rather than 9, until memory bounds them all; measured up to 3072 steps on 132 multiprocessors.
         constexpr int64_t kFewStepsPerSm = 16;
-        if (steps <= kFewStepsPerSm * problem.sm_count) return launch_config(StepFactorsConfig<K, 8, Element, kind()>());
+        if (steps <= kFewStepsPerSm * problem.sm_count)
+          return launch_config(StepFactorsConfig<K, 8, Element, kind()>());
       }
       return launch_config(StepFactorsConfig<K, 4, Element, kind()>());
     });
