@@ -82,11 +82,13 @@ def _forced(name: str, **plan: Any) -> Choice:
 PLANNED = Choice("the plan's", (), ())
 
 # The fused kernel has as many clusters as run side by side: fewer are never better. Segments are of the stepwise path,
-# 0: no cut; the shorter, the more CTAs, and the more maps to compose. The staged path is none to choose: it is for
+# 0: no cut; the shorter, the more CTAs, and the more maps to compose. The fused kernel that cuts chains leaves those
+# whose gates do not forget to the segments that the stepwise path would take. The staged path is none to choose: it is for
 # inputs that the others cannot read. The plan's own choice comes last: its cut may have any length.
 SEGMENT_CHUNKS = (4, 8, 16, 32, 64, 128)
 CHOICES = (
     _forced("fused", path="fused"),
+    _forced("fused, cut", path="fused_cut"),
     _forced("stepwise, no cut", path="stepwise", segment_chunks=0),
     *(_forced(f"stepwise, segments of {n} chunks", path="stepwise", segment_chunks=n) for n in SEGMENT_CHUNKS),
     PLANNED,

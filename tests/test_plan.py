@@ -395,6 +395,7 @@ class TestFusedCut:
         ("change", "path"),
         [
             ({"contractive": False}, STEPWISE),
+            ({"key_dim": 64, "heads": 32}, STEPWISE),
             ({"bounded_gate": False}, STEPWISE),
             ({"heads": 4, "tokens": 1024}, STEPWISE),
             ({"heads": 12, "tokens": 2048}, STEPWISE),
