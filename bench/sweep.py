@@ -83,7 +83,7 @@ PLANNED = Choice("the plan's", (), ())
 
 # The fused kernel has as many clusters as run side by side: fewer are never better. Segments are of the stepwise path,
 # 0: no cut; the shorter, the more CTAs, and the more maps to compose. The fused kernel that cuts chains leaves those
-# whose gates do not forget to the segments that the stepwise path would take. The staged path is none to choose: it is for
+# whose gates do not forget to the segments of the stepwise path. The staged path is none to choose: it is for
 # inputs that the others cannot read. The plan's own choice comes last: its cut may have any length.
 SEGMENT_CHUNKS = (4, 8, 16, 32, 64, 128)
 CHOICES = (
