@@ -250,8 +250,8 @@ __device__ __forceinline__ void find_stretch(const ChunkFwdParams& call, uint32_
       sequences * heads <= count) {  // a chain for each: nothing is to be shared, whatever the lengths are
     if (thread == 0) {
       const int64_t sequence = index / heads;
-      const SequenceRange range = sequence_range(call, sequence);
-      const int steps = sequence < sequences ? steps_of(range) : 0, head = static_cast<int>(index % heads);
+      const SequenceRange range = sequence < sequences ? sequence_range(call, sequence) : SequenceRange{0, 0, 0};
+      const int steps = steps_of(range), head = static_cast<int>(index % heads);
       search.ends[0] = {0, 0, 0, sequence, head, 0, static_cast<int>(range.begin), 0, steps};
       search.ends[1] = {steps + Cut::kStepsToBegin,  0,     steps, sequence, head, 0,
                         static_cast<int>(range.end), steps, steps};

@@ -72,9 +72,13 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
     if (!find_left_here(0, threadIdx.x & 31).anything) return;
   }
   ptx::launch_dependents();
-  if (threadIdx.x == 0) {
+  const auto init_barrier = [&] {
     ptx::mbarrier_init(loaded, 1);
     ptx::fence_mbarrier_init();
+  };
+  if constexpr (kAfterFused) {
+    if (threadIdx.x == 0) init_barrier();
+    __syncthreads();
   }
 
   // tile: of (step slot, value head). Returns whether it was made.
@@ -89,7 +93,11 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
     if (kAfterFused && !find_left_here(sequence * value_heads + value_head, lane).chain) return false;
 
     if (thread == 0) {
-      if constexpr (kAfterFused) ptx::cp_async_bulk_wait_read_all();  // of the tile before
+      if constexpr (kAfterFused) {
+        ptx::cp_async_bulk_wait_read_all();  // of the tile before
+      } else {
+        init_barrier();
+      }
       const int token = static_cast<int>(location.first_token), batch = static_cast<int>(location.batch);
       const bool gate_is_fp32 = call.gate_type == DataType::kFloat32;
       ptx::mbarrier_arrive_expect_tx(loaded, (gate_is_fp32 ? 4 : 3) * Config::kKeyTileBytes);
