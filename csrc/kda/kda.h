@@ -61,7 +61,8 @@ struct ChunkFwdParams {
 }
 
 // Enqueues the forward on `stream`: no synchronisation, no allocation, no host read of device memory. Capturable in a CUDA
-// graph; the contents of cu_seqlens may change between replays. Returns cudaErrorNotSupported if the plan is not a kernel path.
+// graph; the contents of cu_seqlens may change between replays. Returns cudaErrorNotSupported if the plan is not a kernel path, and
+// cudaErrorInvalidValue if it was made for a contractive problem, and the call is not.
 [[nodiscard]] cudaError_t chunk_fwd(const ChunkFwdParams& params, const ChunkFwdPlan& plan, cudaStream_t stream);
 
 // The forward that also leaves what the gradients need: plan.intermediates.total_bytes at `intermediates`, 256-byte aligned. Its

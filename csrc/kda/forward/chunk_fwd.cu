@@ -81,9 +81,12 @@ cudaError_t chunk_fwd(const ChunkFwdParams& call, const ChunkFwdPlan& plan, cuda
       params.U = reinterpret_cast<uint4*>(base + plan.workspace.U);
       return run_stages(params, plan.value_tile, stream);
     }
+    case ChunkFwdPath::kFusedCut:
+      // The plan was made for a problem that says so: a state that tokens may enlarge would be dropped.
+      if (!call.qk_l2norm || !call.beta_sigmoid) return cudaErrorInvalidValue;
+      [[fallthrough]];
     case ChunkFwdPath::kFused:
     case ChunkFwdPath::kStepwise:
-    case ChunkFwdPath::kFusedCut:
       return call.problem.key_dim == 128 ? run_steps<128>(call, plan, stream) : run_steps<64>(call, plan, stream);
   }
   return cudaErrorNotSupported;

@@ -2,7 +2,7 @@
 // to the stepwise stages because it does not.
 #pragma once
 
-#include "../device/gate.cuh"
+#include "../device/ptx.cuh"
 #include "step_params.h"
 
 namespace kda {
