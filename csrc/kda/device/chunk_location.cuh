@@ -20,13 +20,13 @@ struct ChunkLocation {
   int tokens;           // valid tokens, 1 .. those of a slot; 0: the slot is unused
 };
 
-__device__ __forceinline__ int64_t cu_seqlens_at(const ChunkFwdParams& p, int64_t index) {
+__host__ __device__ __forceinline__ int64_t cu_seqlens_at(const ChunkFwdParams& p, int64_t index) {
   const int64_t value = p.cu_seqlens_int64 ? static_cast<const int64_t*>(p.cu_seqlens)[index]
                                            : static_cast<const int32_t*>(p.cu_seqlens)[index];
   return min(max(value, int64_t{0}), p.problem.tokens);
 }
 
-__device__ __forceinline__ SequenceRange sequence_range(const ChunkFwdParams& p, int64_t sequence) {
+__host__ __device__ __forceinline__ SequenceRange sequence_range(const ChunkFwdParams& p, int64_t sequence) {
   if (p.cu_seqlens == nullptr) return {sequence, 0, p.problem.tokens};
   const int64_t begin = cu_seqlens_at(p, sequence);
   return {0, begin, max(begin, cu_seqlens_at(p, sequence + 1))};

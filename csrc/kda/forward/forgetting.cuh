@@ -35,7 +35,7 @@ __device__ __forceinline__ WhatIsLeft find_left(const LeftChains& left, int64_t 
     anything |= (words.x | words.y) != 0;
     is_left |= words.x == static_cast<uint32_t>(chain) + 1 || words.y == static_cast<uint32_t>(chain) + 1;
   }
-  return {__any_sync(0xffffffffu, anything), __any_sync(0xffffffffu, is_left)};
+  return {__any_sync(0xffffffffu, anything) != 0, __any_sync(0xffffffffu, is_left) != 0};
 }
 __device__ __forceinline__ WhatIsLeft find_left(const LeftChains& left, int64_t chain, int lane) {
   return find_left(left, chain, lane, [](const uint2* words) { return ptx::load_relaxed(words); });

@@ -115,32 +115,13 @@ __device__ __forceinline__ ScanStretch find_cut_stretch(const ChunkFwdParams& ca
   const bool is_left = __syncthreads_or(is_slow && side == 0), next_is_left = __syncthreads_or(is_slow && side == 1);
   if (thread != 0) return {};
 
-  LinePlace begin = ends[0], end = ends[1];
-  const auto chain_of = [&](const LinePlace& at) {
-    return static_cast<uint32_t>(at.sequence * call.problem.value_heads + at.value_head);
-  };
-  if (next_is_left) {
-    end.place = end.chain_begin;
-    end.steps_before -= end.step();
+  // Whether the chain at the cut before is left, if the consumers do not say so.
+  const ScanStretch stretch = stretch_between<Cut>(ends[0], ends[1], is_left, next_is_left, call.problem);
+  const int64_t chain = ends[0].sequence * call.problem.value_heads + ends[0].value_head;
+  if (is_left || stretch.steps == 0 || !has_to_forget(ends[0])) {
+    (&left.x)[rank] = is_left ? static_cast<uint32_t>(chain) + 1 : 0;
   }
-  int steps_before = has_to_forget(begin) ? Cut::kStepsBefore : 0;
-  if (is_left || (begin.offset > 0 && begin.offset >= begin.steps)) {  // on to the next chain
-    begin.place = begin.chain_begin += begin.steps + Cut::kStepsToBegin;
-    begin.steps_before += begin.steps - begin.step();
-    if (++begin.value_head == call.problem.value_heads) begin.value_head = 0, ++begin.sequence;
-    steps_before = 0;
-  }
-  const bool is_empty = begin.place >= end.place;
-  if (is_empty) {
-    begin.sequence = call.problem.sequences;
-    end = begin;
-    steps_before = 0;
-  }
-  const uint32_t word = is_left ? chain_of(ends[0]) + 1 : 0;
-  if (is_left || is_empty || !has_to_forget(ends[0])) (&left.x)[rank] = word;  // else by the consumers
   if (Config::kCtas == 1) left.y = 0;
-  ScanStretch stretch = stretch_between(begin, end);
-  stretch.steps += steps_before;
   return stretch;
 }
 

@@ -33,14 +33,14 @@ struct ScanPiece {
   int first_result;          // steps before this one only lead to its state; kForget
   int map_rows;              // the piece is the map of its steps, from this row of the identity on; else -1; kForget
 
-  __device__ __forceinline__ int token_of(int step) const { return begin + step * kStepTokens; }
+  __host__ __device__ __forceinline__ int token_of(int step) const { return begin + step * kStepTokens; }
   // Tokens of a step: kStepTokens but for the last of the chain.
-  __device__ __forceinline__ int tokens(int step) const { return min(end - token_of(step), kStepTokens); }
-  __device__ __forceinline__ bool is_begin() const { return first_step == 0; }
-  __device__ __forceinline__ bool is_end() const { return end_step == steps; }
+  __host__ __device__ __forceinline__ int tokens(int step) const { return min(end - token_of(step), kStepTokens); }
+  __host__ __device__ __forceinline__ bool is_begin() const { return first_step == 0; }
+  __host__ __device__ __forceinline__ bool is_end() const { return end_step == steps; }
 };
 
-__device__ __forceinline__ int steps_of(const SequenceRange& range) {
+__host__ __device__ __forceinline__ int steps_of(const SequenceRange& range) {
   return static_cast<int>((range.end - range.begin + kStepTokens - 1) / kStepTokens);
 }
 
@@ -64,9 +64,9 @@ struct StretchCut {
   static constexpr int kStepsBefore = kForgets ? (kMaps + 1) * kTailSteps : 0;
 
   // A cut that would leave no more than that of a chain is moved to its begin.
-  static __device__ __forceinline__ int moved(int offset) { return offset <= kStepsBefore ? 0 : offset; }
+  static __host__ __device__ __forceinline__ int moved(int offset) { return offset <= kStepsBefore ? 0 : offset; }
   // Whether nothing of the state has to be left at a cut.
-  static __device__ __forceinline__ bool has_to_forget(int offset, int steps) {
+  static __host__ __device__ __forceinline__ bool has_to_forget(int offset, int steps) {
     return kForgets && offset > 0 && offset < steps;
   }
 };
@@ -79,7 +79,7 @@ struct PieceWalk {
   int64_t chain_begin;
   ScanPiece piece;
 
-  __device__ __forceinline__ PieceWalk(const ChunkFwdParams& call, const ScanStretch& stretch)
+  __host__ __device__ __forceinline__ PieceWalk(const ChunkFwdParams& call, const ScanStretch& stretch)
       : call(call), stretch(stretch), chain_begin(stretch.chain_begin) {
     piece.sequence = stretch.sequence;
     piece.value_head = stretch.value_head;
@@ -89,11 +89,11 @@ struct PieceWalk {
       next();  // the stretch before has all of it
   }
 
-  __device__ __forceinline__ bool done() const {
+  __host__ __device__ __forceinline__ bool done() const {
     return piece.sequence >= call.problem.sequences || chain_begin >= stretch.end;
   }
 
-  __device__ __forceinline__ void next() {
+  __host__ __device__ __forceinline__ void next() {
     if constexpr (Cut::kForgets) {
       if (piece.map_rows >= 0) {
         piece.map_rows += Cut::kMapRows;
@@ -112,7 +112,7 @@ struct PieceWalk {
   }
 
  private:
-  __device__ __forceinline__ void enter_sequence() {
+  __host__ __device__ __forceinline__ void enter_sequence() {
     if (piece.sequence >= call.problem.sequences) return;
     const SequenceRange range = sequence_range(call, piece.sequence);
     piece.batch = static_cast<int>(range.batch);
@@ -122,14 +122,14 @@ struct PieceWalk {
   }
 
   // The chain's own steps in the stretch, after what has to be done because it begins before.
-  __device__ __forceinline__ void enter_after_cut(int step) {
+  __host__ __device__ __forceinline__ void enter_after_cut(int step) {
     piece.map_rows = -1;
     piece.first_result = step;
     piece.first_step = step > 0 ? step - kTailSteps : 0;
     piece.end_step = static_cast<int>(min(stretch.end - chain_begin, int64_t{piece.steps}));
   }
 
-  __device__ __forceinline__ void enter() {
+  __host__ __device__ __forceinline__ void enter() {
     if constexpr (Cut::kForgets) {
       if (chain_begin < stretch.begin) {
         const int step = static_cast<int>(stretch.begin - chain_begin);
@@ -163,17 +163,17 @@ struct StepWalk {
   int token;        // its first, as a coordinate
   int left;         // steps of the piece from this one on
 
-  __device__ __forceinline__ StepWalk(const ChunkFwdParams& call, const ScanStretch& stretch)
+  __host__ __device__ __forceinline__ StepWalk(const ChunkFwdParams& call, const ScanStretch& stretch)
       : pieces(call, stretch), steps(stretch.steps), index(0) {
     if (!done()) enter(0);
   }
 
-  __device__ __forceinline__ bool done() const { return index >= steps; }
+  __host__ __device__ __forceinline__ bool done() const { return index >= steps; }
   // kStepTokens but for the last step of the chain.
-  __device__ __forceinline__ int tokens() const { return min(pieces.piece.end - token, kStepTokens); }
+  __host__ __device__ __forceinline__ int tokens() const { return min(pieces.piece.end - token, kStepTokens); }
 
   // Whether that led to another piece.
-  __device__ __forceinline__ bool skip(int count) {
+  __host__ __device__ __forceinline__ bool skip(int count) {
     index += count;
     token += count * kStepTokens;
     left -= count;
@@ -185,7 +185,7 @@ struct StepWalk {
   }
 
  private:
-  __device__ __forceinline__ void enter(int beyond) {
+  __host__ __device__ __forceinline__ void enter(int beyond) {
     while (beyond >= pieces.piece.end_step - pieces.piece.first_step) {
       beyond -= pieces.piece.end_step - pieces.piece.first_step;
       pieces.next();
@@ -205,8 +205,33 @@ struct LinePlace {
   int offset,
       steps;  // from the chain's begin, and of the chain; an offset beyond the steps lies in what it takes to begin another
 
-  __device__ __forceinline__ int step() const { return min(offset, steps); }
+  __host__ __device__ __forceinline__ int step() const { return min(offset, steps); }
 };
+
+// Where stretch `index` of `count` begins on the line of a call whose chains all have the same length, so that their number is known, and below
+// 2^32 with all that their steps and begins take.
+template <typename Cut>
+__host__ __device__ __forceinline__ LinePlace place_among_equal_chains(const ChunkFwdParams& call, uint32_t index,
+                                                                       uint32_t count) {
+  const int64_t sequences = call.problem.sequences;
+  const int heads = call.problem.value_heads;
+  const SequenceRange range = sequences == 0 ? SequenceRange{0, 0, 0} : sequence_range(call, 0);
+  const uint32_t steps = steps_of(range), length = steps + Cut::kStepsToBegin;
+  const uint32_t chains = static_cast<uint32_t>(sequences) * heads, line = chains * length;
+  const uint32_t equal = (line + count - 1) / count, share = Cut::kForgets ? equal : max(equal, length);
+  const uint64_t begin = uint64_t{index} * share;  // clusters may be more than chains
+  const uint32_t place = begin < line ? static_cast<uint32_t>(begin) : line;
+  const uint32_t chain = place / length, sequence = chain / heads, offset = Cut::moved(place - chain * length);
+  return {chain * length + offset,
+          chain * length,
+          int64_t{chain} * steps + min(offset, steps),
+          sequence,
+          static_cast<int>(chain - sequence * heads),
+          call.cu_seqlens == nullptr ? static_cast<int>(sequence) : 0,
+          static_cast<int>(range.begin + offset * kStepTokens),
+          static_cast<int>(offset),
+          static_cast<int>(steps)};
+}
 
 // What the threads of a CTA exchange to find their stretch.
 struct StretchSearch {
@@ -223,25 +248,7 @@ __device__ __forceinline__ void find_stretch(const ChunkFwdParams& call, uint32_
   const int64_t sequences = call.problem.sequences;
   const int heads = call.problem.value_heads, thread = threadIdx.x;
   if (call.cu_seqlens == nullptr || sequences == 1) {
-    // All chains have the same length, so that their number is known, and below 2^32 with all that their steps and begins take.
-    if (thread < 2) {
-      const SequenceRange range = sequences == 0 ? SequenceRange{0, 0, 0} : sequence_range(call, 0);
-      const uint32_t steps = steps_of(range), length = steps + Cut::kStepsToBegin;
-      const uint32_t chains = static_cast<uint32_t>(sequences) * heads, line = chains * length;
-      const uint32_t equal = (line + count - 1) / count, share = Cut::kForgets ? equal : max(equal, length);
-      const uint64_t end = uint64_t{index + thread} * share;  // clusters may be more than chains
-      const uint32_t place = end < line ? static_cast<uint32_t>(end) : line;
-      const uint32_t chain = place / length, sequence = chain / heads, offset = Cut::moved(place - chain * length);
-      search.ends[thread] = {chain * length + offset,
-                             chain * length,
-                             int64_t{chain} * steps + min(offset, steps),
-                             sequence,
-                             static_cast<int>(chain - sequence * heads),
-                             call.cu_seqlens == nullptr ? static_cast<int>(sequence) : 0,
-                             static_cast<int>(range.begin + offset * kStepTokens),
-                             static_cast<int>(offset),
-                             static_cast<int>(steps)};
-    }
+    if (thread < 2) search.ends[thread] = place_among_equal_chains<Cut>(call, index + thread, count);
     __syncthreads();
     return;
   }
@@ -325,13 +332,39 @@ __device__ __forceinline__ void find_stretch(const ChunkFwdParams& call, uint32_
 }
 
 // The stretch between two places.
-__device__ __forceinline__ ScanStretch stretch_between(const LinePlace& begin, const LinePlace& end) {
+__host__ __device__ __forceinline__ ScanStretch stretch_between(const LinePlace& begin, const LinePlace& end) {
   return {begin.place,
           end.place,
           begin.chain_begin,
           begin.sequence,
           static_cast<int>(end.steps_before - begin.steps_before),
           begin.value_head};
+}
+
+// The same of kForget, with the steps before its first one; without what lies in a chain that is left, at its begin or at its end.
+template <typename Cut>
+__host__ __device__ __forceinline__ ScanStretch stretch_between(LinePlace begin, LinePlace end, bool begin_is_left,
+                                                                bool end_is_left, const ChunkFwdProblem& problem) {
+  static_assert(Cut::kForgets);
+  int steps_before = Cut::has_to_forget(begin.offset, begin.steps) ? Cut::kStepsBefore : 0;
+  if (end_is_left) {
+    end.place = end.chain_begin;
+    end.steps_before -= end.step();
+  }
+  if (begin_is_left || (begin.offset > 0 && begin.offset >= begin.steps)) {  // on to the next chain
+    begin.place = begin.chain_begin += begin.steps + Cut::kStepsToBegin;
+    begin.steps_before += begin.steps - begin.step();
+    if (++begin.value_head == problem.value_heads) begin.value_head = 0, ++begin.sequence;
+    steps_before = 0;
+  }
+  if (begin.place >= end.place) {  // there is nothing
+    begin.sequence = problem.sequences;
+    end = begin;
+    steps_before = 0;
+  }
+  ScanStretch stretch = stretch_between(begin, end);
+  stretch.steps += steps_before;
+  return stretch;
 }
 
 }  // namespace kda
