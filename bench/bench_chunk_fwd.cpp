@@ -43,15 +43,14 @@ kda::ChunkFwdPlan make_plan(const kda::ChunkFwdProblem& problem, const Options& 
   if (plan.path == kda::ChunkFwdPath::kComposite) {
     throw std::runtime_error(std::string("no kernel covers this case: ") + plan.reason);
   }
-  const bool is_cut = plan.path == kda::ChunkFwdPath::kFusedCut;
-  if (plan.path != kda::ChunkFwdPath::kStepwise && !is_cut && options.segment_chunks > 0) {
+  if (!kda::has_segments(plan.path) && options.segment_chunks > 0) {
     throw std::runtime_error(
         "--segment-chunks: the plan takes a path that has no segments: --path stepwise or fused_cut");
   }
   if (plan.path != kda::ChunkFwdPath::kStaged && options.value_tile != kAsPlanned) {
     throw std::runtime_error("--value-tile: the plan takes a path that has no tiles of V to choose: --path staged");
   }
-  if (plan.path != kda::ChunkFwdPath::kFused && !is_cut && options.clusters != kAsPlanned) {
+  if (!kda::has_clusters(plan.path) && options.clusters != kAsPlanned) {
     throw std::runtime_error("--clusters: the plan takes a path that has no clusters: --path fused or fused_cut");
   }
   return plan;

@@ -92,6 +92,14 @@ const char* reason_for_staged(const ChunkFwdProblem& p, std::optional<ChunkFwdPa
   return forced == ChunkFwdPath::kStaged ? "asked for" : nullptr;
 }
 
+// Why a call may not be fused and cut; null if it may.
+const char* reason_against_fused_cut(const ChunkFwdProblem& p) {
+  constexpr int64_t kMostChains = 0xfffffffe;  // a chain is told in a word
+  if (!p.contractive)
+    return "q and k are not normalised, or beta is not known to be in [0, 2]: a state may grow over a cut";
+  return chains_of(p) > kMostChains ? "more sequences and heads than a word can tell" : nullptr;
+}
+
 const char* name_of(ChunkFwdPath path) {
   switch (path) {
     case ChunkFwdPath::kComposite:
@@ -129,11 +137,10 @@ class JsonObject {
 JsonObject stage_ctas(const ChunkFwdProblem& p, const ChunkFwdPlan& plan) {
   JsonObject ctas;
   const int64_t segments = plan.segment_slots * p.value_heads;
-  const bool is_cut = plan.path == ChunkFwdPath::kFusedCut;
-  if (plan.path == ChunkFwdPath::kFused || is_cut) {
+  if (has_clusters(plan.path)) {
     ctas.add("fused_scan", plan.clusters * (p.value_dim / plan.value_tile));
   }
-  if (plan.path == ChunkFwdPath::kStepwise || is_cut) {
+  if (has_segments(plan.path)) {
     ctas.add("step_factors", plan.step_slots * p.value_heads);
     if (plan.segment_chunks > 0) {
       ctas.add("segment_summary", segments * ((p.value_dim + p.key_dim) / kScanRows));
@@ -189,18 +196,6 @@ void reserve_stepwise(ChunkFwdWorkspace& w, const ChunkFwdProblem& p, const Chun
 
 }  // namespace
 
-namespace {
-
-// Why a call may not be fused and cut; null if it may.
-const char* reason_against_fused_cut(const ChunkFwdProblem& p) {
-  constexpr int64_t kMostChains = 0xfffffffe;  // a chain is told in a word
-  if (!p.contractive)
-    return "q and k are not normalised, or beta is not known to be in [0, 2]: a state may grow over a cut";
-  return chains_of(p) > kMostChains ? "more sequences and heads than a word can tell" : nullptr;
-}
-
-}  // namespace
-
 ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p, const ChunkFwdPlanOptions& options) {
   ChunkFwdPlan plan;
   plan.chunk_slots = chunk_slots(p);
@@ -221,11 +216,11 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p, const ChunkFwdPlanOptions&
   const int64_t clusters = std::min({side_by_side, most, std::max<int64_t>(chains_of(p), 1)});
   const int64_t cut_clusters = std::min(side_by_side, most);
   const CutEstimate stepwise = estimate_stepwise(p);
-  const GatesEstimate cut = estimate_fused_cut(p, cut_clusters, stepwise.segment_chunks);
   const char* const against_cut = reason_against_fused_cut(p);
+  const GatesEstimate alone = estimate_stepwise(p, stepwise.segment_chunks);
+  const GatesEstimate cut = estimate_fused_cut(p, cut_clusters, alone);
   // Not for K = 64: there it was slower than the stepwise path (h16_8192, 99 us instead of 89 with steep gates, 148 instead of 132).
-  const bool cut_is_better = against_cut == nullptr && p.bounded_gate && p.key_dim == 128 &&
-                             cut.is_better_than(estimate_stepwise(p, stepwise.segment_chunks));
+  const bool cut_is_better = against_cut == nullptr && p.bounded_gate && p.key_dim == 128 && cut.is_better_than(alone);
   const double unfused_us = cut_is_better ? cut.mean() : stepwise.us;
   plan.path = estimate_fused_us(p, clusters) < unfused_us ? ChunkFwdPath::kFused
               : cut_is_better                             ? ChunkFwdPath::kFusedCut
@@ -252,12 +247,11 @@ ChunkFwdPlan plan_chunk_fwd(const ChunkFwdProblem& p, const ChunkFwdPlanOptions&
   if (plan.path == ChunkFwdPath::kFusedCut) {
     plan.value_tile = kScanRows;
     plan.clusters = cut_clusters;
-    plan.segment_chunks = options.segment_chunks.value_or(stepwise.segment_chunks);
     plan.workspace.left_chains = reserve(plan.workspace, plan.clusters * kLeftChainWords * sizeof(uint32_t));
   } else {
     plan.value_tile = p.value_dim;
-    plan.segment_chunks = options.segment_chunks.value_or(stepwise.segment_chunks);
   }
+  plan.segment_chunks = options.segment_chunks.value_or(stepwise.segment_chunks);
   plan.segment_slots = segment_slots(p, plan.segment_chunks);
   reserve_stepwise(plan.workspace, p, plan);
   return plan;
@@ -306,7 +300,7 @@ ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool 
   plan.segment_slots = segment_slots(p, plan.segment_chunks);
   plan.value_tile =
       plan.segment_chunks > 0 ? kScanRows : options.value_tile.value_or(choose_backward_value_tile(p, saved));
-  const int64_t ctas = chains_of(p) * (p.value_dim / plan.value_tile);  // of one recurrence, uncut
+  const int64_t ctas = chains_of(p) * (p.value_dim / plan.value_tile);  // of one recurrence, alone
   plan.side_by_side = plan.segment_chunks > 0 || 2 * ctas <= p.sm_count;
 
   plan.gradients_beside =

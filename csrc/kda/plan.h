@@ -56,6 +56,14 @@ enum class ChunkFwdPath : int32_t {
       4,  // the fused kernel on pieces of sequences, where the gates let it; the kernels of kStepwise for the rest
 };
 
+// Whether a path runs the fused kernel, to whose clusters chains are dealt out; and the kernels that cut sequences into segments.
+[[nodiscard]] constexpr bool has_clusters(ChunkFwdPath path) {
+  return path == ChunkFwdPath::kFused || path == ChunkFwdPath::kFusedCut;
+}
+[[nodiscard]] constexpr bool has_segments(ChunkFwdPath path) {
+  return path == ChunkFwdPath::kStepwise || path == ChunkFwdPath::kFusedCut;
+}
+
 // What a caller may fix that the planner otherwise chooses; for tests and measurements.
 struct ChunkFwdPlanOptions {
   std::optional<ChunkFwdPath> path;       // a path of kernels; kStaged where that does not cover the call

@@ -196,7 +196,7 @@ double estimate_fused_us(const ChunkFwdProblem& p, int64_t clusters) {
   });
 }
 
-GatesEstimate estimate_fused_cut(const ChunkFwdProblem& p, int64_t clusters, int64_t segment_chunks) {
+GatesEstimate estimate_fused_cut(const ChunkFwdProblem& p, int64_t clusters, const GatesEstimate& stepwise) {
   // Measured with 4096 to 16384 steps on an H200. Steep gates: launch, a look at the gates, first loads, and the kernels after that, which find nothing to do.
   // Slow ones: the look, and how much later CTAs that ask what is left come to their steps.
   constexpr double kAround = 30.0, kLook = 6.0, kLookOfStep = 0.002;
@@ -208,7 +208,7 @@ GatesEstimate estimate_fused_cut(const ChunkFwdProblem& p, int64_t clusters, int
     return kAround + (std::ceil(load.chains() * chain / available) + before) * step_us;
   });
   const double look = expected_us(p, [&](const Load& load) { return kLook + kLookOfStep * load.steps(); });
-  return {steep_us, look + estimate_stepwise(p, segment_chunks).slow_us};
+  return {steep_us, look + stepwise.slow_us};
 }
 
 }  // namespace kda

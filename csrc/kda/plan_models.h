@@ -37,8 +37,8 @@ struct GatesEstimate {
 // The fused kernel on so many clusters, which walk through equal shares of all steps.
 [[nodiscard]] double estimate_fused_us(const ChunkFwdProblem& problem, int64_t clusters);
 
-// The same where it cuts chains anywhere, and then the stages of the stepwise path with a cut.
+// The same where it cuts chains anywhere, before the stepwise path, which takes so long alone.
 [[nodiscard]] GatesEstimate estimate_fused_cut(const ChunkFwdProblem& problem, int64_t clusters,
-                                               int64_t segment_chunks);
+                                               const GatesEstimate& stepwise);
 
 }  // namespace kda

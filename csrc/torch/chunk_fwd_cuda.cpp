@@ -77,17 +77,15 @@ ChunkFwdPlanOptions plan_options(const std::string& path, std::optional<int64_t>
 // Nothing that was asked for is ignored: the plan has taken all of it, or the call is refused.
 void check_plan(const ChunkFwdPlan& plan, const ChunkFwdPlanOptions& options) {
   if (options.path && plan.path != *options.path) refuse("path", plan.reason);
-  const bool is_cut = plan.path == ChunkFwdPath::kFusedCut;
-  const bool has_segments = plan.path == ChunkFwdPath::kStepwise || is_cut;
   if (options.value_tile && plan.path != ChunkFwdPath::kStaged) {
     refuse("value_tile",
            "expected none with path stepwise, fused_cut or fused, which have no tiles of V to choose, got " +
                std::to_string(*options.value_tile));
   }
-  if (options.clusters && plan.path != ChunkFwdPath::kFused && !is_cut) {
+  if (options.clusters && !has_clusters(plan.path)) {
     refuse("clusters", "expected none with path stepwise or staged, got " + std::to_string(*options.clusters));
   }
-  if (options.segment_chunks.value_or(0) > 0 && !has_segments) {
+  if (options.segment_chunks.value_or(0) > 0 && !has_segments(plan.path)) {
     refuse("segment_chunks", "expected none or 0 with path fused or staged, which have no segments, got " +
                                  std::to_string(*options.segment_chunks));
   }

@@ -11,7 +11,7 @@ import inspect
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -206,6 +206,21 @@ def plan(inputs: dict[str, Any]) -> dict[str, Any]:
             bool(inputs.get("use_qk_l2norm")) and bool(inputs.get("use_beta_sigmoid")),
         )
     )
+
+
+def check_launches(run_call: Callable[[], object], kernels: tuple[str, ...], memsets: int = 0) -> None:
+    """A call launches each of the kernels once, and nothing else but so many memsets."""
+    run_call()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        run_call()
+        torch.cuda.synchronize()
+    on_device = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    for kernel in kernels:
+        assert sum(kernel in name for name in on_device) == 1, on_device
+    others = [name for name in on_device if not any(kernel in name for kernel in kernels)]
+    assert len(others) == memsets and all("memset" in name.lower() for name in others), others
 
 
 def odd_strides(x: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 import random
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +21,7 @@ from gpu_support import (
     assert_contract,
     assert_same_bits,
     call,
+    check_launches,
     gpu_tests,
     kernels_only,
     launch,
@@ -70,20 +70,6 @@ def test_kernels_of_a_call_that_hands_over() -> None:
     inputs = make_inputs("long", lengths=[70, 0, 130], with_state=True, device=DEVICE)
     planned = functools.partial(torch.ops.kda.chunk_fwd_planned, **inputs, path="fused", clusters=2)
     check_launches(planned, KERNELS["fused"], memsets=2)
-
-
-def check_launches(run_call: Callable[[], object], kernels: tuple[str, ...], memsets: int) -> None:
-    run_call()
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        run_call()
-        torch.cuda.synchronize()
-    on_device = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    for kernel in kernels:
-        assert sum(kernel in name for name in on_device) == 1, on_device
-    others = [name for name in on_device if not any(kernel in name for kernel in kernels)]
-    assert len(others) == memsets and all("memset" in name.lower() for name in others), others
 
 
 def test_nothing_falls_back_silently() -> None:

@@ -184,12 +184,10 @@ __device__ __forceinline__ void cp_async_bulk_commit_group() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Until the stores of this thread have read their sources, but for those of its last kPending groups.
-template <int kPending>
-__device__ __forceinline__ void cp_async_bulk_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+// Until the stores of this thread have read their sources.
+__device__ __forceinline__ void cp_async_bulk_wait_read_all() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
-__device__ __forceinline__ void cp_async_bulk_wait_read_all() { cp_async_bulk_wait_read<0>(); }
 
 // Until the stores of this thread have been made.
 __device__ __forceinline__ void cp_async_bulk_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }

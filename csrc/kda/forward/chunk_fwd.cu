@@ -1,6 +1,7 @@
 // kda::chunk_fwd: from the checked call and its plan to the launches of the stages.
 
 #include "../device/nvtx_range.h"
+#include "forgetting.cuh"
 #include "step_params.h"
 
 namespace kda {
@@ -83,7 +84,7 @@ cudaError_t chunk_fwd(const ChunkFwdParams& call, const ChunkFwdPlan& plan, cuda
     }
     case ChunkFwdPath::kFusedCut:
       // The plan was made for a problem that says so: a state that tokens may enlarge would be dropped.
-      if (!call.qk_l2norm || !call.beta_sigmoid) return cudaErrorInvalidValue;
+      if (!is_contractive(call)) return cudaErrorInvalidValue;
       [[fallthrough]];
     case ChunkFwdPath::kFused:
     case ChunkFwdPath::kStepwise:

@@ -8,13 +8,13 @@
 namespace kda {
 
 // What is dropped of the state at the entry is below 2^-93 of it: less than fp32 resolves of any state to which the tokens add something.
-inline constexpr float kNegligibleMap = 0x1p-100f;
+inline constexpr float kNegligibleMap = 0x1p-100f, kNegligibleMapLog2 = -100.0f;
 // Steps whose map is looked at.
 inline constexpr int kTailSteps = 2;
 
 // Keys of norm 1 and beta in [0, 2]: the norm of a map never grows, so that where the map of a few tokens is negligible, that of these and all tokens
 // before them is, too.
-__device__ __forceinline__ bool is_contractive(const ChunkFwdParams& call) {
+__host__ __device__ __forceinline__ bool is_contractive(const ChunkFwdParams& call) {
   return call.qk_l2norm && call.beta_sigmoid;
 }
 

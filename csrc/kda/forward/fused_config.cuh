@@ -51,8 +51,8 @@ struct FusedConfig : StepStage<K_, 64> {
   static constexpr int kProducerOffset = kRawOffset + kProducerGroups * kRawBytes;
   static constexpr int kBarrierOffset = kProducerOffset + kProducerGroups * kProducerBytes;
   static constexpr int kBarriers = 3 * kStages + kProducerGroups + (Cut::kForgets ? 1 : 0);
-  static constexpr int kSearchOffset =
-      0;  // StretchSearch or CutSearch, before the roles part and stages take its place
+  // StretchSearch or CutSearch, before the roles part and stages take its place.
+  static constexpr int kSearchOffset = 0;
   static constexpr int kStretchOffset = kBarrierOffset + 8 * kBarriers;
   static constexpr int kSharedBytes = kStretchOffset + static_cast<int>(sizeof(ScanStretch));
   static_assert(kSharedBytes <= 227 * 1024);

@@ -78,7 +78,6 @@ __device__ __forceinline__ ScanStretch find_cut_stretch(const ChunkFwdParams& ca
                                                         uint32_t loaded, CutSearch<Config>& search) {
   using Cut = typename Config::Cut;
   using Search = CutSearch<Config>;
-  constexpr float kMostLog2Decay = -100.0f;  // as kNegligibleMap
   const int thread = threadIdx.x;
   find_stretch<Cut>(call, index, count, search.places);
   LinePlace(&ends)[2] = search.places.ends;
@@ -110,7 +109,7 @@ __device__ __forceinline__ ScanStretch find_cut_stretch(const ChunkFwdParams& ca
     float sum = 0.0f;
 #pragma unroll 4
     for (int i = 0; i < Search::kTokens; ++i) sum += search.log2_decay[side][i][in_side];
-    is_slow = !(sum <= kMostLog2Decay);
+    is_slow = !(sum <= kNegligibleMapLog2);
   }
   const bool is_left = __syncthreads_or(is_slow && side == 0), next_is_left = __syncthreads_or(is_slow && side == 1);
   if (thread != 0) return {};

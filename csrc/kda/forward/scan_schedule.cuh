@@ -85,8 +85,8 @@ struct PieceWalk {
     piece.value_head = stretch.value_head;
     enter_sequence();
     enter();
-    if (!Cut::kForgets && chain_begin < stretch.begin && piece.end_step == 0 && !done())
-      next();  // the stretch before has all of it
+    // The stretch before has all of it.
+    if (!Cut::kForgets && chain_begin < stretch.begin && piece.end_step == 0 && !done()) next();
   }
 
   __host__ __device__ __forceinline__ bool done() const {
@@ -202,8 +202,8 @@ struct LinePlace {
   int64_t steps_before;          // on the line, those of the chain included
   int64_t sequence;              // the number of sequences: the line has ended
   int value_head, batch, token;  // the token of `offset`
-  int offset,
-      steps;  // from the chain's begin, and of the chain; an offset beyond the steps lies in what it takes to begin another
+  int offset;                    // from the chain's begin; beyond its steps lies what it takes to begin another
+  int steps;                     // of the chain
 
   __host__ __device__ __forceinline__ int step() const { return min(offset, steps); }
 };
