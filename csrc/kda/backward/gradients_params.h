@@ -3,7 +3,7 @@
 
 #include <cuda.h>
 
-#include "../device/divisor.cuh"
+#include "../forward/chunk_divisors.cuh"
 #include "kernel_params.h"
 
 namespace kda {
@@ -12,13 +12,6 @@ namespace kda {
 // aligned, and a key head has one value head.
 struct GradientTensorMaps {
   CUtensorMap q, k, g, dO, dq, dk, dv, dg;
-};
-
-// What leads from a number to a chunk.
-struct ChunkDivisors {
-  Divisor value_heads;
-  Divisor chunks;  // of a sequence, and
-  Divisor chains;  // sequences * value_heads, if lengths are equal
 };
 
 struct IntraChunkGradientsParams {

@@ -46,23 +46,13 @@ cudaError_t make_tensor_maps(GradientTensorMaps& maps, const ChunkBwdKernelParam
   return cudaSuccess;
 }
 
-ChunkDivisors make_divisors(const ChunkFwdKernelParams& params) {
-  const ChunkFwdProblem& p = params.call.problem;
-  ChunkDivisors divisors;
-  divisors.value_heads = Divisor(static_cast<uint32_t>(p.value_heads));
-  if (params.call.cu_seqlens != nullptr) return divisors;
-  divisors.chunks = Divisor(static_cast<uint32_t>(params.chunk_slots / p.sequences));
-  divisors.chains = Divisor(static_cast<uint32_t>(p.sequences * p.value_heads));
-  return divisors;
-}
-
 }  // namespace
 
 cudaError_t launch_intra_chunk_gradients(const ChunkBwdKernelParams& params, cudaStream_t stream) {
   const ChunkFwdProblem& problem = params.forward.call.problem;
   const int64_t tiles = params.forward.chunk_slots * problem.value_heads;
   if (tiles == 0) return cudaSuccess;
-  IntraChunkGradientsParams of_kernel = {params, make_divisors(params.forward), {}};
+  IntraChunkGradientsParams of_kernel = {params, ChunkDivisors(params.forward), {}};
   return for_instantiation(problem, [&](auto key_dim, auto value_dim, auto element) {
     using Element = decltype(element);
     const auto launch_kind = [&](auto kind) {

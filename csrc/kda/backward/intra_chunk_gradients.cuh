@@ -615,24 +615,12 @@ __device__ __forceinline__ uint32_t chunk_left_at(const ChunkDivisors& divisors,
 // have equal lengths, and heads at the same pace. By a whole warp.
 __device__ __forceinline__ ChunkPlace place_of(const ChunkFwdKernelParams& params, const ChunkDivisors& divisors,
                                                uint32_t index, int lane) {
-  const ChunkFwdParams& call = params.call;
-  ChunkPlace place;
-  uint32_t head, slot, row, chunk;
-  if (params.progress != nullptr) {
+  const auto index_of_chain = [&] {
     const auto [turn, chain] = divisors.chains.divide(index);
-    const auto [sequence, chain_head] = divisors.value_heads.divide(chain);
-    row = sequence, head = chain_head, chunk = chunk_left_at(divisors, turn);
-    slot = row * divisors.chunks.value() + chunk;
-  } else {
-    const auto [of_tile, tile_head] = divisors.value_heads.divide(index);
-    const auto [sequence, sequence_chunk] = divisors.chunks.divide(of_tile);
-    slot = of_tile, head = tile_head, row = sequence, chunk = sequence_chunk;
-  }
-  place.slot = slot;
-  place.value_head = static_cast<int>(head);
-  place.tile = slot * divisors.value_heads.value() + head;
-  place.location = call.cu_seqlens == nullptr ? locate_chunk_of_row(call, row, chunk) : locate_chunk(call, slot, lane);
-  return place;
+    return ChunkIndex(divisors, chain, chunk_left_at(divisors, turn));
+  };
+  const ChunkIndex at = params.progress != nullptr ? index_of_chain() : ChunkIndex(divisors, index);
+  return {at.location(params.call, lane), at.tile(divisors), at.slot, static_cast<int>(at.value_head)};
 }
 
 // Some of the CTAs that come early, spread over the device.

@@ -4,6 +4,7 @@
 #include "../device/chunk_location.cuh"
 #include "../device/triangular_inverse.cuh"
 #include "call_kind.h"
+#include "chunk_divisors.cuh"
 #include "step_operands.cuh"
 #include "step_params.h"
 
@@ -11,6 +12,7 @@ namespace kda {
 
 struct IntraChunkSolveParams {
   ChunkFwdKernelParams stage;
+  ChunkDivisors divisors;
   TensorMaps maps;  // if stage.vectorized
 };
 

@@ -8,7 +8,7 @@ cudaError_t launch_intra_chunk_solve(const ChunkFwdKernelParams& stage, cudaStre
   const ChunkFwdProblem& problem = stage.call.problem;
   const int64_t tiles = stage.chunk_slots * problem.value_heads;
   if (tiles == 0) return cudaSuccess;
-  IntraChunkSolveParams params = {stage, {}};
+  IntraChunkSolveParams params = {stage, ChunkDivisors(stage), {}};
   params.stage.vectorized = copy_engine_reaches(problem) && stage.vectorized;
   if (params.stage.vectorized) {
     const cudaError_t status = make_tensor_maps(params.maps, stage.call);

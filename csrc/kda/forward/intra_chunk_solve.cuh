@@ -667,15 +667,20 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     const int thread = ptx::opaque(threadIdx.x), lane = thread & 31;
     if (thread >> 5 != kFindingWarp) return;
     const ChunkFwdParams& call = params.call;
+    const ChunkDivisors& divisors = given.divisors;
     const uint32_t value_heads = call.problem.value_heads, heads = call.problem.heads;
     const int64_t tiles = params.chunk_slots * value_heads;  // fewer than 2^31
+    const auto index_from_ends = [&] {
+      const auto [chain_turn, chain] = divisors.chains.divide(index);
+      return ChunkIndex(divisors, chain, SolveOrder(divisors).chunk_at(chain_turn));
+    };
     SolvePlace place = {{0, 0, 0}, 0, 0, 0, index};
 #pragma unroll 1
     for (; index < tiles && place.location.tokens == 0; index += gridDim.x) {
-      const uint32_t tile = params.followed_ctas > 0 ? SolveOrder(params).tile_at(index, value_heads) : index;
-      const uint32_t slot = tile / value_heads, value_head = tile - slot * value_heads;
-      place = {locate_chunk(call, slot, lane), tile, static_cast<int>(value_head),
-               static_cast<int>(value_head / (value_heads / heads)), index};
+      const ChunkIndex chunk = params.followed_ctas > 0 ? index_from_ends() : ChunkIndex(divisors, index);
+      const int value_head = static_cast<int>(chunk.value_head);
+      const int key_head = heads == value_heads ? value_head : value_head / static_cast<int>(value_heads / heads);
+      place = {chunk.location(call, lane), chunk.tile(divisors), value_head, key_head, index};
     }
     if (lane == 0) place_of(turn) = place;
   };

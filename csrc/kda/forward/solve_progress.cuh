@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../device/ptx.cuh"
+#include "chunk_divisors.cuh"
 #include "kernel_params.h"
 
 namespace kda {
@@ -11,6 +12,8 @@ namespace kda {
 struct SolveOrder {
   uint32_t chunks, chains;  // of a sequence; sequences * value heads
 
+  __device__ __forceinline__ explicit SolveOrder(const ChunkDivisors& divisors)
+      : chunks(divisors.chunks.value()), chains(divisors.chains.value()) {}
   __device__ __forceinline__ explicit SolveOrder(const ChunkFwdKernelParams& params) {
     const ChunkFwdProblem& problem = params.call.problem;
     chunks = static_cast<uint32_t>(params.chunk_slots) / static_cast<uint32_t>(problem.sequences);
@@ -20,10 +23,8 @@ struct SolveOrder {
     const uint32_t turn = chunk < (chunks + 1) / 2 ? 2 * chunk : 2 * (chunks - 1 - chunk) + 1;
     return turn * chains + chain;
   }
-  __device__ __forceinline__ uint32_t tile_at(uint32_t index, uint32_t value_heads) const {
-    const uint32_t turn = index / chains, chain = index - turn * chains, sequence = chain / value_heads;
-    const uint32_t chunk = turn % 2 == 0 ? turn / 2 : chunks - 1 - turn / 2;
-    return (sequence * chunks + chunk) * value_heads + (chain - sequence * value_heads);
+  __device__ __forceinline__ uint32_t chunk_at(uint32_t turn) const {
+    return turn % 2 == 0 ? turn / 2 : chunks - 1 - turn / 2;
   }
 };
 
