@@ -230,12 +230,14 @@ struct BlockGradients : ValueGradients<Config> {
       float norms[4];
       this->load_norms(norms, Config::kKeyNorm, first + i);
       const ChannelTile R = inverse_power(exponent(i));
-      operands.k_R[i] = scaled_values(Config::kKey, first + i, R);
-      const ChannelTile rounded = operands.k_R[i].template unpack<BFloat16>();
+      const ChannelTile k = load_values(Config::kKey, first + i);
+      operands.k_R[i] = ChannelOperand::scaled(k, R);
       sums.dk[i].for_each([&](float& dk, int block, int hi, int p) {
         const float x = written[i].at(block, hi, p) * (to_exit[hi] * norms[token_index(block, p)]);
-        dk += R.at(block, hi, p) * x;
-        const float term = __fmul_rn(rounded.at(block, hi, p), x);  // cancels in what the token itself does not cross
+        const float written_key = R.at(block, hi, p) * x;
+        dk += written_key;
+        const float term =
+            __fmul_rn(k.at(block, hi, p), written_key);  // cancels in what the token itself does not cross
         crossing[hi] += term;
         sums.cumulative[i].value[block][2 * hi + p] -= term;
       });
