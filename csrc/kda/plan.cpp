@@ -302,6 +302,7 @@ ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool 
       plan.segment_chunks > 0 ? kScanRows : options.value_tile.value_or(choose_backward_value_tile(p, saved));
   const int64_t ctas = chains_of(p) * (p.value_dim / plan.value_tile);  // of one recurrence, alone
   plan.side_by_side = plan.segment_chunks > 0 || 2 * ctas <= p.sm_count;
+  plan.makes_values = plan.segment_chunks == 0;  // summaries of segments take U0 from memory
 
   plan.gradients_beside =
       may_work_beside(p, saved) && plan.side_by_side && plan.segment_chunks == 0 && 2 * ctas <= most_ctas_beside(p);
@@ -340,12 +341,14 @@ ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool 
   w.dstate = reserve(w, tiles * V * K * kBf16);
   w.dU = reserve(w, tiles * V * C * kBf16);
   if (!saved) {
-    // [slots, HV, V, C] in fp32: less than both, as K >= C
-    w.U0 = plan.side_by_side ? reserve(w, tiles * V * C * kFp32) : w.dstate;
+    // [slots, HV, C] or [slots, HV, V, C] in fp32: less than both, as K >= C
+    const size_t bytes = tiles * C * kFp32 * (plan.makes_values ? 1 : V);
+    (plan.makes_values ? w.beta : w.U0) = plan.side_by_side ? reserve(w, bytes) : w.dstate;
   }
   reserve_segments(w, p, plan, !saved, true);
 
   plan.saving_workspace.U0 = reserve(plan.saving_workspace, tiles * V * C * kFp32);
+  if (plan.makes_values) plan.saving_workspace.beta = reserve(plan.saving_workspace, tiles * C * kFp32);
   reserve_segments(plan.saving_workspace, p, plan, true, false);
   return plan;
 }
@@ -373,6 +376,7 @@ std::string to_json(const ChunkBwdPlan& plan) {
   json.add("chunk_tokens", int64_t{kChunkTokens});
   json.add("chunk_slots", plan.chunk_slots);
   json.add("value_tile", int64_t{plan.value_tile});
+  json.add("makes_values", int64_t{plan.makes_values});
   json.add("side_by_side", int64_t{plan.side_by_side});
   json.add("gradients_beside", int64_t{plan.gradients_beside});
   json.add("early_gradients", plan.early_gradients);

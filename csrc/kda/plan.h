@@ -163,6 +163,7 @@ struct SegmentRegions {
 // Byte offsets of the regions of the workspace of the forward that saves intermediates.
 struct ChunkSavingWorkspace {
   size_t U0 = 0;            // region U of ChunkFwdWorkspace
+  size_t beta = 0;          // as in ChunkBwdWorkspace
   SegmentRegions segments;  // of a cut
   size_t total_bytes = 0;
 };
@@ -176,7 +177,8 @@ struct ChunkBwdWorkspace {
   size_t dU = 0;      // gradient of U as bf16 operands          [slots, HV, V, C]
   size_t U0 =
       0;  // Tinv V, fp32 accumulators, in the place of those two until they are written, unless the recurrences run side by
-          // side; none if the forward has saved  [slots, HV, V, C]
+          // side; none if the forward has saved, or the recurrence makes it  [slots, HV, V, C]
+  size_t beta = 0;       // then: after its transforms, likewise in the place of those two  [slots, HV, C]  fp32
   size_t by_levels = 0;  // whether a chunk's gradients are left to the levels of pairs  [slots, HV]  uint32
   size_t progress =
       0;  // of the recurrences in each chunk, and of stage 1  [slots, HV] + 2 + its CTAs that are followed  uint32; if stages work beside
@@ -194,6 +196,7 @@ struct ChunkBwdPlan {
   int64_t chunk_slots = 0;        // as in ChunkFwdPlan
   int value_tile = 0;             // V columns of one CTA of both recurrences
   bool saved = false;             // the intermediates are those that the forward has saved
+  bool makes_values = false;      // the recurrence of the state makes U0 = Tinv V, rather than stage 1
   bool side_by_side = false;      // the recurrence of the state and that of its gradient find room at the same time
   bool gradients_beside = false;  // and stage 4 works beside them on chunks that both have left
   int64_t early_gradients = 0;    // then: CTAs of stage 4 that find a multiprocessor from the beginning

@@ -116,6 +116,7 @@ PYBIND11_MODULE(kda_plan, m) {
 
   py::class_<kda::ChunkSavingWorkspace>(m, "ChunkSavingWorkspace")
       .def_readonly("U0", &kda::ChunkSavingWorkspace::U0)
+      .def_readonly("beta", &kda::ChunkSavingWorkspace::beta)
       .def_readonly("segments", &kda::ChunkSavingWorkspace::segments)
       .def_readonly("total_bytes", &kda::ChunkSavingWorkspace::total_bytes);
 
@@ -124,6 +125,7 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("dstate", &kda::ChunkBwdWorkspace::dstate)
       .def_readonly("dU", &kda::ChunkBwdWorkspace::dU)
       .def_readonly("U0", &kda::ChunkBwdWorkspace::U0)
+      .def_readonly("beta", &kda::ChunkBwdWorkspace::beta)
       .def_readonly("dA_log", &kda::ChunkBwdWorkspace::dA_log)
       .def_readonly("ddt_bias", &kda::ChunkBwdWorkspace::ddt_bias)
       .def_readonly("by_levels", &kda::ChunkBwdWorkspace::by_levels)
@@ -139,6 +141,7 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("chunk_slots", &kda::ChunkBwdPlan::chunk_slots)
       .def_readonly("value_tile", &kda::ChunkBwdPlan::value_tile)
       .def_readonly("saved", &kda::ChunkBwdPlan::saved)
+      .def_readonly("makes_values", &kda::ChunkBwdPlan::makes_values)
       .def_readonly("side_by_side", &kda::ChunkBwdPlan::side_by_side)
       .def_readonly("gradients_beside", &kda::ChunkBwdPlan::gradients_beside)
       .def_readonly("early_gradients", &kda::ChunkBwdPlan::early_gradients)

@@ -10,12 +10,14 @@
 namespace kda {
 namespace {
 
-// What the first two stages take and leave, with the intermediates at `base` and room for U0.
-ChunkFwdKernelParams first_stage_params(const ChunkFwdParams& call, const ChunkBwdPlan& plan, uint8_t* base, void* U0,
-                                        const RecurrenceSegments& segments) {
+// What the first two stages take and leave: the intermediates at `base`, and with the regions U0 and beta of the workspace at `at`.
+template <typename Workspace>
+ChunkFwdKernelParams first_stage_params(const ChunkFwdParams& call, const ChunkBwdPlan& plan, uint8_t* base,
+                                        uint8_t* at, const Workspace& workspace, const RecurrenceSegments& segments) {
   ChunkFwdKernelParams params = stage_params(call, plan.intermediates, base, plan.chunk_slots);
   params.inverse = base + plan.intermediates.inverse;
-  params.U = static_cast<uint4*>(U0);
+  params.U = reinterpret_cast<uint4*>(at + workspace.U0);
+  if (plan.makes_values) params.beta = reinterpret_cast<float*>(at + workspace.beta);
   params.U_rounded = reinterpret_cast<uint4*>(base + plan.intermediates.U);
   params.segments = segments;
   return params;
@@ -47,9 +49,8 @@ ChunkBwdKernelParams kernel_params(const ChunkBwdParams& call, const ChunkBwdPla
   ChunkBwdKernelParams params = {};
   // Saved intermediates are only read; the type of the kernels' parameters is that of the stages that write them.
   uint8_t* const saved = static_cast<uint8_t*>(const_cast<void*>(call.intermediates));
-  params.forward =
-      first_stage_params(call.inputs, plan, plan.saved ? saved : base + workspace.intermediates, base + workspace.U0,
-                         segments_at(base, workspace.segments, plan, !plan.saved, true));
+  params.forward = first_stage_params(call.inputs, plan, plan.saved ? saved : base + workspace.intermediates, base,
+                                      workspace, segments_at(base, workspace.segments, plan, !plan.saved, true));
   params.forward.wants_output = false;
   params.forward.call.o = nullptr;
   params.forward.call.final_state = params.forward.call.chunk_states = nullptr;
@@ -93,7 +94,7 @@ cudaError_t chunk_fwd_saving(const ChunkFwdParams& call, void* intermediates, co
   if (plan.path != ChunkFwdPath::kStaged) return cudaErrorNotSupported;
   const ChunkSavingWorkspace& workspace = plan.saving_workspace;
   uint8_t* const base = static_cast<uint8_t*>(call.workspace);
-  return run_stages(first_stage_params(call, plan, static_cast<uint8_t*>(intermediates), base + workspace.U0,
+  return run_stages(first_stage_params(call, plan, static_cast<uint8_t*>(intermediates), base, workspace,
                                        segments_at(base, workspace.segments, plan, true, false)),
                     plan.value_tile, stream);
 }

@@ -2,7 +2,7 @@
 // keys are normalised:
 //   Aqk[i,j] = scale * sum_d q_i k_j exp(G_i - G_j)    (i >= j)
 //   Akk[i,j] = beta_i * sum_d k_i k_j exp(G_i - G_j)   (i > j)
-//   Tinv = (I + Akk)^-1 Diag(beta),   U0 = Tinv V,   W = Tinv (K ⊙ e^G)
+//   Tinv = (I + Akk)^-1 Diag(beta),   U0 = Tinv V unless the recurrence of the state makes it,   W = Tinv (K ⊙ e^G)
 // and the operands of the later stages,
 //   Q_gated = scale * Q ⊙ e^G,   K_decayed = K ⊙ e^{G_C - G},   chunk_decay = e^{G_C}.
 //
@@ -61,6 +61,8 @@ struct IntraChunkSolve {
   __device__ __forceinline__ int member() const { return lane & 3; }
   __device__ __forceinline__ int step() const { return thread / Config::kGroupThreads; }
   __device__ __forceinline__ bool is_later() const { return step() == 1; }
+  // Whether the recurrence of the state makes U0.
+  __device__ __forceinline__ bool makes_values_later() const { return params.beta != nullptr; }
   __device__ __forceinline__ uint8_t* raw(int of_step) const { return shared + (1 - of_step) * Config::kRawBytes; }
   __device__ __forceinline__ uint8_t* scratch(int of_step) const {
     return shared + Config::kScratch + of_step * Config::kScratchBytes;
@@ -189,6 +191,7 @@ struct IntraChunkSolve {
   // V, by one thread or, if inputs are not aligned, by all. After a barrier that a fence of all threads precedes: they have read what was there.
   __device__ __forceinline__ void load_values() const {
     const ChunkFwdParams& call = params.call;
+    if (makes_values_later()) return;
     if (params.vectorized) {
       if (thread != kOfValues) return;
       const int token = static_cast<int>(location.first_token), batch = static_cast<int>(location.batch);
@@ -212,7 +215,7 @@ struct IntraChunkSolve {
 
   // Waits for V. Rows past the end, where those of another sequence may lie, become zero: a barrier then follows for all.
   __device__ __forceinline__ void wait_for_values(int parity) const {
-    if (!params.vectorized) return;
+    if (!params.vectorized || makes_values_later()) return;
     wait_for(Copies::kValues, parity);
     if (location.tokens == C) return;
 #pragma unroll 1
@@ -335,7 +338,17 @@ struct IntraChunkSolve {
   // left out.
   __device__ __forceinline__ void store_inverse() const {
     const int row = thread / 4, first = 16 * (thread % 4);
-    if (first > row) return;
+    const uint32_t offset = PairTile::unit_offset(row, first / 8);
+    // first is a multiple of 16: the second unit is at offset ^ 16
+    const auto store = [&](uint8_t* destination, uint32_t at, const uint32_t(&v)[8]) {
+      *reinterpret_cast<uint4*>(destination + at) = {v[0], v[1], v[2], v[3]};
+      *reinterpret_cast<uint4*>(destination + (at ^ 16)) = {v[4], v[5], v[6], v[7]};
+    };
+    if (makes_values_later() && first == 0) params.beta[tile * C + row] = rows(row / Config::C).write[row % Config::C];
+    if (first > row) {
+      if (params.inverse != nullptr) store(params.inverse + tile * Config::kChunkPairTileBytes, offset, {});
+      return;
+    }
     float t[16], write[16];
     const auto load = [&](int i) {  // a block of 8
       const int up = InverseBlocks::shift(row / 8, (first + i) / 8);
@@ -352,12 +365,6 @@ struct IntraChunkSolve {
       for (int i = 8; i < 16; ++i) t[i] = 0.0f;
     }
     Producer::load(write, rows(first / Config::C).write + first % Config::C);
-    const uint32_t offset = PairTile::unit_offset(row, first / 8);
-    // first is a multiple of 16: the second unit is at offset ^ 16
-    const auto store = [&](uint8_t* destination, uint32_t at, const uint32_t(&v)[8]) {
-      *reinterpret_cast<uint4*>(destination + at) = {v[0], v[1], v[2], v[3]};
-      *reinterpret_cast<uint4*>(destination + (at ^ 16)) = {v[4], v[5], v[6], v[7]};
-    };
     uint32_t high[8], low[8];
     if (params.inverse != nullptr) {
 #pragma unroll
@@ -381,6 +388,7 @@ struct IntraChunkSolve {
   }
 
   // W = Tinv (K ⊙ e^G) for kUnits times 16 channels, by one warp, over K ⊙ e^G and from there to memory.
+  template <int kUnits>
   __device__ __forceinline__ void multiply_keys(int channel) const {
     const uint32_t base = ptx::shared_address(shared);
     const uint32_t keys = base + Config::kGated, inverse = base + Config::kTinv;
@@ -612,10 +620,17 @@ struct IntraChunkSolve {
     __syncthreads();
     next().load_last_inputs();
     const IntraChunkSolve solve = here();
+    if (solve.makes_values_later()) {
+#pragma unroll
+      for (int first = 16 * solve.warp(); first < K; first += 16 * Config::kWarps) {
+        solve.template multiply_keys<1>(first);
+      }
+      return;
+    }
 #pragma unroll
     for (int first = 16 * kUnits * solve.warp(); first < K + V; first += 16 * kUnits * Config::kWarps) {
       if (first < K) {
-        solve.multiply_keys(first);
+        solve.template multiply_keys<kUnits>(first);
       } else {
         solve.multiply_values(first - K);
       }

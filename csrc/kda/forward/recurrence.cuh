@@ -50,19 +50,22 @@ struct RecurrenceBlock {
   }
 };
 
-// Threads and registers of a CTA with kGroups consuming warpgroups, the only one of its multiprocessor.
-template <int kGroups_>
+// Threads and registers of a CTA with kGroups consuming warpgroups, one of movers and kMakerGroups behind them, the only one of its multiprocessor.
+template <int kGroups_, int kMakerGroups = 0>
 struct RecurrenceThreads {
   static constexpr int kGroups = kGroups_;
-  static constexpr int kConsumers = 128 * kGroups, kMovers = 32 * kMoverWarps, kThreads = kConsumers + kMovers;
+  static constexpr int kConsumers = 128 * kGroups, kMovers = 32 * kMoverWarps, kMakers = 128 * kMakerGroups,
+                       kThreads = kConsumers + kMovers + kMakers;
   static constexpr int kRows = kRecurrenceRows * kGroups;
   // The CTA starts with kRegisters a thread; what the movers give up of them is all that the consumers can get.
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kMoverRegisters = 72;
-  static constexpr int kMostRegisters = (kRegisters * (kGroups + 1) - kMoverRegisters) / kGroups / 8 * 8;
+  static constexpr int kMoverRegisters = 72, kMakerRegisters = 120;
+  static constexpr int kMostRegisters =
+      (kRegisters * (kThreads / 128) - kMoverRegisters - kMakerGroups * kMakerRegisters) / kGroups / 8 * 8;
   static constexpr int kConsumerRegisters = kMostRegisters < 240 ? kMostRegisters : 240;
 
   static __device__ __forceinline__ bool is_mover() { return threadIdx.x >= kConsumers; }
+  static __device__ __forceinline__ bool is_maker() { return kMakers > 0 && threadIdx.x >= kConsumers + kMovers; }
 };
 
 // Which stage of a ring, and the parity of its barriers in this turn.

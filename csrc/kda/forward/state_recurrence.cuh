@@ -12,14 +12,24 @@
 // segment before. That comes from the affine maps of the segments, S_end = M S_entry + B (segment_compose.cuh): a summary of each segment,
 // which writes nothing else, finds B from zero, or from the initial state in the first one, and M from the identity without U0.
 //
+// For a backward that does not cut sequences this stage makes U0 = A^-1 Diag(beta) V itself, from A^-1 in one bf16, which the backward has anyway, and
+// beta V in two: memory bounds this stage and the one before with many heads, and U0 in fp32 was the largest of what went between them; with few heads
+// the one before becomes shorter, and the reverse recurrence beside this one is the longer of the two.
+//   -U0^T = (-beta V)^T A^-T                   A = rows of V^T times -beta, as a sum of two bf16 operands;  B = A^-1 [C, C]
+// Its operands are made beside the last product of the chunk before, and W S is added to it.
+//
 // Another warpgroup, the movers, keeps a ring of stages filled with bulk copies, through which every chunk of the sequence goes once, and
-// stores the operands that the consumers leave in shared memory. In a backward they may follow stage 1 chunk by chunk (solve_progress.cuh).
+// stores the operands that the consumers leave in shared memory; rows of V come by 16-byte units, those past the end zero. In a backward they may
+// follow stage 1 chunk by chunk (solve_progress.cuh).
 //
 // Shared memory of one stage (bytes, K = 128): W and K_decayed 16384 each, U0 of the value tile 16384 for each 64 rows,
-// chunk_decay 512. Behind the ring 24576 for each 64 rows, through which S and U leave.
+// chunk_decay 512; in the place of U0, where it is made here, A^-1 8192, beta 256, rows of V 8192 for each 64 of them and 1024. Behind the ring 24576 for
+// each 64 rows, through which S and U leave.
 // Bound by the chain from S to S': two products with each other's results, K / 16 instructions of 64 x 64 x 16 and 8 of
 // 64 x K x 16, and the two conversions between them.
 #pragma once
+
+#include <type_traits>
 
 #include "../device/timeline.cuh"
 #include "kernel_params.h"
@@ -27,25 +37,41 @@
 
 namespace kda {
 
-// kSaves: what the backward needs is written. kSummary: only what becomes of the state in each segment of a cut.
-template <int K_, int kGroups_, bool kSaves_, bool kSummary_ = false>
-struct StateRecurrenceConfig : RecurrenceThreads<kGroups_> {
-  static constexpr int K = K_, C = kChunkTokens, kGroups = kGroups_;
+// kSaves: what the backward needs is written. kSummary: only what becomes of the state in each segment of a cut. Element: of V, if U0 is
+// made from it, else void.
+template <int K_, int kGroups_, bool kSaves_, bool kSummary_ = false, typename Element_ = void>
+struct StateRecurrenceConfig : RecurrenceThreads<kGroups_, kGroups_ == 1 && !std::is_void_v<Element_> ? 1 : 0> {
+  static constexpr int K = K_, C = kChunkTokens, kGroups = kGroups_, kRows = kGroups * kRecurrenceRows;
   static constexpr bool kSaves = kSaves_, kSummary = kSummary_;
+  using Element = Element_;
+  static constexpr bool kMakesValues = !std::is_void_v<Element>;
+  static_assert(!kMakesValues || (kSaves && !kSummary), "of a backward, which has the inverse");
+  // By makers, for whom there are registers and shared memory beside one consuming warpgroup; else by the consumers.
+  static constexpr bool kMakersMakeValues = kMakesValues && kGroups == 1;
+  static constexpr bool kConsumersMakeValues = kMakesValues && !kMakersMakeValues;
   using KeyTile = BlockedTile<C>;
   static constexpr int kMaxStages = 4;
 
-  static constexpr int kKeyTileBytes = C * K * 2;
-  static constexpr int kDecayBytes = K * 4;
-  static constexpr int kU0Bytes = kGroups * kRecurrenceRows * C * 4;
+  static constexpr int kKeyTileBytes = C * K * 2, kPairTileBytes = C * C * 2;
+  static constexpr int kDecayBytes = K * 4, kBetaBytes = C * 4;
+  static constexpr int kU0Bytes = kRows * C * 4;
+  static constexpr int kRowBytes = kRows * 2, kRowPitch = kRowBytes + 16;  // of V: free of bank conflicts
 
   // Offsets inside one stage.
   static constexpr int kW = 0;
   static constexpr int kKeyDecayed = kW + kKeyTileBytes;
-  static constexpr int kU0 = kKeyDecayed + kKeyTileBytes;
-  static constexpr int kDecay = kU0 + kU0Bytes;
-  static constexpr int kLoadedBytes = kDecay + kDecayBytes;
-  static constexpr int kStageBytes = (kLoadedBytes + 1023) / 1024 * 1024;  // operands of wgmma start at multiples
+  static constexpr int kLoadedU0 = kKeyDecayed + kKeyTileBytes, kInverse = kLoadedU0;
+  static constexpr int kDecay = kLoadedU0 + (kMakesValues ? kPairTileBytes : kU0Bytes);
+  static constexpr int kBeta = kDecay + kDecayBytes;
+  static constexpr int kLoadedBytes = kBeta + (kMakesValues ? kBetaBytes : 0);  // by bulk copies
+  static constexpr int kValues = kLoadedBytes;
+  static constexpr int kMadeU0 = kValues + (kMakesValues ? C * kRowPitch : 0);
+  static constexpr int kU0 = kMakersMakeValues ? kMadeU0 : kLoadedU0;
+  static constexpr int kMade = kMadeU0 + (kMakersMakeValues ? kU0Bytes : 0);  // barrier: U0 is made
+  static constexpr int kStageBytes = (kMade + 8 + 1023) / 1024 * 1024;        // operands of wgmma start at multiples
+
+  // Who arrives at the barrier of a stage besides the bytes of bulk copies.
+  static constexpr int kArrivals = 1 + (kMakesValues ? 32 * kMoverWarps : 0);
 
   using Staged = StagedOperands<K, kSaves ? C / 16 : 0>;
 };
@@ -57,6 +83,117 @@ __device__ __forceinline__ void store_map_transposed(StateFragments<K>& rows, fl
   float* const map = maps + tile * K * K + row_tile * 16 * 16;
   rows.for_each(lane,
                 [&](float value, int row, int channel) { map[(channel / 16 * K + row) * 16 + channel % 16] = value; });
+}
+
+// Rows of V on their way to a stage, where U0 is made from them: each mover copies units of 16 bytes; rows past the end of the sequence are zero.
+template <typename Config, bool = Config::kMakesValues>
+struct MovedValues {
+  __device__ __forceinline__ MovedValues(const ChunkFwdParams&, const RecurrenceBlock&, int) {}
+};
+template <typename Config>
+struct MovedValues<Config, true> {
+  static constexpr int kUnits = Config::kRowBytes / 16, kRowsAtOnce = Config::kMovers / kUnits;
+  const uint16_t* first;  // of the thread's unit in the first row of the segment
+  int64_t token_stride;
+  int tokens;  // of the segment
+  int first_row, unit;
+
+  __device__ __forceinline__ MovedValues(const ChunkFwdParams& call, const RecurrenceBlock& block, int mover)
+      : token_stride(call.v_stride.token), first_row(mover / kUnits), unit(mover % kUnits) {
+    const SequenceRange range = sequence_range(call, block.segment.sequence);
+    const int64_t first_token = range.begin + block.segment.first_chunk * Config::C;
+    tokens = static_cast<int>(min(range.end - first_token, block.segment.chunks * Config::C));
+    first = static_cast<const uint16_t*>(call.v) + range.batch * call.v_stride.batch + first_token * token_stride +
+            block.value_head * call.v_stride.head + block.first_row_tile * 16 + 8 * unit;
+  }
+  // Arrives at the barrier when the thread's units of the chunk are there.
+  __device__ __forceinline__ void copy(uint8_t* values, int chunk, uint32_t barrier, bool aligned) const {
+    uint8_t* const destination = values + 16 * unit;
+    const uint16_t* const source = first + int64_t{chunk} * Config::C * token_stride;
+    const int rows = min(tokens - chunk * Config::C, Config::C);
+    if (aligned) {
+#pragma unroll 4
+      for (int row = first_row; row < Config::C; row += kRowsAtOnce) {
+        const bool in_range = row < rows;
+        ptx::cp_async_16(ptx::shared_address(destination + row * Config::kRowPitch),
+                         source + (in_range ? row : 0) * token_stride, in_range ? 16 : 0);
+      }
+      ptx::cp_async_mbarrier_arrive_noinc(barrier);
+      return;
+    }
+#pragma unroll 1
+    for (int row = first_row; row < Config::C; row += kRowsAtOnce) {
+      *reinterpret_cast<uint4*>(destination + row * Config::kRowPitch) =
+          row < rows ? load_8x16bit(source + row * token_stride) : uint4{0, 0, 0, 0};
+    }
+    ptx::mbarrier_arrive(barrier);
+  }
+};
+
+// -U0^T = (-beta V)^T A^-T of a chunk, for the warpgroup's rows of V.
+template <typename Config, bool = Config::kMakesValues>
+struct ValueOperands {};  // U0 is there
+template <typename Config>
+struct ValueOperands<Config, true> {
+  static constexpr int C = Config::C;
+  uint32_t high[C / 16][4], low[C / 16][4];
+
+  __device__ __forceinline__ void load(uint32_t stage, const uint8_t* stage_data, int warp, int lane) {
+    const int matrix = lane >> 3;
+    const uint32_t rows =
+        stage + Config::kValues + ((lane & 7) + (matrix >> 1) * 8) * Config::kRowPitch + (2 * warp + (matrix & 1)) * 16;
+    const float* const betas = reinterpret_cast<const float*>(stage_data + Config::kBeta) + 2 * (lane & 3);
+#pragma unroll
+    for (int kt = 0; kt < C / 16; ++kt) {
+      uint32_t values[4];
+      ptx::ldmatrix_x4_trans(values, rows + 16 * kt * Config::kRowPitch);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 beta = *reinterpret_cast<const float2*>(betas + 16 * kt + 8 * half);
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          const float2 value = Packed2<typename Config::Element>::to_float2(values[i]);
+          const SplitBf16 split(-beta.x * value.x, -beta.y * value.y);
+          high[kt][i] = split.high, low[kt][i] = split.low;
+        }
+      }
+    }
+  }
+  // One group of products, to which others may be added.
+  __device__ __forceinline__ void multiply(float (&u)[C / 8][4], uint32_t stage) const {
+    wgmma::fence();
+#pragma unroll
+    for (int kt = 0; kt < C / 16; ++kt) {
+      const uint64_t inverse = wgmma::descriptor(stage + Config::kInverse + 32 * kt, 0);
+      wgmma::m64n64k16_bf16<false>(u, high[kt], inverse, kt > 0);
+      wgmma::m64n64k16_bf16<false>(u, low[kt], inverse, true);
+    }
+    wgmma::commit_group();
+  }
+};
+
+// U0 of each chunk in accumulator order into its stage, by the makers.
+template <typename Config>
+__device__ __forceinline__ void make_values(uint8_t* shared, const StageRing& stage_ring, int chunks) {
+  constexpr int C = Config::C;
+  const int warp = (threadIdx.x - Config::kConsumers - Config::kMovers) >> 5, lane = threadIdx.x & 31;
+  RingPosition ring;
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    const uint32_t stage = stage_ring.stage(ring.stage);
+    uint8_t* const stage_data = shared + ring.stage * Config::kStageBytes;
+    ptx::mbarrier_wait_parity(stage_ring.full(ring.stage), ring.parity);
+    ValueOperands<Config> operands;
+    operands.load(stage, stage_data, warp, lane);
+    float u[C / 8][4];
+    operands.multiply(u, stage);
+    wgmma::wait_group<0>();
+    wgmma::pin(u);
+    float4* const u0 = reinterpret_cast<float4*>(stage_data + Config::kU0) + warp * (C / 8) * 32 + lane;
+#pragma unroll
+    for (int n = 0; n < C / 8; ++n) u0[n * 32] = {-u[n][0], -u[n][1], -u[n][2], -u[n][3]};
+    ptx::mbarrier_arrive(stage + Config::kMade);
+    ring.advance(stage_ring.stages);
+  }
 }
 
 template <typename Config>
@@ -92,12 +229,22 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       *reinterpret_cast<uint4*>(shared + stage * Config::kStageBytes + Config::kU0 + 16 * unit) = {0, 0, 0, 0};
     }
   }
-  stage_ring.init(shared, found, 1, Config::kConsumers, Config::kMovers);
+  if (Config::kMakersMakeValues && threadIdx.x == 0) {
+    for (int i = 0; i < stages; ++i) ptx::mbarrier_init(stage_ring.stage(i) + Config::kMade, Config::kMakers);
+  }
+  stage_ring.init(shared, found, Config::kArrivals, Config::kConsumers, Config::kMovers);
   if (threadIdx.x == 0) mark(params, Mark::kStateBegin, 0);
   ptx::launch_dependents();  // the reverse recurrence needs nothing of this one, and finds room beside it
   uint8_t* const staging = shared + staging_offset<Config>(stages);
   using Staged = typename Config::Staged;
 
+  if constexpr (Config::kMakersMakeValues) {
+    if (Config::is_maker()) {
+      ptx::setmaxnreg_dec<Config::kMakerRegisters>();
+      make_values<Config>(shared, stage_ring, static_cast<int>(stage_ring.block(shared).segment.chunks));
+      return;
+    }
+  }
   if (Config::is_mover()) {
     ptx::setmaxnreg_dec<Config::kMoverRegisters>();
     const RecurrenceBlock block = stage_ring.block(shared);
@@ -105,16 +252,24 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int chunks = static_cast<int>(block.segment.chunks), first_row_tile = block.first_row_tile;
     const bool is_map = Config::kSummary && block.is_map;
     SolvedChunks solved = {params, chunks, /*is_reversed=*/false};
+    const MovedValues<Config> rows(call, block, threadIdx.x - Config::kConsumers);
     const auto fill = [&](int chunk, int i) {
+      const uint32_t stage = stage_ring.stage(i), barrier = stage_ring.full(i);
+      if constexpr (Config::kMakesValues) {
+        rows.copy(shared + i * Config::kStageBytes + Config::kValues, chunk, barrier, params.vectorized);
+      }
       if (warp > Config::kConsumers / 32) return;
       solved.wait_for(chunk, Config::kRows, lane);
       if (lane > 0) return;
       const int64_t tile = first_tile + int64_t{chunk} * value_heads;
-      const uint32_t stage = stage_ring.stage(i), barrier = stage_ring.full(i);
       ptx::mbarrier_arrive_expect_tx(barrier, Config::kLoadedBytes - (is_map ? Config::kU0Bytes : 0));
       ptx::cp_async_bulk_load(stage + Config::kW, params.W + tile * Config::kKeyTileBytes, Config::kKeyTileBytes,
                               barrier);
-      if (!is_map) {
+      if constexpr (Config::kMakesValues) {
+        ptx::cp_async_bulk_load(stage + Config::kInverse, params.inverse + tile * Config::kPairTileBytes,
+                                Config::kPairTileBytes, barrier);
+        ptx::cp_async_bulk_load(stage + Config::kBeta, params.beta + tile * C, Config::kBetaBytes, barrier);
+      } else if (!is_map) {
         ptx::cp_async_bulk_load(stage + Config::kU0, params.U + (tile * (V / 16) + first_row_tile) * (C / 8) * 32,
                                 Config::kU0Bytes, barrier);
       }
@@ -168,32 +323,43 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   uint8_t* const area = staging + warp * Staged::kBytes;
 
   RingPosition ring;
+  ValueOperands<Config> values;
+  if constexpr (Config::kConsumersMakeValues) {
+    if (chunks > 0) {
+      ptx::mbarrier_wait_parity(stage_ring.full(0), 0);
+      values.load(stage_ring.stage(0), shared, warp, lane);
+    }
+  }
   for (int chunk = 0; chunk < chunks; ++chunk) {
+    float u[C / 8][4];  // (W S)^T; where U0 is made here, less U0^T
+    if constexpr (Config::kConsumersMakeValues) values.multiply(u, stage_ring.stage(ring.stage));
     if (!Config::kSummary && __builtin_expect(call.chunk_states != nullptr, 0)) {
       store_state(call.chunk_states, first_tile + int64_t{chunk} * value_heads, state, call, first_row, lane);
     }
     uint32_t s[K / 16][4];
     state.to_operands(s);
 
-    ptx::mbarrier_wait_parity(stage_ring.full(ring.stage), ring.parity);
+    if constexpr (!Config::kConsumersMakeValues) {
+      ptx::mbarrier_wait_parity(stage_ring.full(ring.stage), ring.parity);
+    }
     const uint32_t stage = stage_ring.stage(ring.stage);
     const uint8_t* const stage_data = shared + ring.stage * Config::kStageBytes;
 
     scale_channels(state, stage_data + Config::kDecay, lane);
 
-    float u[C / 8][4];  // (W S)^T
     wgmma::fence();
 #pragma unroll
     for (int kt = 0; kt < K / 16; ++kt) {
       const uint64_t w = wgmma::descriptor(stage + Config::kW + channels_at<KeyTile>(kt), 0);
-      wgmma::m64n64k16_bf16<false>(u, s[kt], w, kt > 0);
+      wgmma::m64n64k16_bf16<false>(u, s[kt], w, Config::kConsumersMakeValues || kt > 0);
     }
     wgmma::commit_group();
 
     const float4* const u0 = reinterpret_cast<const float4*>(stage_data + Config::kU0) + warp * (C / 8) * 32 + lane;
     float4 corrected[C / 8];
+    if constexpr (Config::kMakersMakeValues) ptx::mbarrier_wait_parity(stage + Config::kMade, ring.parity);
 #pragma unroll
-    for (int n = 0; n < C / 8; ++n) corrected[n] = u0[n * 32];
+    for (int n = 0; n < C / 8; ++n) corrected[n] = Config::kConsumersMakeValues ? float4{0, 0, 0, 0} : u0[n * 32];
     wgmma::wait_group<0>();
     wgmma::pin(u);
 
@@ -234,8 +400,25 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       }
       ptx::mbarrier_arrive(stage_ring.staged());
     }
+    if constexpr (Config::kConsumersMakeValues) {  // of the next chunk, beside the products
+      RingPosition next = ring;
+      next.advance(stages);
+      if (chunk + 1 < chunks) {
+        ptx::mbarrier_wait_parity(stage_ring.full(next.stage), next.parity);
+        values.load(stage_ring.stage(next.stage), shared + next.stage * Config::kStageBytes, warp, lane);
+      }
+    }
     wgmma::wait_group<0>();
-    wgmma::pin(state.acc);
+    if constexpr (Config::kConsumersMakeValues) {
+      // Into registers that no product defines: else the compiler waits for -U0 of the next chunk before it reads them.
+#pragma unroll
+      for (int n = 0; n < K / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) state.acc[n][i] = ptx::copied(state.acc[n][i]);
+      }
+    } else {
+      wgmma::pin(state.acc);
+    }
     // Every thread says that it has read the stage: one lane could say so for its warp after a __syncwarp(), but
     // racecheck does not see that order, and a clean report is worth more than 31 arrivals.
     ptx::mbarrier_arrive(stage_ring.empty(ring.stage));
