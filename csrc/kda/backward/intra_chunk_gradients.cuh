@@ -537,6 +537,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
     typename Blocks::LaterOperands later_operands;
     here().template multiply_state<1>({&written}, Config::kDState, {Config::kU},
                                       [&] { here().add_crossing_state(crossing, unit); });
+    if (here().last_of_chain >= 0) here().add_written_roundings(written);
     {
       Block queries, keys;
       here().template multiply_state<2>({&queries, &keys}, Config::kState, {Config::kOutputGradient, Config::kY},
@@ -613,14 +614,16 @@ __device__ __forceinline__ uint32_t chunk_left_at(const ChunkDivisors& divisors,
 
 // The place of the index-th tile, which there is: in their order in memory, or beside the recurrences in that in which they leave them, all sequences, which
 // have equal lengths, and heads at the same pace. By a whole warp.
-__device__ __forceinline__ ChunkPlace place_of(const ChunkFwdKernelParams& params, const ChunkDivisors& divisors,
+__device__ __forceinline__ ChunkPlace place_of(const ChunkBwdKernelParams& params, const ChunkDivisors& divisors,
                                                uint32_t index, int lane) {
   const auto index_of_chain = [&] {
     const auto [turn, chain] = divisors.chains.divide(index);
     return ChunkIndex(divisors, chain, chunk_left_at(divisors, turn));
   };
-  const ChunkIndex at = params.progress != nullptr ? index_of_chain() : ChunkIndex(divisors, index);
-  return {at.location(params.call, lane), at.tile(divisors), at.slot, static_cast<int>(at.value_head)};
+  const ChunkIndex at = params.forward.progress != nullptr ? index_of_chain() : ChunkIndex(divisors, index);
+  const SlotOfSequence found = at.found(params.forward.call, lane);
+  return {found.location, at.tile(divisors), at.slot, static_cast<int>(at.value_head),
+          last_of_chain(params, found, static_cast<int>(at.value_head))};
 }
 
 // Some of the CTAs that come early, spread over the device.
@@ -645,7 +648,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   // through others, again and again until there is a tile: so all find their instructions, 39 KB of them, in the L2 cache, where what the
   // recurrences read and write would not leave them.
   bool rehearses = is_rehearsing(params, blockIdx.x);
-  const ChunkPlace nowhere = {{0, 0, 0}, 0, -1, 0};
+  const ChunkPlace nowhere = {{0, 0, 0}, 0, -1, 0, -1};
   const int64_t slots = params.forward.chunk_slots;
 
   const uint32_t tiles = static_cast<uint32_t>(slots * params.forward.call.problem.value_heads);  // fewer than 2^31
@@ -666,15 +669,15 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     const uint32_t index = params.forward.progress != nullptr ? __shfl_sync(0xffffffffu, taken, 0)
                            : before.slot < 0                  ? blockIdx.x
                                                               : static_cast<uint32_t>(before.tile) + gridDim.x;
-    ChunkPlace place = {{0, 0, 0}, index, slots, 0};
-    if (index < tiles) place = place_of(params.forward, given.divisors, index, lane);
+    ChunkPlace place = {{0, 0, 0}, index, slots, 0, -1};
+    if (index < tiles) place = place_of(params, given.divisors, index, lane);
     if (lane == 0) places[turns & 1] = place;
   };
   const auto at = [&](int turn) -> Gradients {
     const ChunkPlace& place = places[turn];
     const int thread = ptx::opaque(threadIdx.x), lane = thread & 31;  // what follows from it is not kept
     return {{{{{params, shared, thread, warp, lane, lane >> 2, lane & 3, place.location, place.value_head, place.tile,
-                turn}}}},
+                turn, place.last_of_chain}}}},
             given.maps};
   };
 

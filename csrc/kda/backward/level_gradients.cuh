@@ -105,7 +105,9 @@ struct LevelGradients : LevelPairGradients<Config> {
   __device__ __forceinline__ void scale_operands(const StateFragmentsOfChannels& fragments) const {
     float dot[2] = {};
     {
-      ChannelTile written_0 = zeros(), written_1 = zeros();
+      static_assert(Config::kPartTiles == 2);
+      ChannelTile of_tiles[2] = {zeros(), zeros()};
+      ChannelTile &written_0 = of_tiles[0], &written_1 = of_tiles[1];
 #pragma unroll
       for (int kt = 0; kt < V / 16; ++kt) {
         multiply_state(written_0, fragments.exit[kt], Config::kU, first_tile(), kt);
@@ -115,6 +117,10 @@ struct LevelGradients : LevelPairGradients<Config> {
           ChannelTile values = fragments.exit[kt].template unpack<BFloat16>();
           values.for_each([&](float& x, int block, int hi, int parity) { dot[hi] += x * entry.at(block, hi, parity); });
         }
+      }
+      if (this->last_of_chain >= 0) {
+        this->add_roundings(of_tiles, first_tile(), Config::kU,
+                            [&](int kt) { return state_fragments(params.dstate)[kt * kFragmentStride]; });
       }
       keep(lane_units(first_tile(), 1), written_0);
       keep(lane_units(first_tile() + 1, 1), written_1);
@@ -396,8 +402,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
     if (tile >= tiles) return;
     const int64_t slot = tile / value_heads;
-    const ChunkLocation location =
-        tile < flagged_tiles ? locate_chunk(params.forward.call, slot, lane) : ChunkLocation{0, 0, 0};
+    SlotOfSequence found = {0, {0, 0, 0}};
+    if (tile < flagged_tiles) found = find_slot(params.forward.call, slot, kChunkTokens, lane);
+    const ChunkLocation& location = found.location;
+    const int value_head = static_cast<int>(tile % value_heads);
     __syncthreads();  // all have read where to begin; shared memory is free
     if (threadIdx.x == 0) next = static_cast<unsigned>(tile) + gridDim.x;
     if (location.tokens == 0) {
@@ -406,7 +414,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       continue;
     }
     GradientsContext<Config> context{
-        params, shared, thread, warp, lane, lane >> 2, lane & 3, location, static_cast<int>(tile % value_heads), tile};
+        params,   shared,     thread, warp, lane, lane >> 2, lane & 3,
+        location, value_head, tile,   0,    last_of_chain(params, found, value_head)};
     LevelGradients<Config>{{{{{{context}}}, false}}}.run();
     __syncthreads();
   }

@@ -92,6 +92,15 @@ struct ValueGradients : GradientsRows<Config> {
         dots[4 * (i % kTilesOfSum) + t] =
             y.at(block, 0, p) * values.at(block, 0, p) + y.at(block, 1, p) * values.at(block, 1, p);
       }
+      if (this->last_of_chain >= 0) {
+        const ChannelTile low = this->value_roundings_of_rows(row_tile, tt);
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+          const int block = t >> 1, p = t & 1;
+          dots[4 * (i % kTilesOfSum) + t] +=
+              y.at(block, 0, p) * low.at(block, 0, p) + y.at(block, 1, p) * low.at(block, 1, p);
+        }
+      }
       Config::ValueTile::store_a_trans(pairs, address(Config::kY), 16 * tt, 16 * row_tile, lane);
       Config::ValueTile::store_a_trans(gradients, address(Config::kValueGradient), 16 * tt, 16 * row_tile, lane);
       Config::ValueTile::store_a_trans(u.pair, address(Config::kU), 16 * tt, 16 * row_tile, lane);

@@ -81,6 +81,14 @@ __device__ __forceinline__ SlotOfSequence find_slot(const ChunkFwdParams& p, int
   return {sequence, {range.batch, first_token, static_cast<int>(max(tokens, int64_t{0}))}};
 }
 
+// Whether a slot has the first tokens of its sequence, or the last ones.
+__device__ __forceinline__ bool begins_sequence(const ChunkFwdParams& p, const SlotOfSequence& at) {
+  return at.location.first_token == sequence_range(p, at.sequence).begin;
+}
+__device__ __forceinline__ bool ends_sequence(const ChunkFwdParams& p, const SlotOfSequence& at) {
+  return at.location.first_token + at.location.tokens == sequence_range(p, at.sequence).end;
+}
+
 __device__ __forceinline__ ChunkLocation locate_slot(const ChunkFwdParams& p, int64_t slot, int slot_tokens, int lane) {
   return find_slot(p, slot, slot_tokens, lane).location;
 }

@@ -540,8 +540,12 @@ struct IntraChunkSolve {
     const float2 other = others.total_of(0, Operands::kGroups);
     store_decay(operands, operands.total_of(0, Operands::kGroups), other);
     const int64_t offset = tile * Config::kChunkKeyTileBytes + step() * Config::kRowsOfStepBytes;
-    const typename Operands::Destination destination(operands, params.Q_gated + offset, params.K_decayed + offset,
-                                                     values, is_later(), call.scale,
+    uint8_t* const queries_low =
+        place.first_of_chain < 0 ? nullptr
+                                 : params.Q_gated_low + int64_t{place.first_of_chain} * Config::kChunkKeyTileBytes +
+                                       step() * Config::kRowsOfStepBytes;
+    const typename Operands::Destination destination(operands, params.Q_gated + offset, queries_low,
+                                                     params.K_decayed + offset, values, is_later(), call.scale,
                                                      {ptx::ex2(other.x), ptx::ex2(other.y)});
     if (far_apart) {
       operands.leave_gates();
@@ -674,13 +678,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
       const auto [chain_turn, chain] = divisors.chains.divide(index);
       return ChunkIndex(divisors, chain, SolveOrder(divisors).chunk_at(chain_turn));
     };
-    SolvePlace place = {{0, 0, 0}, 0, 0, 0, index};
+    SolvePlace place = {{0, 0, 0}, 0, 0, 0, index, -1};
 #pragma unroll 1
     for (; index < tiles && place.location.tokens == 0; index += gridDim.x) {
       const ChunkIndex chunk = params.followed_ctas > 0 ? index_from_ends() : ChunkIndex(divisors, index);
       const int value_head = static_cast<int>(chunk.value_head);
       const int key_head = heads == value_heads ? value_head : value_head / static_cast<int>(value_heads / heads);
-      place = {chunk.location(call, lane), chunk.tile(divisors), value_head, key_head, index};
+      const SlotOfSequence found = chunk.found(call, lane);
+      const bool is_first = params.Q_gated_low != nullptr && begins_sequence(call, found);
+      const int chain = static_cast<int>(found.sequence) * static_cast<int>(value_heads) + value_head;
+      place = {found.location, chunk.tile(divisors), value_head, key_head, index, is_first ? chain : -1};
     }
     if (lane == 0) place_of(turn) = place;
   };

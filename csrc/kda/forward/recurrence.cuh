@@ -115,10 +115,11 @@ struct StageRing {
   }
 
   // By the movers, for each of `chunks` chunks: fill(i, stage) once the stage is free, and store() when its fragments are staged, if
-  // any are; and tell(i, n) of chunks i .. i + n - 1 that are stored, some at a time, as it waits for the stores.
+  // any are; and tell(i, n) of chunks i .. i + n - 1 that are stored, some at a time, as it waits for the stores. Stages are filled
+  // `fills` times: once a chunk, or once more.
   template <bool kStores, typename Fill, typename Store, typename Tell>
-  __device__ __forceinline__ void move(int chunks, Fill fill, Store store, Tell tell) const {
-    for (int i = 0; i < stages && i < chunks; ++i) fill(i, i);
+  __device__ __forceinline__ void move(int chunks, int fills, Fill fill, Store store, Tell tell) const {
+    for (int i = 0; i < stages && i < fills; ++i) fill(i, i);
     RingPosition ring;
     for (int i = 0; i < chunks; ++i) {
       if constexpr (kStores) {
@@ -127,7 +128,7 @@ struct StageRing {
         store();
         ptx::mbarrier_arrive(taken());
       }
-      if (i + stages < chunks) {
+      if (i + stages < fills) {
         ptx::mbarrier_wait_parity(empty(ring.stage), ring.parity);
         fill(i + stages, ring.stage);
       }

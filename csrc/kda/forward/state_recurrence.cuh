@@ -1,7 +1,7 @@
 // Stage 2 of the staged forward: the hidden-state recurrence over the chunks of one sequence,
 //   U = U0 - W S,      S' = Diag(e^{G_C}) S + K_decayed^T U,
 // writing, for stage 3, the state at the entry of each chunk and U as bf16 MMA operands, U in the place of U0; for the backward,
-// operands of S rather than of its transpose, and U in one part.
+// operands of S rather than of its transpose, and U in one part, with what that leaves out of the last chunk of a sequence.
 //
 // Grid: one CTA for each (sequence, value head, value tile). The state is kept transposed, S^T [V, K], in fp32
 // accumulators for the whole sequence, so that they feed the next product as its A operand from registers; a warpgroup owns 64
@@ -57,6 +57,22 @@ __device__ __forceinline__ void store_map_transposed(StateFragments<K>& rows, fl
   float* const map = maps + tile * K * K + row_tile * 16 * 16;
   rows.for_each(lane,
                 [&](float value, int row, int channel) { map[(channel / 16 * K + row) * 16 + channel % 16] = value; });
+}
+
+// What the high part of U leaves out in the last chunk of a sequence, as operands B: the matrices of its fragments are transposed.
+template <typename Config>
+__device__ __forceinline__ void store_value_roundings(const ChunkFwdKernelParams& params, const RecurrenceBlock& block,
+                                                      const uint32_t (&low)[Config::C / 16][4], int lane) {
+  const ChunkFwdProblem& problem = params.call.problem;
+  const int64_t chain = block.segment.sequence * problem.value_heads + block.value_head;
+  uint4* const destination =
+      params.U_low +
+      (chain * (problem.value_dim / 16) + block.row_tile(ptx::opaque(threadIdx.x))) * (Config::C / 16) * 32 + lane;
+#pragma unroll
+  for (int kt = 0; kt < Config::C / 16; ++kt) {
+    destination[kt * 32] = {ptx::movmatrix_trans(low[kt][0]), ptx::movmatrix_trans(low[kt][1]),
+                            ptx::movmatrix_trans(low[kt][2]), ptx::movmatrix_trans(low[kt][3])};
+  }
 }
 
 template <typename Config>
@@ -142,7 +158,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       if (params.progress == nullptr) return;
       tell_progress(params.progress + first_tile + int64_t{chunk} * value_heads, value_heads, count, lane);
     };
-    stage_ring.move<!Config::kSummary>(chunks, fill, store, tell);
+    stage_ring.move<!Config::kSummary>(chunks, chunks, fill, store, tell);
     ptx::wait_for_kernel_before();
     return;
   }
@@ -166,6 +182,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
   uint4* u_operands = params.U + (first_tile * (V / 16) + row_tile) * (C / 8) * 32 + lane;  // of the current chunk
   uint8_t* const area = staging + warp * Staged::kBytes;
+
+  const int last_chunk = segment.is_last ? chunks - 1 : -1;  // of the sequence
 
   RingPosition ring;
   for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -221,6 +239,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         u_operands[2 * kt * 32] = {high[kt][0], high[kt][1], high[kt][2], high[kt][3]};
         u_operands[(2 * kt + 1) * 32] = {low[kt][0], low[kt][1], low[kt][2], low[kt][3]};
       }
+    }
+    if constexpr (Config::kSaves) {
+      if (chunk == last_chunk) store_value_roundings<Config>(params, stage_ring.block(shared), low, lane);
     }
     if constexpr (!Config::kSummary) {
       if (chunk > 0) ptx::mbarrier_wait_parity(stage_ring.taken(), (chunk - 1) & 1);
