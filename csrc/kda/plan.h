@@ -180,7 +180,8 @@ struct ChunkBwdWorkspace {
   size_t U0 =
       0;  // Tinv V, fp32 accumulators, in the place of those two until they are written, unless the recurrences run side by
           // side; none if the forward has saved  [slots, HV, V, C]
-  size_t dstate_low = 0;  // what bf16 leaves out of the gradient of the final state  [N, HV, V, K]  bf16, fragment order
+  size_t dstate_low =
+      0;                 // what bf16 leaves out of the gradient of the final state  [N, HV, V, K]  bf16, fragment order
   size_t by_levels = 0;  // whether a chunk's gradients are left to the levels of pairs  [slots, HV]  uint32
   size_t progress =
       0;  // of the recurrences in each chunk, and of stage 1  [slots, HV] + 2 + its CTAs that are followed  uint32; if stages work beside

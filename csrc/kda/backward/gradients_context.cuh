@@ -116,8 +116,8 @@ struct GradientsContext {
   // That of U where a warp has rows of V.
   __device__ __forceinline__ ChannelTile value_roundings_of_rows(int row_tile, int tt) const {
     const uint4 x = value_roundings(row_tile, tt);
-    const ChannelOperand rows = {{ptx::movmatrix_trans(x.x), ptx::movmatrix_trans(x.y), ptx::movmatrix_trans(x.z),
-                                  ptx::movmatrix_trans(x.w)}};
+    const ChannelOperand rows = {
+        {ptx::movmatrix_trans(x.x), ptx::movmatrix_trans(x.y), ptx::movmatrix_trans(x.z), ptx::movmatrix_trans(x.w)}};
     return rows.unpack<BFloat16>();
   }
   // sums[i] of the warp's channels and tile first_tile + i += what the rounded operands of U dS'^T leave out. U lies at `values`; dstate(i): the warp's
@@ -125,7 +125,7 @@ struct GradientsContext {
   template <int N, typename Fragment>
   __device__ __forceinline__ void add_roundings(ChannelTile (&sums)[N], int first_tile, int values,
                                                 Fragment dstate) const {
-    constexpr int kAtOnce = 4;  // of V / 16, whose loads are on their way together
+    constexpr int kAtOnce = 2;  // of V / 16, whose loads are on their way together
 #pragma unroll 1
     for (int first = 0; first < V / 16; first += kAtOnce) {
       uint4 dstate_low[kAtOnce], values_low[kAtOnce][N];

@@ -413,9 +413,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       __syncthreads();
       continue;
     }
-    GradientsContext<Config> context{
-        params,   shared,     thread, warp, lane, lane >> 2, lane & 3,
-        location, value_head, tile,   0,    last_of_chain(params, found, value_head)};
+    GradientsContext<Config> context{params,     shared,    thread,   warp,
+                                     lane,       lane >> 2, lane & 3, location,
+                                     value_head, tile,      0,        last_of_chain(params, found, value_head)};
     LevelGradients<Config>{{{{{{context}}}, false}}}.run();
     __syncthreads();
   }

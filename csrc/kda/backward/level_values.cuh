@@ -78,7 +78,7 @@ struct LevelValues : LevelContext<Config> {
     this->load_tokens(beta, Config::kBeta, tt);
     this->load_tokens(bound, Config::kBetaBound, tt);
     float* const parts = reinterpret_cast<float*>(shared + Config::kBetaParts) + row_tile * C;
-    float rounding_dots[4];  // of what U in bf16 leaves out, in the last chunk of a sequence
+    float rounding_dots[4] = {};  // of what U in bf16 leaves out, in the last chunk of a sequence
     if (this->last_of_chain >= 0) {
       const ChannelTile low = this->value_roundings_of_rows(row_tile, tt);
 #pragma unroll
@@ -91,10 +91,9 @@ struct LevelValues : LevelContext<Config> {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int block = i >> 1, parity = i & 1, token = this->token(tt, block, parity);
-      float dot = 0.0f;
+      float dot = rounding_dots[i];
 #pragma unroll
       for (int hi = 0; hi < 2; ++hi) dot += y.at(block, hi, parity) * values.at(block, hi, parity);
-      if (this->last_of_chain >= 0) dot += rounding_dots[i];
       dot = __fdividef(dot, bound[i]);
       if (tiny_beta && fabsf(beta[i]) < kSmallestBeta) {
         dot = y.at(block, 0, parity) * value_element(token, 16 * row_tile + row) +

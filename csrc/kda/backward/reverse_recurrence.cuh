@@ -107,20 +107,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int64_t last_tile = first_tile + int64_t{chunks - 1} * value_heads;
     SolvedChunks solved = {params.forward, chunks, /*is_reversed=*/true};
     const auto fill = [&](int step, int i) {
-      const uint32_t stage = stage_ring.stage(i), barrier = stage_ring.full(i);
-      if (step == chunks) {  // behind the first chunk, what Q_gated leaves out of it
-        if (thread == 0) {
-          const int64_t chain = segment.sequence * value_heads + value_head;
-          ptx::mbarrier_arrive_expect_tx(barrier, Config::kKeyTileBytes);
-          ptx::cp_async_bulk_load(stage + Config::kQGated, params.forward.Q_gated_low + chain * Config::kKeyTileBytes,
-                                  Config::kKeyTileBytes, barrier);
-        }
-        ptx::mbarrier_arrive(barrier);
-        return;
-      }
       const int chunk = chunks - 1 - step;
       if (thread < 32) solved.wait_for(step, Config::kRows, lane);
       const int64_t tile = first_tile + int64_t{chunk} * value_heads;
+      const uint32_t stage = stage_ring.stage(i), barrier = stage_ring.full(i);
       if (thread == 0) {
         ptx::mbarrier_arrive_expect_tx(barrier, Config::kOutputGradient);
         ptx::cp_async_bulk_load(stage + Config::kAqk, params.forward.Aqk + tile * Config::kPairTileBytes,
@@ -166,8 +156,22 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       if (progress == nullptr) return;
       tell_progress(progress + last_tile - int64_t{step} * value_heads, -value_heads, count, lane);
     };
-    const int fills = chunks + (leaves_initial_gradient<Config>(params, segment) ? 1 : 0);
-    stage_ring.move<!Config::kSummary>(chunks, fills, fill, store, tell);
+    // What Q_gated leaves out of the first chunk, which solved.wait_for() has seen. Read again, as there are few registers.
+    const auto fill_last = [&](RingPosition position) {
+      const RecurrenceBlock& of = stage_ring.block(ptx::opaque(shared));
+      if (!leaves_initial_gradient<Config>(params, of.segment)) return;
+      ptx::mbarrier_wait_parity(stage_ring.empty(position.stage), position.parity);
+      const uint32_t barrier = stage_ring.full(position.stage);
+      if (ptx::opaque(threadIdx.x) == Config::kConsumers) {
+        const int64_t chain = of.segment.sequence * call.problem.value_heads + of.value_head;
+        ptx::mbarrier_arrive_expect_tx(barrier, Config::kKeyTileBytes);
+        ptx::cp_async_bulk_load(stage_ring.stage(position.stage) + Config::kQGated,
+                                params.forward.Q_gated_low + chain * Config::kKeyTileBytes, Config::kKeyTileBytes,
+                                barrier);
+      }
+      ptx::mbarrier_arrive(barrier);
+    };
+    stage_ring.move<!Config::kSummary>(chunks, fill, store, tell, fill_last);
     ptx::wait_for_kernel_before();  // who waits for this kernel relies on the recurrence of the state, too
     return;
   }

@@ -25,9 +25,8 @@ struct IntraChunkDestination {
   const float2 key_factor;    // of the earlier step the decay of the later one; 1
   float inverse_q[4], inverse_k[4];
 
-  __device__ __forceinline__ IntraChunkDestination(const Operands& operands_, uint8_t* queries_,
-                                                   uint8_t* queries_low_, uint8_t* keys_,
-                                                   const RowValues& rows_, bool is_later_, float scale,
+  __device__ __forceinline__ IntraChunkDestination(const Operands& operands_, uint8_t* queries_, uint8_t* queries_low_,
+                                                   uint8_t* keys_, const RowValues& rows_, bool is_later_, float scale,
                                                    float2 other_decay)
       : operands(operands_),
         queries(queries_),

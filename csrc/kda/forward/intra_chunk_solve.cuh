@@ -540,10 +540,10 @@ struct IntraChunkSolve {
     const float2 other = others.total_of(0, Operands::kGroups);
     store_decay(operands, operands.total_of(0, Operands::kGroups), other);
     const int64_t offset = tile * Config::kChunkKeyTileBytes + step() * Config::kRowsOfStepBytes;
-    uint8_t* const queries_low =
-        place.first_of_chain < 0 ? nullptr
-                                 : params.Q_gated_low + int64_t{place.first_of_chain} * Config::kChunkKeyTileBytes +
-                                       step() * Config::kRowsOfStepBytes;
+    uint8_t* const queries_low = place.first_of_chain < 0
+                                     ? nullptr
+                                     : params.Q_gated_low + int64_t{place.first_of_chain} * Config::kChunkKeyTileBytes +
+                                           step() * Config::kRowsOfStepBytes;
     const typename Operands::Destination destination(operands, params.Q_gated + offset, queries_low,
                                                      params.K_decayed + offset, values, is_later(), call.scale,
                                                      {ptx::ex2(other.x), ptx::ex2(other.y)});

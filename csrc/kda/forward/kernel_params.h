@@ -60,7 +60,7 @@ struct ChunkFwdKernelParams {
                        // forward, unless it saves for the backward, and written for the backward
 
   // Of the ends of sequences, one tile for each (sequence, value head), written if `inverse` is: what bf16 leaves out.
-  uint4* U_low;          // [N, HV, V / 16, C / 16, 32 lanes] of U in the last chunk, operands B of 16 of V and 16 tokens
+  uint4* U_low;  // [N, HV, V / 16, C / 16, 32 lanes] of U in the last chunk, operands B of 16 of V and 16 tokens
   uint8_t* Q_gated_low;  // [N, HV] tiles [C, K], bf16, swizzled: of Q_gated in the first chunk
 
   int64_t chunk_slots;

@@ -115,11 +115,12 @@ struct StageRing {
   }
 
   // By the movers, for each of `chunks` chunks: fill(i, stage) once the stage is free, and store() when its fragments are staged, if
-  // any are; and tell(i, n) of chunks i .. i + n - 1 that are stored, some at a time, as it waits for the stores. Stages are filled
-  // `fills` times: once a chunk, or once more.
-  template <bool kStores, typename Fill, typename Store, typename Tell>
-  __device__ __forceinline__ void move(int chunks, int fills, Fill fill, Store store, Tell tell) const {
-    for (int i = 0; i < stages && i < fills; ++i) fill(i, i);
+  // any are; and tell(i, n) of chunks i .. i + n - 1 that are stored, some at a time, as it waits for the stores. fill_last(position):
+  // when all chunks are on their way, of the stage behind the last chunk's, which is free when its barrier `empty` says so.
+  template <bool kStores, typename Fill, typename Store, typename Tell, typename FillLast>
+  __device__ __forceinline__ void move(int chunks, Fill fill, Store store, Tell tell, FillLast fill_last) const {
+    for (int i = 0; i < stages && i < chunks; ++i) fill(i, i);
+    if (chunks < stages) fill_last(RingPosition{chunks, 1});
     RingPosition ring;
     for (int i = 0; i < chunks; ++i) {
       if constexpr (kStores) {
@@ -128,9 +129,11 @@ struct StageRing {
         store();
         ptx::mbarrier_arrive(taken());
       }
-      if (i + stages < fills) {
+      if (i + stages < chunks) {
         ptx::mbarrier_wait_parity(empty(ring.stage), ring.parity);
         fill(i + stages, ring.stage);
+      } else if (i + stages == chunks) {
+        fill_last(ring);
       }
       ring.advance(stages);
     }

@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       if (params.progress == nullptr) return;
       tell_progress(params.progress + first_tile + int64_t{chunk} * value_heads, value_heads, count, lane);
     };
-    stage_ring.move<!Config::kSummary>(chunks, chunks, fill, store, tell);
+    stage_ring.move<!Config::kSummary>(chunks, fill, store, tell, [](RingPosition) {});
     ptx::wait_for_kernel_before();
     return;
   }
