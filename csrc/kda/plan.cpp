@@ -346,6 +346,7 @@ ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool 
     w.U0 = plan.side_by_side ? reserve(w, tiles * V * C * kFp32) : w.dstate;
   }
   w.dstate_low = reserve(w, chains * V * K * kBf16);
+  w.dU_low = reserve(w, chains * V * C * kBf16);
   reserve_segments(w, p, plan, !saved, true);
 
   plan.saving_workspace.U0 = reserve(plan.saving_workspace, tiles * V * C * kFp32);

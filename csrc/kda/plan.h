@@ -180,9 +180,10 @@ struct ChunkBwdWorkspace {
   size_t U0 =
       0;  // Tinv V, fp32 accumulators, in the place of those two until they are written, unless the recurrences run side by
           // side; none if the forward has saved  [slots, HV, V, C]
-  size_t dstate_low =
-      0;                 // what bf16 leaves out of the gradient of the final state  [N, HV, V, K]  bf16, fragment order
-  size_t by_levels = 0;  // whether a chunk's gradients are left to the levels of pairs  [slots, HV]  uint32
+  // What bf16 leaves out in the last chunk of a sequence, a tile for each (sequence, value head):
+  size_t dstate_low = 0;  // of the gradient of the final state         [N, HV, V, K]  bf16, fragment order
+  size_t dU_low = 0;      // of dU                                      [N, HV, V, C]  bf16 operands
+  size_t by_levels = 0;   // whether a chunk's gradients are left to the levels of pairs  [slots, HV]  uint32
   size_t progress =
       0;  // of the recurrences in each chunk, and of stage 1  [slots, HV] + 2 + its CTAs that are followed  uint32; if stages work beside
           // each other

@@ -127,6 +127,7 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("dU", &kda::ChunkBwdWorkspace::dU)
       .def_readonly("U0", &kda::ChunkBwdWorkspace::U0)
       .def_readonly("dstate_low", &kda::ChunkBwdWorkspace::dstate_low)
+      .def_readonly("dU_low", &kda::ChunkBwdWorkspace::dU_low)
       .def_readonly("dA_log", &kda::ChunkBwdWorkspace::dA_log)
       .def_readonly("ddt_bias", &kda::ChunkBwdWorkspace::ddt_bias)
       .def_readonly("by_levels", &kda::ChunkBwdWorkspace::by_levels)

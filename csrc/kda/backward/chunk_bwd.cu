@@ -70,6 +70,7 @@ ChunkBwdKernelParams kernel_params(const ChunkBwdParams& call, const ChunkBwdPla
   params.dstate = fragments(workspace.dstate);
   params.dU = fragments(workspace.dU);
   params.dstate_low = fragments(workspace.dstate_low);
+  params.dU_low = fragments(workspace.dU_low);
   params.by_levels = reinterpret_cast<uint32_t*>(base + workspace.by_levels);
   if (plan.gradients_beside) {
     params.early_ctas = plan.early_gradients;

@@ -113,12 +113,24 @@ struct GradientsContext {
   __device__ __forceinline__ uint4 dstate_roundings(int row_tile) const {
     return params.dstate_low[((int64_t{last_of_chain} * (V / 16) + row_tile) * (K / 16) + group()) * 32 + lane];
   }
-  // That of U where a warp has rows of V.
-  __device__ __forceinline__ ChannelTile value_roundings_of_rows(int row_tile, int tt) const {
+  // The same of U and dU where a warp has 16 rows of V: added to values of U, and times A^{-1} to those of Y.
+  __device__ __forceinline__ void add_value_roundings(ChannelTile& values, int row_tile, int tt) const {
     const uint4 x = value_roundings(row_tile, tt);
     const ChannelOperand rows = {
         {ptx::movmatrix_trans(x.x), ptx::movmatrix_trans(x.y), ptx::movmatrix_trans(x.z), ptx::movmatrix_trans(x.w)}};
-    return rows.unpack<BFloat16>();
+    const ChannelTile low = rows.unpack<BFloat16>();
+    values.for_each([&](float& value, int block, int row, int parity) { value += low.at(block, row, parity); });
+  }
+  __device__ __forceinline__ void add_solved_roundings(ChannelTile& y, int row_tile, int tt) const {
+    const uint4* const dU = params.dU_low + (int64_t{last_of_chain} * (V / 16) + row_tile) * (C / 16) * 32 + lane;
+#pragma unroll 1
+    for (int kt = tt; kt < C / 16; ++kt) {
+      uint32_t b[4];
+      Config::PairTile::load_b_trans(b, address(Config::kInverse), 16 * kt, 16 * tt, lane);
+      const ChannelOperand operand = to_operand(dU[kt * 32]);
+      operand.multiply(y.value[0], b[0], b[1]);
+      operand.multiply(y.value[1], b[2], b[3]);
+    }
   }
   // sums[i] of the warp's channels and tile first_tile + i += what the rounded operands of U dS'^T leave out. U lies at `values`; dstate(i): the warp's
   // fragment of 16 of V.

@@ -73,25 +73,16 @@ struct LevelValues : LevelContext<Config> {
   // small, here Y_i . V_i, and the rest in beta_gradient(). Y, dV and U go to shared memory.
   __device__ __forceinline__ void store_solution(const ChannelTile& y, const ChannelOperand& u, int row_tile,
                                                  int tt) const {
-    const ChannelTile values = u.template unpack<BFloat16>();
+    ChannelTile values = u.template unpack<BFloat16>();
+    if (this->last_of_chain >= 0) this->add_value_roundings(values, row_tile, tt);
     float beta[4], bound[4];
     this->load_tokens(beta, Config::kBeta, tt);
     this->load_tokens(bound, Config::kBetaBound, tt);
     float* const parts = reinterpret_cast<float*>(shared + Config::kBetaParts) + row_tile * C;
-    float rounding_dots[4] = {};  // of what U in bf16 leaves out, in the last chunk of a sequence
-    if (this->last_of_chain >= 0) {
-      const ChannelTile low = this->value_roundings_of_rows(row_tile, tt);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int block = i >> 1, parity = i & 1;
-        rounding_dots[i] =
-            y.at(block, 0, parity) * low.at(block, 0, parity) + y.at(block, 1, parity) * low.at(block, 1, parity);
-      }
-    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int block = i >> 1, parity = i & 1, token = this->token(tt, block, parity);
-      float dot = rounding_dots[i];
+      float dot = 0.0f;
 #pragma unroll
       for (int hi = 0; hi < 2; ++hi) dot += y.at(block, hi, parity) * values.at(block, hi, parity);
       dot = __fdividef(dot, bound[i]);
@@ -122,7 +113,8 @@ struct LevelValues : LevelContext<Config> {
 #pragma unroll 1
     for (int job = warp; job < kSolveJobs; job += Config::kWarps) {
       const int tt = token_tile_of(job);
-      const ChannelTile y = multiply_inverse(operands, tt);
+      ChannelTile y = multiply_inverse(operands, tt);
+      if (this->last_of_chain >= 0) this->add_solved_roundings(y, row_tile_of(job), tt);
       const ChannelOperand u = to_operand(operands.U);
       load_operands(operands, job + Config::kWarps);
       store_solution(y, u, row_tile_of(job), tt);

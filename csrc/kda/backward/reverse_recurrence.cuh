@@ -223,6 +223,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     wgmma::commit_group();
   };
 
+  // The warp's tile of 16 rows of V in what is kept of the last chunk of each sequence alone.
+  const auto low_tile = [&] {
+    const int64_t chain = segment.sequence * value_heads + block.value_head;
+    return chain * (V / 16) + block.row_tile(ptx::opaque(threadIdx.x));
+  };
+
   RingPosition ring;
   for (int step = 0; step < chunks; ++step) {
     ptx::mbarrier_wait_parity(stage_ring.full(ring.stage), ring.parity);
@@ -257,11 +263,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       for (int kt = 0; kt < K / 16; ++kt) wgmma::m64n64k16_bf16<false>(du, low[kt], keys(kt), kt > 0);
       wgmma::commit_group();
       if constexpr (!Config::kSummary) {  // of dS', as Staged::store_state() has it
-        uint4* const destination =
-            params.dstate_low +
-            ((segment.sequence * value_heads + block.value_head) * (V / 16) + block.row_tile(threadIdx.x)) * (K / 16) *
-                32 +
-            lane;
+        uint4* const destination = params.dstate_low + low_tile() * (K / 16) * 32 + lane;
 #pragma unroll
         for (int kt = 0; kt < K / 16; ++kt) {
           destination[kt * 32] = transposed_fragment({low[kt][0], low[kt][1], low[kt][2], low[kt][3]});
@@ -311,6 +313,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
     wgmma::commit_group();
     if constexpr (!Config::kSummary) {
+      if (is_exact) {
+        uint4* const destination = params.dU_low + low_tile() * (C / 16) * 32 + lane;
+#pragma unroll
+        for (int kt = 0; kt < C / 16; ++kt) {
+          const uint32_t(&operand)[4] = du_low[kt];
+          destination[kt * 32] = {operand[0] ^ kSigns, operand[1] ^ kSigns, operand[2] ^ kSigns, operand[3] ^ kSigns};
+        }
+      }
       if (step > 0) ptx::mbarrier_wait_parity(stage_ring.taken(), (step - 1) & 1);
 #pragma unroll
       for (int kt = 0; kt < K / 16; ++kt) Staged::put_state(ptx::shared_address(area), exits[kt], kt, lane);

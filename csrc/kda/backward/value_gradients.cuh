@@ -74,7 +74,11 @@ struct ValueGradients : GradientsRows<Config> {
         operands.dU[kt].multiply(y.value[1], b[2], b[3]);
       }
       const ChannelOperand& u = operands.U[i];
-      const ChannelTile values = u.template unpack<BFloat16>();
+      ChannelTile values = u.template unpack<BFloat16>();
+      if (this->last_of_chain >= 0) {
+        this->add_value_roundings(values, row_tile, tt);
+        this->add_solved_roundings(y, row_tile, tt);
+      }
       float beta[4];
       this->load_tokens(beta, Config::kBeta, tt);
       uint32_t pairs[4], gradients[4];
@@ -91,15 +95,6 @@ struct ValueGradients : GradientsRows<Config> {
         const int block = t >> 1, p = t & 1;
         dots[4 * (i % kTilesOfSum) + t] =
             y.at(block, 0, p) * values.at(block, 0, p) + y.at(block, 1, p) * values.at(block, 1, p);
-      }
-      if (this->last_of_chain >= 0) {
-        const ChannelTile low = this->value_roundings_of_rows(row_tile, tt);
-#pragma unroll
-        for (int t = 0; t < 4; ++t) {
-          const int block = t >> 1, p = t & 1;
-          dots[4 * (i % kTilesOfSum) + t] +=
-              y.at(block, 0, p) * low.at(block, 0, p) + y.at(block, 1, p) * low.at(block, 1, p);
-        }
       }
       Config::ValueTile::store_a_trans(pairs, address(Config::kY), 16 * tt, 16 * row_tile, lane);
       Config::ValueTile::store_a_trans(gradients, address(Config::kValueGradient), 16 * tt, 16 * row_tile, lane);
