@@ -35,7 +35,7 @@ ROUNDINGS = {
     "S": "for stage 4",
     "dS": "for stage 4, but for what the last chunk's tokens write",
     "U": "for stage 4, but for that and for beta in the last chunk",
-    "dU": "for stage 4",
+    "dU": "for stage 4, but for the last chunk",
     "inverse": "A^-1, for stage 4",
     "Y": "operand of stage 4",
     "Dqk": "pairs, an operand of stage 4",
@@ -92,7 +92,7 @@ def gradients(call: dict[str, Tensor], rounded: Collection[str]) -> dict[str, Te
         dstates.append(dS)
         operand = dS if c == chunks - 1 else take("dS operand", dS)
         dU = Aqk[:, c].mT @ do[:, c] + K_decayed[:, c] @ operand
-        dvalues.append(take("dU", dU))
+        dvalues.append(dU if c == chunks - 1 else take("dU", dU))
         dS = G_C[:, c].exp().mT * dS + Q_gated[:, c].mT @ do[:, c] - W[:, c].mT @ dU
     S_in, U_ends = torch.stack(states, 1), torch.stack(values, 1)
     dS_ends, dU = torch.stack(dstates[::-1], 1), torch.stack(dvalues[::-1], 1)

@@ -81,12 +81,13 @@ __device__ __forceinline__ SlotOfSequence find_slot(const ChunkFwdParams& p, int
   return {sequence, {range.batch, first_token, static_cast<int>(max(tokens, int64_t{0}))}};
 }
 
-// Whether a slot has the first tokens of its sequence, or the last ones.
+// Whether a slot has the first tokens of its sequence, or the last ones; not one without tokens.
 __device__ __forceinline__ bool begins_sequence(const ChunkFwdParams& p, const SlotOfSequence& at) {
-  return at.location.first_token == sequence_range(p, at.sequence).begin;
+  return at.location.tokens > 0 && at.location.first_token == sequence_range(p, at.sequence).begin;
 }
 __device__ __forceinline__ bool ends_sequence(const ChunkFwdParams& p, const SlotOfSequence& at) {
-  return at.location.first_token + at.location.tokens == sequence_range(p, at.sequence).end;
+  const int64_t end = at.location.first_token + at.location.tokens;
+  return at.location.tokens > 0 && end == sequence_range(p, at.sequence).end;
 }
 
 __device__ __forceinline__ ChunkLocation locate_slot(const ChunkFwdParams& p, int64_t slot, int slot_tokens, int lane) {
