@@ -45,7 +45,7 @@ struct GradientsContext {
   const int64_t tile;  // slot * HV + value_head
   const int turn;      // of the chunk, modulo 2, in a kernel that has two at hand
   // The index of (sequence, value head), if this is its last chunk and there is a gradient of its final state; else -1. That gradient may meet few
-  // tokens, and what the bf16 of it and of U leaves out is taken as well, where no average would hide it.
+  // tokens, and what the bf16 of it, of U and of dU leaves out is taken as well, where no average would hide it.
   const int last_of_chain;
 
   __device__ __forceinline__ const ChunkFwdParams& call() const { return params.forward.call; }

@@ -19,7 +19,8 @@
 //
 // Numerics: in each block one reference in its middle serves all pairs, as in step_operands.cuh. A chunk whose gates
 // decay too much on either side of it, whose q or k are too large for that (see kWideLog2Range), or which has a beta that
-// nothing can be divided by, is left to level_gradients.cuh by a flag. Operands are single bf16. The terms of dg that belong to pairs
+// nothing can be divided by, is left to level_gradients.cuh by a flag. Operands are single bf16; in the last chunk of a sequence what those of U, dU and
+// dS' leave out is added (see GradientsContext::last_of_chain). The terms of dg that belong to pairs
 // cancel between their two tokens outside of what they cross; both sides take the same rounded operands, so that they cancel to fp32.
 //
 // Shared memory (bytes, K = V = 128): g, then log2 of P, 32768; dU, then Y, 16384; U 16384; the inverse 8192; S and dS', then operands of pairs, 65536;

@@ -15,7 +15,8 @@
 // 16 tokens at a time: decay factors, operands and results have one layout, and a tile needs few registers.
 // level_pairs.cuh has the levels of pairs.
 //
-// Numerics: gate factors are products of alpha <= 1. Operands are single bf16 (the emulation in docs/lab-notebook.md).
+// Numerics: gate factors are products of alpha <= 1. Operands are single bf16 (the emulation in docs/lab-notebook.md), with the same
+// exceptions as there in the last chunk of a sequence.
 // The terms of dg that belong to pairs cancel between their two tokens outside of what they cross; each side takes the
 // same rounded operands, so that they cancel to fp32. Entries of other levels are dropped by selection. alpha = 0
 // has no gradient.

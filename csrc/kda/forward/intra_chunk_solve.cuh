@@ -5,6 +5,7 @@
 //   Tinv = (I + Akk)^-1 Diag(beta),   U0 = Tinv V,   W = Tinv (K ⊙ e^G)
 // and the operands of the later stages,
 //   Q_gated = scale * Q ⊙ e^G,   K_decayed = K ⊙ e^{G_C - G},   chunk_decay = e^{G_C}.
+// For a backward, of the first chunk of a sequence also what Q_gated in bf16 leaves out.
 //
 // Grid: as many CTAs as are resident, of 8 warps; each goes on by the grid's size among tiles of (chunk slot, value head), past slots without tokens, in
 // their order in memory, or where recurrences follow from the ends of the sequences to their middle (solve_progress.cuh).
