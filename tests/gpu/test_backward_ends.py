@@ -18,7 +18,7 @@ pytestmark = gpu_tests
 
 HEADS = 16
 
-# Relative RMSE with steep gates. In fp64 with the roundings of tools/gradient_rounding.py at most 1.15e-3 for g, 1.07e-3
+# Relative RMSE with steep gates. In fp64 with the roundings of tools/gradient_rounding.py at most 1.15e-3 for g, 1.1e-3
 # for beta and 0.3e-3 for the initial state; with one bf16 of everything at least 1.5e-3, 1.8e-3 and 1.3e-3.
 LIMITS = {"g": 1.4e-3, "beta": 1.5e-3, "initial_state": 0.7e-3}
 
