@@ -34,4 +34,6 @@ def intermediate_bytes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> int:
     if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
         return 0
     (B, T, _, K), (HV, V), C = q.shape, v.shape[2:], CHUNK_TOKENS
-    return chunk_slots(B, T, cu_seqlens) * HV * (2 * C * (3 * K + 2 * C + V) + 2 * V * K + 4 * K)
+    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    of_chunk = 2 * C * (3 * K + 2 * C + V) + 2 * V * K + 4 * K
+    return HV * (chunk_slots(B, T, cu_seqlens) * of_chunk + sequences * 2 * C * (K + V))

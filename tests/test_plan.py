@@ -764,34 +764,42 @@ class TestBackward:
         p = problem(**changes)
         plan = planner.plan_chunk_bwd(p, activated_gate, saved)
         K, V, tiles = p.key_dim, p.value_dim, plan.chunk_slots * p.value_heads
+        chains = p.sequences * p.value_heads
         kept = dict.fromkeys(("W", "K_decayed", "Q_gated"), 2 * C * K) | dict.fromkeys(("Aqk", "inverse"), 2 * C * C)
         kept |= {"U": 2 * V * C, "state": 2 * V * K, "chunk_decay": 4 * K}
-        own, sums = {"dU": 2 * V * C, "dstate": 2 * V * K}, {"by_levels": tiles * 4}
+        kept = {name: tiles * size for name, size in kept.items()}
+        kept |= {"U_low": chains * 2 * V * C, "Q_gated_low": chains * 2 * C * K}
+        own, sums = {"dU": tiles * 2 * V * C, "dstate": tiles * 2 * V * K}, {"by_levels": tiles * 4}
+        own |= {"dU_low": chains * 2 * V * C, "dstate_low": chains * 2 * V * K}
         maps = ("transposed_map", "dstate") if saved else ("map", "transposed_map", "state", "dstate")
         if activated_gate:
             sums |= dict.fromkeys(("dA_log", "ddt_bias"), tiles * 4 * K)
         if p.value_heads > p.heads:
             sums |= dict.fromkeys(("dq", "dk"), 4 * p.tokens * p.value_heads * K)
 
-        intermediates = [(getattr(plan.intermediates, name), name, tiles * size) for name, size in kept.items()]
+        intermediates = [(getattr(plan.intermediates, name), name, size) for name, size in kept.items()]
         self.check_apart(intermediates, plan.intermediates.total_bytes)
         assert plan.intermediates.total_bytes == planner.intermediate_bytes(p)
-        early = [(getattr(plan.workspace, name), name, tiles * size) for name, size in own.items()]
+        early = [(getattr(plan.workspace, name), name, size) for name, size in own.items()]
         if not saved:
             early += [(plan.workspace.intermediates + begin, name, size) for begin, name, size in intermediates]
         late = [(getattr(plan.workspace, name), name, size) for name, size in sums.items()]
         late += [region for region in early if region[1] not in self.REUSED]
         if plan.segment_chunks:
             early += self.segment_regions(p, plan, plan.workspace.segments, maps)
-        first = [("U0", 4 * V * C), *kept.items()] if not saved else []
+        made_of = ("beta", tiles * 4 * C) if plan.makes_values else ("U0", tiles * 4 * V * C)
+        assert plan.makes_values == (plan.value_tile > 64)
+        first = [made_of, *kept.items()] if not saved else []
         saving = [(plan.saving_workspace.U0, "U0", tiles * 4 * V * C)]
+        if plan.makes_values:
+            saving.append((plan.saving_workspace.beta, *made_of))
         if plan.segment_chunks:
             saving += self.segment_regions(p, plan, plan.saving_workspace.segments, ("map", "state"))
         self.check_apart(saving, plan.saving_workspace.total_bytes)
         first = [
-            (plan.workspace.U0, name, tiles * size)
-            if name == "U0"
-            else (plan.workspace.intermediates + getattr(plan.intermediates, name), name, tiles * size)
+            (getattr(plan.workspace, name), name, size)
+            if name == made_of[0]
+            else (plan.workspace.intermediates + getattr(plan.intermediates, name), name, size)
             for name, size in first
         ]
         if plan.side_by_side and not saved:
@@ -838,10 +846,11 @@ class TestBackward:
 
     @pytest.mark.parametrize(("heads", "side_by_side"), [(12, True), (33, True), (49, True), (50, False), (96, False)])
     def test_recurrences_side_by_side(self, heads: int, side_by_side: bool) -> None:
-        """Where both find a multiprocessor for each of their CTAs; then U0 has a place of its own."""
+        """Where both find a multiprocessor for each of their CTAs; then U0, or beta to make it, has a place of its own."""
         plan = planner.plan_chunk_bwd(problem(heads=heads), False)
         assert plan.side_by_side == side_by_side
-        assert (plan.workspace.U0 != plan.workspace.dstate) == side_by_side
+        made_of = plan.workspace.beta if plan.makes_values else plan.workspace.U0
+        assert (made_of != plan.workspace.dstate) == side_by_side
 
     @pytest.mark.parametrize(
         ("changes", "is_beside"),
@@ -901,7 +910,8 @@ class TestBackward:
         p = problem(heads=32, varlen=True)
         plan = planner.plan_chunk_bwd(p, False)
         assert plan.side_by_side and not plan.gradients_beside
-        assert plan.workspace.total_bytes == (2568 + 512) * C * plan.chunk_slots * p.value_heads
+        of_tokens = (2568 + 512) * C * plan.chunk_slots * p.value_heads
+        assert plan.workspace.total_bytes == of_tokens + sum(self.bytes_of_ends(p))
 
     def test_memory_of_gradients_beside_the_recurrences(self) -> None:
         """Flags and counts, and sums of an activated gate, have places of their own."""
@@ -910,8 +920,15 @@ class TestBackward:
             plan = planner.plan_chunk_bwd(p, activated_gate)
             assert plan.gradients_beside and plan.followed_ctas == 0
             own = 4 * (2 + 2 * p.key_dim * activated_gate) * plan.chunk_slots * p.value_heads
+            own += sum(self.bytes_of_ends(p))
             rest = plan.workspace.total_bytes - (2568 + 512) * p.tokens * p.value_heads - own
             assert 0 < rest <= 4 * ALIGNMENT
+
+    @staticmethod
+    def bytes_of_ends(p: Any) -> tuple[int, int]:
+        """Of what bf16 leaves out at the ends of sequences: among the intermediates, and beside them."""
+        K, V, chains = p.key_dim, p.value_dim, p.sequences * p.value_heads
+        return chains * 2 * C * (K + V), chains * 2 * V * (K + C)
 
     @staticmethod
     def check_apart(regions: list[tuple[int, str, int]], total_bytes: int) -> None:
@@ -937,8 +954,10 @@ class TestBackward:
         token_heads = p.tokens * p.value_heads
         for saved, bytes_of_token in ((False, expected), (True, expected_saved)):
             plan = planner.plan_chunk_bwd(p, activated_gate, saved)
-            assert plan.workspace.total_bytes == bytes_of_token * token_heads
-            assert plan.intermediates.total_bytes == intermediates * token_heads
+            kept_ends, own_ends = self.bytes_of_ends(p)
+            ends = own_ends + (0 if saved else kept_ends)
+            assert plan.workspace.total_bytes == bytes_of_token * token_heads + ends
+            assert plan.intermediates.total_bytes == intermediates * token_heads + kept_ends
             content = json.loads(planner.to_json(plan))
             assert content["workspace_bytes"] == plan.workspace.total_bytes
             assert content["intermediate_bytes"] == plan.intermediates.total_bytes

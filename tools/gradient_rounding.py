@@ -28,14 +28,14 @@ C, BLOCK = 64, 32
 ROUNDINGS = {
     "W": "W, for both recurrences",
     "K_decayed": "K e^(G_C - G), for both",
-    "Q_gated": "Q e^G, for the reverse recurrence",
+    "Q_gated": "Q e^G, for the reverse recurrence, but for the first chunk",
     "Aqk": "for the reverse recurrence",
     "S operand": "S in U = U0 - W S",
     "dS operand": "dS' in dU, but for the last chunk",
     "S": "for stage 4",
-    "dS": "for stage 4",
-    "U": "for stage 4",
-    "dU": "for stage 4",
+    "dS": "for stage 4, but for what the last chunk's tokens write",
+    "U": "for stage 4, but for that and for beta in the last chunk",
+    "dU": "for stage 4, but for the last chunk",
     "inverse": "A^-1, for stage 4",
     "Y": "operand of stage 4",
     "Dqk": "pairs, an operand of stage 4",
@@ -77,7 +77,8 @@ def gradients(call: dict[str, Tensor], rounded: Collection[str]) -> dict[str, Te
     inverse = torch.linalg.inv(torch.eye(C).double() + Akk)
     Tinv = inverse * beta.mT
     W, U0 = take("W", Tinv @ (k * G.exp())), Tinv @ v
-    K_decayed, Q_gated = take("K_decayed", k * (G_C - G).exp()), take("Q_gated", scale * q * G.exp())
+    K_decayed, Q_gated = take("K_decayed", k * (G_C - G).exp()), scale * q * G.exp()
+    Q_gated[:, 1:] = take("Q_gated", Q_gated[:, 1:])
 
     # Stages 2 and 3.
     states, values, dstates, dvalues = [], [], [], []
@@ -85,20 +86,22 @@ def gradients(call: dict[str, Tensor], rounded: Collection[str]) -> dict[str, Te
     for c in range(chunks):
         states.append(take("S", S))
         U = U0[:, c] - W[:, c] @ take("S operand", S)
-        values.append(take("U", U))
+        values.append(U)
         S = G_C[:, c].exp().mT * S + K_decayed[:, c].mT @ U
     for c in reversed(range(chunks)):
-        dstates.append(take("dS", dS))
+        dstates.append(dS)
         operand = dS if c == chunks - 1 else take("dS operand", dS)
         dU = Aqk[:, c].mT @ do[:, c] + K_decayed[:, c] @ operand
-        dvalues.append(take("dU", dU))
+        dvalues.append(dU if c == chunks - 1 else take("dU", dU))
         dS = G_C[:, c].exp().mT * dS + Q_gated[:, c].mT @ do[:, c] - W[:, c].mT @ dU
-    S_in, U = torch.stack(states, 1), torch.stack(values, 1)
-    dS_out, dU = torch.stack(dstates[::-1], 1), torch.stack(dvalues[::-1], 1)
+    S_in, U_ends = torch.stack(states, 1), torch.stack(values, 1)
+    dS_ends, dU = torch.stack(dstates[::-1], 1), torch.stack(dvalues[::-1], 1)
+    U, dS_out = take("U", U_ends), take("dS", dS_ends)
+    U_ends[:, :-1], dS_ends[:, :-1] = U[:, :-1], dS_out[:, :-1]  # exact in the last chunk
 
     # Stage 4: values, what the states bring, and pairs of tokens by references in the middle of each block.
     Y = take("inverse", inverse).mT @ dU
-    dv, dbeta = beta * Y, (Y * U).sum(-1) / beta[..., 0]
+    dv, dbeta = beta * Y, (Y * U_ends).sum(-1) / beta[..., 0]
     Y = take("Y", Y)
     Dqk, Dkk = scale * (do @ U.mT), take("Dkk", -beta * (Y @ U.mT) * strictly)
     diagonal, Dqk = Dqk.diagonal(dim1=2, dim2=3)[..., None], take("Dqk", Dqk * strictly)
@@ -106,10 +109,11 @@ def gradients(call: dict[str, Tensor], rounded: Collection[str]) -> dict[str, Te
     middle = G[:, :, BLOCK // 2 - 1 :: BLOCK].repeat_interleave(BLOCK, 2)
     P, R = (G - middle).exp(), (middle - G).exp()
     q_P, k_P, k_R = take("q P", q * P), take("k P", k * P), take("k R", k * R)
-    written = (U @ dS_out.mT) * (G_C - middle).exp()
+    written = (U_ends @ dS_ends.mT) * (G_C - middle).exp()
     dq, dk = asked + diagonal * k, predicted + R * written + diagonal * q
-    crossing = (k_R * written).sum(2, keepdim=True) + G_C.exp() * (S_in * dS_out).sum(-1)[:, :, None]
-    dG = q * asked + k * predicted - k_R * written
+    written_key = k * (R * written)
+    crossing = written_key.sum(2, keepdim=True) + G_C.exp() * (S_in * dS_out).sum(-1)[:, :, None]
+    dG = q * asked + k * predicted - written_key
     first, second = slice(0, BLOCK), slice(BLOCK, C)
     X = (middle[:, :, BLOCK:] - G[:, :, first]).exp()
     k_X = take("k R", k[:, :, first] * X)

@@ -261,7 +261,7 @@ size_t intermediate_bytes(const ChunkFwdProblem& p) {
   constexpr size_t kBf16 = 2, kFp32 = 4, C = kChunkTokens;
   const size_t K = p.key_dim, V = p.value_dim;
   const size_t tile = C * (3 * K + 2 * C + V) * kBf16 + V * K * kBf16 + K * kFp32;
-  return static_cast<size_t>(chunk_slots(p)) * p.value_heads * tile;
+  return static_cast<size_t>(chunk_slots(p)) * p.value_heads * tile + chains_of(p) * C * (K + V) * kBf16;
 }
 
 namespace {
@@ -302,7 +302,7 @@ ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool 
       plan.segment_chunks > 0 ? kScanRows : options.value_tile.value_or(choose_backward_value_tile(p, saved));
   const int64_t ctas = chains_of(p) * (p.value_dim / plan.value_tile);  // of one recurrence, alone
   plan.side_by_side = plan.segment_chunks > 0 || 2 * ctas <= p.sm_count;
-  plan.makes_values = plan.segment_chunks == 0;  // summaries of segments take U0 from memory
+  plan.makes_values = plan.value_tile > kScanRows;  // there are many chains, and memory bounds stages 1 and 2
 
   plan.gradients_beside =
       may_work_beside(p, saved) && plan.side_by_side && plan.segment_chunks == 0 && 2 * ctas <= most_ctas_beside(p);
@@ -313,7 +313,7 @@ ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool 
   }
 
   constexpr size_t kBf16 = 2, kFp32 = 4, C = kChunkTokens;
-  const size_t K = p.key_dim, V = p.value_dim;
+  const size_t K = p.key_dim, V = p.value_dim, chains = static_cast<size_t>(chains_of(p));
   ChunkIntermediates& i = plan.intermediates;
   for (size_t* region : {&i.W, &i.K_decayed, &i.Q_gated}) *region = reserve(i, tiles * C * K * kBf16);
   i.Aqk = reserve(i, tiles * C * C * kBf16);
@@ -322,6 +322,8 @@ ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool 
   i.state = reserve(i, tiles * V * K * kBf16);
   i.inverse = reserve(i, tiles * C * C * kBf16);
   i.chunk_decay = reserve(i, tiles * K * kFp32);
+  i.U_low = reserve(i, chains * V * C * kBf16);
+  i.Q_gated_low = reserve(i, chains * C * K * kBf16);
 
   ChunkBwdWorkspace& w = plan.workspace;
   w.by_levels = reserve(w, tiles * sizeof(uint32_t));
@@ -345,6 +347,8 @@ ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool 
     const size_t bytes = tiles * C * kFp32 * (plan.makes_values ? 1 : V);
     (plan.makes_values ? w.beta : w.U0) = plan.side_by_side ? reserve(w, bytes) : w.dstate;
   }
+  w.dstate_low = reserve(w, chains * V * K * kBf16);
+  w.dU_low = reserve(w, chains * V * C * kBf16);
   reserve_segments(w, p, plan, !saved, true);
 
   plan.saving_workspace.U0 = reserve(plan.saving_workspace, tiles * V * C * kFp32);

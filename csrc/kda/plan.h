@@ -146,6 +146,9 @@ struct ChunkIntermediates {
   size_t chunk_decay = 0;                             // as in ChunkFwdWorkspace
   size_t state = 0;    // state at entry of a chunk               [slots, HV, V, K]     bf16, fragments of S, not of S^T
   size_t inverse = 0;  // (I + Akk)^-1                           [slots, HV, C, C]     bf16, swizzled tile
+  // What bf16 leaves out at the ends of sequences, a tile for each (sequence, value head):
+  size_t U_low = 0;        // of U in the last chunk              [N, HV, V, C]         bf16 operands
+  size_t Q_gated_low = 0;  // of Q_gated in the first chunk       [N, HV, C, K]         bf16, swizzled tile
   size_t total_bytes = 0;
 };
 
@@ -178,8 +181,11 @@ struct ChunkBwdWorkspace {
   size_t U0 =
       0;  // Tinv V, fp32 accumulators, in the place of those two until they are written, unless the recurrences run side by
           // side; none if the forward has saved, or the recurrence makes it  [slots, HV, V, C]
-  size_t beta = 0;       // then: after its transforms, likewise in the place of those two  [slots, HV, C]  fp32
-  size_t by_levels = 0;  // whether a chunk's gradients are left to the levels of pairs  [slots, HV]  uint32
+  size_t beta = 0;  // then: after its transforms, likewise in the place of those two  [slots, HV, C]  fp32
+  // What bf16 leaves out in the last chunk of a sequence, a tile for each (sequence, value head):
+  size_t dstate_low = 0;  // of the gradient of the final state         [N, HV, V, K]  bf16, fragment order
+  size_t dU_low = 0;      // of dU                                      [N, HV, V, C]  bf16 operands
+  size_t by_levels = 0;   // whether a chunk's gradients are left to the levels of pairs  [slots, HV]  uint32
   size_t progress =
       0;  // of the recurrences in each chunk, and of stage 1  [slots, HV] + 2 + its CTAs that are followed  uint32; if stages work beside
           // each other

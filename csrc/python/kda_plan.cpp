@@ -106,6 +106,8 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("state", &kda::ChunkIntermediates::state)
       .def_readonly("chunk_decay", &kda::ChunkIntermediates::chunk_decay)
       .def_readonly("inverse", &kda::ChunkIntermediates::inverse)
+      .def_readonly("U_low", &kda::ChunkIntermediates::U_low)
+      .def_readonly("Q_gated_low", &kda::ChunkIntermediates::Q_gated_low)
       .def_readonly("total_bytes", &kda::ChunkIntermediates::total_bytes);
 
   py::class_<kda::SegmentRegions>(m, "SegmentRegions")
@@ -126,6 +128,8 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("dU", &kda::ChunkBwdWorkspace::dU)
       .def_readonly("U0", &kda::ChunkBwdWorkspace::U0)
       .def_readonly("beta", &kda::ChunkBwdWorkspace::beta)
+      .def_readonly("dstate_low", &kda::ChunkBwdWorkspace::dstate_low)
+      .def_readonly("dU_low", &kda::ChunkBwdWorkspace::dU_low)
       .def_readonly("dA_log", &kda::ChunkBwdWorkspace::dA_log)
       .def_readonly("ddt_bias", &kda::ChunkBwdWorkspace::ddt_bias)
       .def_readonly("by_levels", &kda::ChunkBwdWorkspace::by_levels)

@@ -201,11 +201,13 @@ def test_peak_memory_is_what_the_planner_states(features: dict[str, Any], disabl
     expected = saved + plan["workspace_bytes"]
     assert abs(peak - expected) <= ROUNDING * TENSORS, f"{peak} bytes, planned {expected}"
     # As documented: 2568 bytes for each token and value head of K = V = 128, the sums of grouped heads that do not fit
-    # into what is of no more use, U0 where the recurrences run side by side, and maps and states of a cut.
+    # into what is of no more use, U0 where the recurrences run side by side, maps and states of a cut, and what bf16
+    # leaves out at the ends of sequences.
     if inputs["v"].shape[3] == inputs["q"].shape[3] == 128 and not disable_recompute:
         T, HV = inputs["v"].shape[1:3]
         of_cut = 256 * 1024 * HV * plan["segment_slots"] if plan["segment_chunks"] else 0
-        assert plan["workspace_bytes"] <= (2713 + 512 * plan["side_by_side"]) * T * HV + of_cut
+        of_ends = 80 * 1024 * HV * inputs["initial_state"].shape[0]
+        assert plan["workspace_bytes"] <= (2713 + 512 * plan["side_by_side"]) * T * HV + of_cut + of_ends
 
 
 @needs_cuda

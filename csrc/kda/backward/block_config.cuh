@@ -11,6 +11,7 @@ struct ChunkPlace {
   ChunkLocation location;
   int64_t tile, slot;
   int value_head;
+  int last_of_chain;  // see GradientsContext
 };
 
 template <int K_, int V_, typename Element_, CallKind kKind_ = CallKind::kAny>

@@ -161,6 +161,11 @@ struct BlockGradients : ValueGradients<Config> {
     }
   }
 
+  // What the rounded operands of U dS'^T leave out in the last chunk of a sequence.
+  __device__ __forceinline__ void add_written_roundings(Block& written) const {
+    this->add_roundings(written, first_tile(), Config::kU, [&](int kt) { return state_fragment(Config::kDState, kt); });
+  }
+
   // What crosses the whole chunk, e^{G_C} (S . dS') over a half of V for each block's warp, on the lane that has it. unit: 2^-exponent.
   __device__ __forceinline__ void add_crossing_state(float (&crossing)[2], float unit) const {
     float dots[2][4] = {};  // rows of S against those of dS', of the lower 8 channels and of the upper

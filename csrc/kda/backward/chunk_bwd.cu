@@ -19,6 +19,8 @@ ChunkFwdKernelParams first_stage_params(const ChunkFwdParams& call, const ChunkB
   params.U = reinterpret_cast<uint4*>(at + workspace.U0);
   if (plan.makes_values) params.beta = reinterpret_cast<float*>(at + workspace.beta);
   params.U_rounded = reinterpret_cast<uint4*>(base + plan.intermediates.U);
+  params.U_low = reinterpret_cast<uint4*>(base + plan.intermediates.U_low);
+  params.Q_gated_low = base + plan.intermediates.Q_gated_low;
   params.segments = segments;
   return params;
 }
@@ -68,6 +70,8 @@ ChunkBwdKernelParams kernel_params(const ChunkBwdParams& call, const ChunkBwdPla
   params.dA_log = call.dA_log, params.ddt_bias = call.ddt_bias, params.dinitial_state = call.dinitial_state;
   params.dstate = fragments(workspace.dstate);
   params.dU = fragments(workspace.dU);
+  params.dstate_low = fragments(workspace.dstate_low);
+  params.dU_low = fragments(workspace.dU_low);
   params.by_levels = reinterpret_cast<uint32_t*>(base + workspace.by_levels);
   if (plan.gradients_beside) {
     params.early_ctas = plan.early_gradients;

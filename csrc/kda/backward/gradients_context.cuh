@@ -23,6 +23,13 @@ __device__ __forceinline__ ChannelOperand to_operand(const uint4& fragment) {
   return {{fragment.x, fragment.y, fragment.z, fragment.w}};
 }
 
+// GradientsContext::last_of_chain of a chunk.
+__device__ __forceinline__ int last_of_chain(const ChunkBwdKernelParams& params, const SlotOfSequence& at,
+                                             int value_head) {
+  if (params.dfinal_state == nullptr || !at.is_last) return -1;
+  return static_cast<int>(at.sequence) * params.forward.call.problem.value_heads + value_head;
+}
+
 template <typename Config_>
 struct GradientsContext {
   using Config = Config_;
@@ -36,6 +43,9 @@ struct GradientsContext {
   const int value_head;
   const int64_t tile;  // slot * HV + value_head
   const int turn;      // of the chunk, modulo 2, in a kernel that has two at hand
+  // The index of (sequence, value head), if this is its last chunk and there is a gradient of its final state; else -1. That gradient may meet few
+  // tokens, and what the bf16 of it, of U and of dU leaves out is taken as well, where no average would hide it.
+  const int last_of_chain;
 
   __device__ __forceinline__ const ChunkFwdParams& call() const { return params.forward.call; }
   __device__ __forceinline__ int key_head() const {
@@ -93,6 +103,63 @@ struct GradientsContext {
       load_tokens(norms, array, tt);
     }
   }
+
+  // What U and dS' in bf16 leave out in the last chunk of a chain: of U of 16 rows of V and the tokens of a tile, as operand B; of dS' of the warp's
+  // channels and 16 of V, as operand A.
+  __device__ __forceinline__ uint4 value_roundings(int row_tile, int tt) const {
+    return params.forward.U_low[((int64_t{last_of_chain} * (V / 16) + row_tile) * (C / 16) + tt) * 32 + lane];
+  }
+  __device__ __forceinline__ uint4 dstate_roundings(int row_tile) const {
+    return params.dstate_low[((int64_t{last_of_chain} * (V / 16) + row_tile) * (K / 16) + group()) * 32 + lane];
+  }
+  // The same of U and dU where a warp has 16 rows of V: added to values of U, and times A^{-1} to those of Y.
+  __device__ __forceinline__ void add_value_roundings(ChannelTile& values, int row_tile, int tt) const {
+    const uint4 x = value_roundings(row_tile, tt);
+    const ChannelOperand rows = {
+        {ptx::movmatrix_trans(x.x), ptx::movmatrix_trans(x.y), ptx::movmatrix_trans(x.z), ptx::movmatrix_trans(x.w)}};
+    const ChannelTile low = rows.unpack<BFloat16>();
+    values.for_each([&](float& value, int block, int row, int parity) { value += low.at(block, row, parity); });
+  }
+  __device__ __forceinline__ void add_solved_roundings(ChannelTile& y, int row_tile, int tt) const {
+    const uint4* const dU = params.dU_low + (int64_t{last_of_chain} * (V / 16) + row_tile) * (C / 16) * 32 + lane;
+#pragma unroll 1
+    for (int kt = tt; kt < C / 16; ++kt) {
+      uint32_t b[4];
+      Config::PairTile::load_b_trans(b, address(Config::kInverse), 16 * kt, 16 * tt, lane);
+      const ChannelOperand operand = to_operand(dU[kt * 32]);
+      operand.multiply(y.value[0], b[0], b[1]);
+      operand.multiply(y.value[1], b[2], b[3]);
+    }
+  }
+  // sums[i] of the warp's channels and tile first_tile + i += what the rounded operands of U dS'^T leave out. U lies at `values`; dstate(i): the warp's
+  // fragment of 16 of V.
+  template <int N, typename Fragment>
+  __device__ __forceinline__ void add_roundings(ChannelTile (&sums)[N], int first_tile, int values,
+                                                Fragment dstate) const {
+    constexpr int kAtOnce = 2;  // of V / 16, whose loads are on their way together
+#pragma unroll 1
+    for (int first = 0; first < V / 16; first += kAtOnce) {
+      uint4 dstate_low[kAtOnce], values_low[kAtOnce][N];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        dstate_low[j] = dstate_roundings(first + j);
+#pragma unroll
+        for (int i = 0; i < N; ++i) values_low[j][i] = value_roundings(first + j, first_tile + i);
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const ChannelOperand high = to_operand(dstate(first + j)), low = to_operand(dstate_low[j]);
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          const uint4& u = values_low[j][i];
+          high.multiply(sums[i].value[0], u.x, u.y);
+          high.multiply(sums[i].value[1], u.z, u.w);
+          multiply<typename Config::ValueTile>(sums[i], low, values, 16 * (first_tile + i), 16 * (first + j));
+        }
+      }
+    }
+  }
+
   __device__ __forceinline__ uint32_t address(int offset) const { return ptx::shared_address(shared + offset); }
 
   // The 16 channels of the warp and the tokens of a tile, of q or k.

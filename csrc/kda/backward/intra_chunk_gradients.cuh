@@ -19,7 +19,8 @@
 //
 // Numerics: in each block one reference in its middle serves all pairs, as in step_operands.cuh. A chunk whose gates
 // decay too much on either side of it, whose q or k are too large for that (see kWideLog2Range), or which has a beta that
-// nothing can be divided by, is left to level_gradients.cuh by a flag. Operands are single bf16. The terms of dg that belong to pairs
+// nothing can be divided by, is left to level_gradients.cuh by a flag. Operands are single bf16; in the last chunk of a sequence what those of U, dU and
+// dS' leave out is added (see GradientsContext::last_of_chain). The terms of dg that belong to pairs
 // cancel between their two tokens outside of what they cross; both sides take the same rounded operands, so that they cancel to fp32.
 //
 // Shared memory (bytes, K = V = 128): g, then log2 of P, 32768; dU, then Y, 16384; U 16384; the inverse 8192; S and dS', then operands of pairs, 65536;
@@ -537,6 +538,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
     typename Blocks::LaterOperands later_operands;
     here().template multiply_state<1>({&written}, Config::kDState, {Config::kU},
                                       [&] { here().add_crossing_state(crossing, unit); });
+    if (here().last_of_chain >= 0) here().add_written_roundings(written);
     {
       Block queries, keys;
       here().template multiply_state<2>({&queries, &keys}, Config::kState, {Config::kOutputGradient, Config::kY},
@@ -605,22 +607,31 @@ struct IntraChunkGradients : BlockGradients<Config> {
   }
 };
 
-// The chunk of a sequence that is there as the turn-th one, when both recurrences go through it at the same pace: from its middle to its ends.
+// The chunk of a sequence that is taken as the turn-th one, when both recurrences go through it at the same pace: from its middle to its ends. The last chunk,
+// which takes longer (its low parts), comes some turns early: most chunks are taken after the recurrences have ended, where it would
+// else be among the last to be done.
 __device__ __forceinline__ uint32_t chunk_left_at(const ChunkDivisors& divisors, uint32_t turn) {
-  const uint32_t middle = divisors.chunks.value() / 2;
+  constexpr uint32_t kTurnsAhead = 8;
+  const uint32_t chunks = divisors.chunks.value(), middle = chunks / 2;
+  const uint32_t turn_of_last = (chunks - 1) / 2 * 2;
+  const uint32_t early = turn_of_last - min(kTurnsAhead, turn_of_last / 2);
+  if (turn == early) return chunks - 1;
+  if (turn > early && turn <= turn_of_last) --turn;
   return turn % 2 == 1 ? middle - (turn + 1) / 2 : middle + turn / 2;
 }
 
 // The place of the index-th tile, which there is: in their order in memory, or beside the recurrences in that in which they leave them, all sequences, which
 // have equal lengths, and heads at the same pace. By a whole warp.
-__device__ __forceinline__ ChunkPlace place_of(const ChunkFwdKernelParams& params, const ChunkDivisors& divisors,
+__device__ __forceinline__ ChunkPlace place_of(const ChunkBwdKernelParams& params, const ChunkDivisors& divisors,
                                                uint32_t index, int lane) {
   const auto index_of_chain = [&] {
     const auto [turn, chain] = divisors.chains.divide(index);
     return ChunkIndex(divisors, chain, chunk_left_at(divisors, turn));
   };
-  const ChunkIndex at = params.progress != nullptr ? index_of_chain() : ChunkIndex(divisors, index);
-  return {at.location(params.call, lane), at.tile(divisors), at.slot, static_cast<int>(at.value_head)};
+  const ChunkIndex at = params.forward.progress != nullptr ? index_of_chain() : ChunkIndex(divisors, index);
+  const SlotOfSequence found = at.found(params.forward.call, lane);
+  return {found.location, at.tile(divisors), at.slot, static_cast<int>(at.value_head),
+          last_of_chain(params, found, static_cast<int>(at.value_head))};
 }
 
 // Some of the CTAs that come early, spread over the device.
@@ -645,7 +656,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   // through others, again and again until there is a tile: so all find their instructions, 39 KB of them, in the L2 cache, where what the
   // recurrences read and write would not leave them.
   bool rehearses = is_rehearsing(params, blockIdx.x);
-  const ChunkPlace nowhere = {{0, 0, 0}, 0, -1, 0};
+  const ChunkPlace nowhere = {{0, 0, 0}, 0, -1, 0, -1};
   const int64_t slots = params.forward.chunk_slots;
 
   const uint32_t tiles = static_cast<uint32_t>(slots * params.forward.call.problem.value_heads);  // fewer than 2^31
@@ -666,15 +677,15 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     const uint32_t index = params.forward.progress != nullptr ? __shfl_sync(0xffffffffu, taken, 0)
                            : before.slot < 0                  ? blockIdx.x
                                                               : static_cast<uint32_t>(before.tile) + gridDim.x;
-    ChunkPlace place = {{0, 0, 0}, index, slots, 0};
-    if (index < tiles) place = place_of(params.forward, given.divisors, index, lane);
+    ChunkPlace place = {{0, 0, 0}, index, slots, 0, -1};
+    if (index < tiles) place = place_of(params, given.divisors, index, lane);
     if (lane == 0) places[turns & 1] = place;
   };
   const auto at = [&](int turn) -> Gradients {
     const ChunkPlace& place = places[turn];
     const int thread = ptx::opaque(threadIdx.x), lane = thread & 31;  // what follows from it is not kept
     return {{{{{params, shared, thread, warp, lane, lane >> 2, lane & 3, place.location, place.value_head, place.tile,
-                turn}}}},
+                turn, place.last_of_chain}}}},
             given.maps};
   };
 

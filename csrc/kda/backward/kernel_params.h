@@ -20,8 +20,11 @@ struct ChunkBwdKernelParams {
   void* dinitial_state;      // or null
 
   // Workspace regions; see ChunkBwdWorkspace.
-  uint4* dstate;                         // [slots, HV, V / 16, K / 16, 32 lanes] operand fragments
-  uint4* dU;                             // [slots, HV, V / 16, C / 16, 32 lanes] operand fragments
+  uint4* dstate;  // [slots, HV, V / 16, K / 16, 32 lanes] operand fragments
+  uint4* dU;      // [slots, HV, V / 16, C / 16, 32 lanes] operand fragments
+  // What those leave out in the last chunk of a sequence, if there is a gradient of its final state:
+  uint4* dstate_low;                     // [N, HV, V / 16, K / 16, 32 lanes]
+  uint4* dU_low;                         // [N, HV, V / 16, C / 16, 32 lanes]
   uint32_t* by_levels;                   // [slots, HV]: whether a chunk's gradients are left to the levels of pairs
   float *dA_log_parts, *ddt_bias_parts;  // [slots, HV, K], or null
   float *dq_parts, *dk_parts;            // [B, T, HV, K], or null: a key head has one value head

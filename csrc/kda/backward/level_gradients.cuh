@@ -15,7 +15,8 @@
 // 16 tokens at a time: decay factors, operands and results have one layout, and a tile needs few registers.
 // level_pairs.cuh has the levels of pairs.
 //
-// Numerics: gate factors are products of alpha <= 1. Operands are single bf16 (the emulation in docs/lab-notebook.md).
+// Numerics: gate factors are products of alpha <= 1. Operands are single bf16 (the emulation in docs/lab-notebook.md), with the same
+// exceptions as there in the last chunk of a sequence.
 // The terms of dg that belong to pairs cancel between their two tokens outside of what they cross; each side takes the
 // same rounded operands, so that they cancel to fp32. Entries of other levels are dropped by selection. alpha = 0
 // has no gradient.
@@ -105,7 +106,9 @@ struct LevelGradients : LevelPairGradients<Config> {
   __device__ __forceinline__ void scale_operands(const StateFragmentsOfChannels& fragments) const {
     float dot[2] = {};
     {
-      ChannelTile written_0 = zeros(), written_1 = zeros();
+      static_assert(Config::kPartTiles == 2);
+      ChannelTile of_tiles[2] = {zeros(), zeros()};
+      ChannelTile &written_0 = of_tiles[0], &written_1 = of_tiles[1];
 #pragma unroll
       for (int kt = 0; kt < V / 16; ++kt) {
         multiply_state(written_0, fragments.exit[kt], Config::kU, first_tile(), kt);
@@ -115,6 +118,10 @@ struct LevelGradients : LevelPairGradients<Config> {
           ChannelTile values = fragments.exit[kt].template unpack<BFloat16>();
           values.for_each([&](float& x, int block, int hi, int parity) { dot[hi] += x * entry.at(block, hi, parity); });
         }
+      }
+      if (this->last_of_chain >= 0) {
+        this->add_roundings(of_tiles, first_tile(), Config::kU,
+                            [&](int kt) { return state_fragments(params.dstate)[kt * kFragmentStride]; });
       }
       keep(lane_units(first_tile(), 1), written_0);
       keep(lane_units(first_tile() + 1, 1), written_1);
@@ -396,8 +403,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
     if (tile >= tiles) return;
     const int64_t slot = tile / value_heads;
-    const ChunkLocation location =
-        tile < flagged_tiles ? locate_chunk(params.forward.call, slot, lane) : ChunkLocation{0, 0, 0};
+    SlotOfSequence found = {0, {0, 0, 0}, false, false};
+    if (tile < flagged_tiles) found = find_slot(params.forward.call, slot, kChunkTokens, lane);
+    const ChunkLocation& location = found.location;
+    const int value_head = static_cast<int>(tile % value_heads);
     __syncthreads();  // all have read where to begin; shared memory is free
     if (threadIdx.x == 0) next = static_cast<unsigned>(tile) + gridDim.x;
     if (location.tokens == 0) {
@@ -405,8 +414,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       __syncthreads();
       continue;
     }
-    GradientsContext<Config> context{
-        params, shared, thread, warp, lane, lane >> 2, lane & 3, location, static_cast<int>(tile % value_heads), tile};
+    GradientsContext<Config> context{params,     shared,    thread,   warp,
+                                     lane,       lane >> 2, lane & 3, location,
+                                     value_head, tile,      0,        last_of_chain(params, found, value_head)};
     LevelGradients<Config>{{{{{{context}}}, false}}}.run();
     __syncthreads();
   }

@@ -73,7 +73,8 @@ struct LevelValues : LevelContext<Config> {
   // small, here Y_i . V_i, and the rest in beta_gradient(). Y, dV and U go to shared memory.
   __device__ __forceinline__ void store_solution(const ChannelTile& y, const ChannelOperand& u, int row_tile,
                                                  int tt) const {
-    const ChannelTile values = u.template unpack<BFloat16>();
+    ChannelTile values = u.template unpack<BFloat16>();
+    if (this->last_of_chain >= 0) this->add_value_roundings(values, row_tile, tt);
     float beta[4], bound[4];
     this->load_tokens(beta, Config::kBeta, tt);
     this->load_tokens(bound, Config::kBetaBound, tt);
@@ -112,7 +113,8 @@ struct LevelValues : LevelContext<Config> {
 #pragma unroll 1
     for (int job = warp; job < kSolveJobs; job += Config::kWarps) {
       const int tt = token_tile_of(job);
-      const ChannelTile y = multiply_inverse(operands, tt);
+      ChannelTile y = multiply_inverse(operands, tt);
+      if (this->last_of_chain >= 0) this->add_solved_roundings(y, row_tile_of(job), tt);
       const ChannelOperand u = to_operand(operands.U);
       load_operands(operands, job + Config::kWarps);
       store_solution(y, u, row_tile_of(job), tt);

@@ -8,7 +8,8 @@
 //   dU^T = dO^T Aqk + dS'^T K_decayed^T                         A = dO^T; dS'^T
 //   dS^T = dS'^T Diag(e^{G_C}) + dO^T Q_gated - dU^T W          A = dO^T; dU^T as a sum of two
 // In the last chunk dS' is the gradient of the final state, which may meet few tokens: there it enters as a sum of two operands, too, as no
-// average hides a rounding in the gradient of beta of the last tokens.
+// average hides a rounding in the gradient of beta of the last tokens; what its bf16 operands leave out goes to stage 4, too. Likewise
+// what Q_gated leaves out of the first chunk is multiplied, after the last step: the gradient of the initial state is that of few tokens.
 // Where sequences are cut, as in stage 2: a summary of each segment finds what its outputs alone leave of the gradient at its beginning, or with
 // the gradient of the final state in the last one; how the gradient passes through a segment is told by the transpose of its map.
 //
@@ -53,6 +54,13 @@ struct ReverseRecurrenceConfig : RecurrenceThreads<kGroups_> {
 
   using Staged = StagedOperands<K, C / 16>;
 };
+
+// Whether a segment's chunks leave a gradient of the initial state that is wanted.
+template <typename Config>
+__device__ __forceinline__ bool leaves_initial_gradient(const ChunkBwdKernelParams& params,
+                                                        const SegmentLocation& segment) {
+  return !Config::kSummary && segment.is_first && segment.chunks > 0 && params.dinitial_state != nullptr;
+}
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
@@ -148,7 +156,22 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       if (progress == nullptr) return;
       tell_progress(progress + last_tile - int64_t{step} * value_heads, -value_heads, count, lane);
     };
-    stage_ring.move<!Config::kSummary>(chunks, fill, store, tell);
+    // What Q_gated leaves out of the first chunk, which solved.wait_for() has seen. Read again, as there are few registers.
+    const auto fill_last = [&](RingPosition position) {
+      const RecurrenceBlock& of = stage_ring.block(ptx::opaque(shared));
+      if (!leaves_initial_gradient<Config>(params, of.segment)) return;
+      ptx::mbarrier_wait_parity(stage_ring.empty(position.stage), position.parity);
+      const uint32_t barrier = stage_ring.full(position.stage);
+      if (ptx::opaque(threadIdx.x) == Config::kConsumers) {
+        const int64_t chain = of.segment.sequence * call.problem.value_heads + of.value_head;
+        ptx::mbarrier_arrive_expect_tx(barrier, Config::kKeyTileBytes);
+        ptx::cp_async_bulk_load(stage_ring.stage(position.stage) + Config::kQGated,
+                                params.forward.Q_gated_low + chain * Config::kKeyTileBytes, Config::kKeyTileBytes,
+                                barrier);
+      }
+      ptx::mbarrier_arrive(barrier);
+    };
+    stage_ring.move<!Config::kSummary>(chunks, fill, store, tell, fill_last);
     ptx::wait_for_kernel_before();  // who waits for this kernel relies on the recurrence of the state, too
     return;
   }
@@ -178,13 +201,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const uint32_t output_gradient =
       Config::kOutputGradient + ((lane & 7) + (matrix >> 1) * 8) * Config::kRowPitch + (2 * warp + (matrix & 1)) * 16;
   uint8_t* const area = staging + warp * Staged::kBytes;
-
-  RingPosition ring;
-  for (int step = 0; step < chunks; ++step) {
-    ptx::mbarrier_wait_parity(stage_ring.full(ring.stage), ring.parity);
-    const uint32_t stage = stage_ring.stage(ring.stage);
-
-    uint32_t dO[C / 16][4];
+  const auto load_output_gradient = [&](uint32_t(&dO)[C / 16][4], uint32_t stage) {
 #pragma unroll
     for (int kt = 0; kt < C / 16; ++kt) {
       ptx::ldmatrix_x4_trans(dO[kt], stage + output_gradient + 16 * kt * Config::kRowPitch);
@@ -196,6 +213,29 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         }
       }
     }
+  };
+  const auto multiply_queries = [&](const uint32_t(&dO)[C / 16][4], uint32_t stage) {
+#pragma unroll
+    for (int kt = 0; kt < C / 16; ++kt) {
+      const uint64_t queries = wgmma::descriptor(stage + Config::kQGated + tokens_at(kt), KeyTile::kBlockBytes);
+      multiply_rows<true>(dstate.acc, dO[kt], queries);
+    }
+    wgmma::commit_group();
+  };
+
+  // The warp's tile of 16 rows of V in what is kept of the last chunk of each sequence alone.
+  const auto low_tile = [&] {
+    const int64_t chain = segment.sequence * value_heads + block.value_head;
+    return chain * (V / 16) + block.row_tile(ptx::opaque(threadIdx.x));
+  };
+
+  RingPosition ring;
+  for (int step = 0; step < chunks; ++step) {
+    ptx::mbarrier_wait_parity(stage_ring.full(ring.stage), ring.parity);
+    const uint32_t stage = stage_ring.stage(ring.stage);
+
+    uint32_t dO[C / 16][4];
+    load_output_gradient(dO, stage);
     // Before the products, which read shared memory faster than anything else can beside them.
     float2 factors[K / 8];
     const float* const decay =
@@ -222,6 +262,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
       for (int kt = 0; kt < K / 16; ++kt) wgmma::m64n64k16_bf16<false>(du, low[kt], keys(kt), kt > 0);
       wgmma::commit_group();
+      if constexpr (!Config::kSummary) {  // of dS', as Staged::store_state() has it
+        uint4* const destination = params.dstate_low + low_tile() * (K / 16) * 32 + lane;
+#pragma unroll
+        for (int kt = 0; kt < K / 16; ++kt) {
+          destination[kt * 32] = transposed_fragment({low[kt][0], low[kt][1], low[kt][2], low[kt][3]});
+        }
+      }
       wgmma::wait_group<0>();
       wgmma::pin(du);
     }
@@ -245,12 +292,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       dstate.acc[n][2] *= factors[n].x, dstate.acc[n][3] *= factors[n].y;
     }
     wgmma::fence();
-#pragma unroll
-    for (int kt = 0; kt < C / 16; ++kt) {
-      const uint64_t queries = wgmma::descriptor(stage + Config::kQGated + tokens_at(kt), KeyTile::kBlockBytes);
-      multiply_rows<true>(dstate.acc, dO[kt], queries);
-    }
-    wgmma::commit_group();
+    multiply_queries(dO, stage);
     wgmma::wait_group<1>();
     wgmma::pin(du);
 
@@ -271,6 +313,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
     wgmma::commit_group();
     if constexpr (!Config::kSummary) {
+      if (is_exact) {
+        uint4* const destination = params.dU_low + low_tile() * (C / 16) * 32 + lane;
+#pragma unroll
+        for (int kt = 0; kt < C / 16; ++kt) {
+          const uint32_t(&operand)[4] = du_low[kt];
+          destination[kt * 32] = {operand[0] ^ kSigns, operand[1] ^ kSigns, operand[2] ^ kSigns, operand[3] ^ kSigns};
+        }
+      }
       if (step > 0) ptx::mbarrier_wait_parity(stage_ring.taken(), (step - 1) & 1);
 #pragma unroll
       for (int kt = 0; kt < K / 16; ++kt) Staged::put_state(ptx::shared_address(area), exits[kt], kt, lane);
@@ -301,6 +351,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     return;
   }
   if (!end.segment.is_first || params.dinitial_state == nullptr) return;
+  if (leaves_initial_gradient<Config>(params, end.segment)) {  // dO of the first chunk is still in the stage before
+    static_assert(stages_of_ring<Config>() > 1);
+    uint32_t dO[C / 16][4];
+    load_output_gradient(dO, stage_ring.stage((ring.stage == 0 ? stages : ring.stage) - 1));
+    ptx::mbarrier_wait_parity(stage_ring.full(ring.stage), ring.parity);
+    wgmma::fence();
+    multiply_queries(dO, stage_ring.stage(ring.stage));
+    wgmma::wait_group<0>();
+    wgmma::pin(dstate.acc);
+  }
   const StateStrides stride(call);
   const int64_t offset = state_offset(end, thread, stride);
   if (call.state_type == DataType::kFloat32) {

@@ -74,7 +74,11 @@ struct ValueGradients : GradientsRows<Config> {
         operands.dU[kt].multiply(y.value[1], b[2], b[3]);
       }
       const ChannelOperand& u = operands.U[i];
-      const ChannelTile values = u.template unpack<BFloat16>();
+      ChannelTile values = u.template unpack<BFloat16>();
+      if (this->last_of_chain >= 0) {
+        this->add_value_roundings(values, row_tile, tt);
+        this->add_solved_roundings(y, row_tile, tt);
+      }
       float beta[4];
       this->load_tokens(beta, Config::kBeta, tt);
       uint32_t pairs[4], gradients[4];

@@ -62,11 +62,12 @@ __device__ __forceinline__ int64_t find_sequence(const ChunkFwdParams& p, int64_
 struct SlotOfSequence {
   int64_t sequence;
   ChunkLocation location;
+  bool is_first, is_last;  // whether it has the first tokens of the sequence, or the last ones
 };
 
 // Of a slot of slot_tokens tokens. Called by whole warps; every warp gets the same answer.
 __device__ __forceinline__ SlotOfSequence find_slot(const ChunkFwdParams& p, int64_t slot, int slot_tokens, int lane) {
-  if (p.problem.sequences == 0) return {0, {0, 0, 0}};
+  if (p.problem.sequences == 0) return {0, {0, 0, 0}, false, false};
   int64_t sequence;
   if (p.cu_seqlens == nullptr) {
     // A grid has fewer than 2^31 slots; divisions of 64 bits take a hundred instructions.
@@ -78,7 +79,10 @@ __device__ __forceinline__ SlotOfSequence find_slot(const ChunkFwdParams& p, int
   const SequenceRange range = sequence_range(p, sequence);
   const int64_t first_token = range.begin + (slot - first_slot_of(p, sequence, range, slot_tokens)) * slot_tokens;
   const int64_t tokens = min(range.end - first_token, int64_t{slot_tokens});
-  return {sequence, {range.batch, first_token, static_cast<int>(max(tokens, int64_t{0}))}};
+  return {sequence,
+          {range.batch, first_token, static_cast<int>(max(tokens, int64_t{0}))},
+          tokens > 0 && first_token == range.begin,
+          tokens > 0 && first_token + tokens == range.end};
 }
 
 __device__ __forceinline__ ChunkLocation locate_slot(const ChunkFwdParams& p, int64_t slot, int slot_tokens, int lane) {

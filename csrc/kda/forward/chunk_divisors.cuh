@@ -42,8 +42,10 @@ struct ChunkIndex {
     return slot * divisors.value_heads.value() + value_head;
   }
   // By a whole warp.
-  __device__ __forceinline__ ChunkLocation location(const ChunkFwdParams& call, int lane) const {
-    return call.cu_seqlens == nullptr ? locate_chunk_of_row(call, row, chunk) : locate_chunk(call, slot, lane);
+  __device__ __forceinline__ SlotOfSequence found(const ChunkFwdParams& call, int lane) const {
+    if (call.cu_seqlens != nullptr) return find_slot(call, slot, kChunkTokens, lane);
+    const ChunkLocation location = locate_chunk_of_row(call, row, chunk);
+    return {row, location, chunk == 0, location.first_token + location.tokens == call.problem.tokens};
   }
 };
 

@@ -21,7 +21,8 @@ struct SolvePlace {
   ChunkLocation location;  // without tokens: there is none
   int64_t tile;            // slot * HV + value_head
   int value_head, key_head;
-  uint32_t index;  // in the order in which the grid goes through the tiles
+  uint32_t index;      // in the order in which the grid goes through the tiles
+  int first_of_chain;  // the index of (sequence, value head), if this is its first chunk and Q_gated_low is wanted; else -1
 };
 inline constexpr int kSolvePlaces = 4;
 

@@ -16,19 +16,21 @@ struct IntraChunkDestination {
   using GatedTile = typename Config::GatedTile;
   static constexpr bool kScales = true;
   const Operands& operands;
-  uint8_t* const queries;  // rows of the step of Q_gated
-  uint8_t* const keys;     // rows of the step of K_decayed
+  uint8_t* const queries;      // rows of the step of Q_gated
+  uint8_t* const queries_low;  // of Q_gated_low, in the first chunk of a sequence for a backward; else null
+  uint8_t* const keys;         // rows of the step of K_decayed
   const RowValues rows;
   const bool is_later;
   const float2 query_factor;  // scale, of the later step times the decay of the earlier one
   const float2 key_factor;    // of the earlier step the decay of the later one; 1
   float inverse_q[4], inverse_k[4];
 
-  __device__ __forceinline__ IntraChunkDestination(const Operands& operands_, uint8_t* queries_, uint8_t* keys_,
-                                                   const RowValues& rows_, bool is_later_, float scale,
+  __device__ __forceinline__ IntraChunkDestination(const Operands& operands_, uint8_t* queries_, uint8_t* queries_low_,
+                                                   uint8_t* keys_, const RowValues& rows_, bool is_later_, float scale,
                                                    float2 other_decay)
       : operands(operands_),
         queries(queries_),
+        queries_low(queries_low_),
         keys(keys_),
         rows(rows_),
         is_later(is_later_),
@@ -50,7 +52,9 @@ struct IntraChunkDestination {
   }
   __device__ __forceinline__ void query(Token t, float2 x) const {
     if (is_later) *operands.gated_query(t) = pack_bf16(x.x, x.y);
-    *operands.template pair<GatedTile>(queries, t) = pack_bf16(x.x * query_factor.x, x.y * query_factor.y);
+    const SplitBf16 split(x.x * query_factor.x, x.y * query_factor.y);
+    *operands.template pair<GatedTile>(queries, t) = split.high;
+    if (queries_low != nullptr) *operands.template pair<GatedTile>(queries_low, t) = split.low;
   }
   __device__ __forceinline__ void key(Token t, float2 x) const { *operands.gated_key(t) = pack_bf16(x.x, x.y); }
   __device__ __forceinline__ void decayed_key(Token t, float2 x) const {
@@ -154,6 +158,21 @@ struct IntraChunkOperands : StepOperands<Config> {
     const auto to_memory = [&](uint8_t* tile, int i, uint32_t packed) {
       *reinterpret_cast<uint32_t*>(tile + (in_gated ^ ((i & 7) << 4)) + i * 128) = packed;
     };
+
+    // What the rounding of Q_gated below leaves out. Apart from it, so that other chunks take one branch.
+    if (destination.queries_low != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i) {
+        const float2 P = {ptx::ex2(from_middle[i].x), ptx::ex2(from_middle[i].y)};
+        float2 q = Packed2<Element>::to_float2(word(rows, i, Config::kRawQ));
+        if constexpr (kNormalizes) {
+          const float inverse = destination.rows.output_scale[first_token() + i];
+          q = {q.x * inverse, q.y * inverse};
+        }
+        const SplitBf16 split(q.x * P.x * to_start.x * query_factor.x, q.y * P.y * to_start.y * query_factor.y);
+        to_memory(destination.queries_low, i, split.low);
+      }
+    }
 
     constexpr int kTogether = kTokens / 8;
     const auto token_of = [](int place) { return place / kTogether + 8 * (place % kTogether); };

@@ -5,6 +5,7 @@
 //   Tinv = (I + Akk)^-1 Diag(beta),   U0 = Tinv V unless the recurrence of the state makes it,   W = Tinv (K ⊙ e^G)
 // and the operands of the later stages,
 //   Q_gated = scale * Q ⊙ e^G,   K_decayed = K ⊙ e^{G_C - G},   chunk_decay = e^{G_C}.
+// For a backward, of the first chunk of a sequence also what Q_gated in bf16 leaves out.
 //
 // Grid: as many CTAs as are resident, of 8 warps; each goes on by the grid's size among tiles of (chunk slot, value head), past slots without tokens, in
 // their order in memory, or where recurrences follow from the ends of the sequences to their middle (solve_progress.cuh).
@@ -548,8 +549,12 @@ struct IntraChunkSolve {
     const float2 other = others.total_of(0, Operands::kGroups);
     store_decay(operands, operands.total_of(0, Operands::kGroups), other);
     const int64_t offset = tile * Config::kChunkKeyTileBytes + step() * Config::kRowsOfStepBytes;
-    const typename Operands::Destination destination(operands, params.Q_gated + offset, params.K_decayed + offset,
-                                                     values, is_later(), call.scale,
+    uint8_t* const queries_low = place.first_of_chain < 0
+                                     ? nullptr
+                                     : params.Q_gated_low + int64_t{place.first_of_chain} * Config::kChunkKeyTileBytes +
+                                           step() * Config::kRowsOfStepBytes;
+    const typename Operands::Destination destination(operands, params.Q_gated + offset, queries_low,
+                                                     params.K_decayed + offset, values, is_later(), call.scale,
                                                      {ptx::ex2(other.x), ptx::ex2(other.y)});
     if (far_apart) {
       operands.leave_gates();
@@ -689,13 +694,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
       const auto [chain_turn, chain] = divisors.chains.divide(index);
       return ChunkIndex(divisors, chain, SolveOrder(divisors).chunk_at(chain_turn));
     };
-    SolvePlace place = {{0, 0, 0}, 0, 0, 0, index};
+    SolvePlace place = {{0, 0, 0}, 0, 0, 0, index, -1};
 #pragma unroll 1
     for (; index < tiles && place.location.tokens == 0; index += gridDim.x) {
       const ChunkIndex chunk = params.followed_ctas > 0 ? index_from_ends() : ChunkIndex(divisors, index);
       const int value_head = static_cast<int>(chunk.value_head);
       const int key_head = heads == value_heads ? value_head : value_head / static_cast<int>(value_heads / heads);
-      place = {chunk.location(call, lane), chunk.tile(divisors), value_head, key_head, index};
+      const SlotOfSequence found = chunk.found(call, lane);
+      const bool is_first = params.Q_gated_low != nullptr && found.is_first;
+      const int chain = static_cast<int>(found.sequence) * static_cast<int>(value_heads) + value_head;
+      place = {found.location, chunk.tile(divisors), value_head, key_head, index, is_first ? chain : -1};
     }
     if (lane == 0) place_of(turn) = place;
   };

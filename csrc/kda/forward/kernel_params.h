@@ -61,6 +61,10 @@ struct ChunkFwdKernelParams {
   uint8_t* inverse;  // [slots, HV] tiles [C, C], bf16, swizzled: (I + Akk)^-1; null in the
                      // forward, unless it saves for the backward, and written for the backward
 
+  // Of the ends of sequences, one tile for each (sequence, value head), written if `inverse` is: what bf16 leaves out.
+  uint4* U_low;  // [N, HV, V / 16, C / 16, 32 lanes] of U in the last chunk, operands B of 16 of V and 16 tokens
+  uint8_t* Q_gated_low;  // [N, HV] tiles [C, K], bf16, swizzled: of Q_gated in the first chunk
+
   int64_t chunk_slots;
 
   RecurrenceSegments segments;

@@ -50,22 +50,19 @@ struct RecurrenceBlock {
   }
 };
 
-// Threads and registers of a CTA with kGroups consuming warpgroups, one of movers and kMakerGroups behind them, the only one of its multiprocessor.
-template <int kGroups_, int kMakerGroups = 0>
+// Threads and registers of a CTA with kGroups consuming warpgroups, the only one of its multiprocessor.
+template <int kGroups_>
 struct RecurrenceThreads {
   static constexpr int kGroups = kGroups_;
-  static constexpr int kConsumers = 128 * kGroups, kMovers = 32 * kMoverWarps, kMakers = 128 * kMakerGroups,
-                       kThreads = kConsumers + kMovers + kMakers;
+  static constexpr int kConsumers = 128 * kGroups, kMovers = 32 * kMoverWarps, kThreads = kConsumers + kMovers;
   static constexpr int kRows = kRecurrenceRows * kGroups;
   // The CTA starts with kRegisters a thread; what the movers give up of them is all that the consumers can get.
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kMoverRegisters = 72, kMakerRegisters = 120;
-  static constexpr int kMostRegisters =
-      (kRegisters * (kThreads / 128) - kMoverRegisters - kMakerGroups * kMakerRegisters) / kGroups / 8 * 8;
+  static constexpr int kMoverRegisters = 72;
+  static constexpr int kMostRegisters = (kRegisters * (kGroups + 1) - kMoverRegisters) / kGroups / 8 * 8;
   static constexpr int kConsumerRegisters = kMostRegisters < 240 ? kMostRegisters : 240;
 
   static __device__ __forceinline__ bool is_mover() { return threadIdx.x >= kConsumers; }
-  static __device__ __forceinline__ bool is_maker() { return kMakers > 0 && threadIdx.x >= kConsumers + kMovers; }
 };
 
 // Which stage of a ring, and the parity of its barriers in this turn.
@@ -118,10 +115,12 @@ struct StageRing {
   }
 
   // By the movers, for each of `chunks` chunks: fill(i, stage) once the stage is free, and store() when its fragments are staged, if
-  // any are; and tell(i, n) of chunks i .. i + n - 1 that are stored, some at a time, as it waits for the stores.
-  template <bool kStores, typename Fill, typename Store, typename Tell>
-  __device__ __forceinline__ void move(int chunks, Fill fill, Store store, Tell tell) const {
+  // any are; and tell(i, n) of chunks i .. i + n - 1 that are stored, some at a time, as it waits for the stores. fill_last(position):
+  // when all chunks are on their way, of the stage behind the last chunk's, which is free when its barrier `empty` says so.
+  template <bool kStores, typename Fill, typename Store, typename Tell, typename FillLast>
+  __device__ __forceinline__ void move(int chunks, Fill fill, Store store, Tell tell, FillLast fill_last) const {
     for (int i = 0; i < stages && i < chunks; ++i) fill(i, i);
+    if (chunks < stages) fill_last(RingPosition{chunks, 1});
     RingPosition ring;
     for (int i = 0; i < chunks; ++i) {
       if constexpr (kStores) {
@@ -133,6 +132,8 @@ struct StageRing {
       if (i + stages < chunks) {
         ptx::mbarrier_wait_parity(empty(ring.stage), ring.parity);
         fill(i + stages, ring.stage);
+      } else if (i + stages == chunks) {
+        fill_last(ring);
       }
       ring.advance(stages);
     }

@@ -15,18 +15,17 @@ cudaError_t launch_config(const ChunkFwdKernelParams& params, int blocks, cudaSt
                      params, kStages);
 }
 
-// A backward that does not cut makes U0 here.
 template <int K, int kGroups>
 cudaError_t launch_groups(const ChunkFwdKernelParams& params, cudaStream_t stream) {
   const int blocks = params.call.problem.value_dim / (kRecurrenceRows * kGroups);
-  if (params.beta != nullptr) {
+  if (params.inverse == nullptr) return launch_config<StateRecurrenceConfig<K, kGroups, false>>(params, blocks, stream);
+  if constexpr (kGroups == 1) {
+    return launch_config<StateRecurrenceConfig<K, 1, true>>(params, blocks, stream);
+  } else {  // for a backward it makes U0
     return for_element(params.call.problem, [&](auto element) {
       return launch_config<StateRecurrenceConfig<K, kGroups, true, false, decltype(element)>>(params, blocks, stream);
     });
   }
-  if (params.inverse == nullptr) return launch_config<StateRecurrenceConfig<K, kGroups, false>>(params, blocks, stream);
-  if constexpr (kGroups == 1) return launch_config<StateRecurrenceConfig<K, 1, true>>(params, blocks, stream);
-  return cudaErrorNotSupported;
 }
 
 template <int K>

@@ -1,7 +1,7 @@
 // Stage 2 of the staged forward: the hidden-state recurrence over the chunks of one sequence,
 //   U = U0 - W S,      S' = Diag(e^{G_C}) S + K_decayed^T U,
 // writing, for stage 3, the state at the entry of each chunk and U as bf16 MMA operands, U in the place of U0; for the backward,
-// operands of S rather than of its transpose, and U in one part.
+// operands of S rather than of its transpose, and U in one part, with what that leaves out of the last chunk of a sequence.
 //
 // Grid: one CTA for each (sequence, value head, value tile). The state is kept transposed, S^T [V, K], in fp32
 // accumulators for the whole sequence, so that they feed the next product as its A operand from registers; a warpgroup owns 64
@@ -12,9 +12,9 @@
 // segment before. That comes from the affine maps of the segments, S_end = M S_entry + B (segment_compose.cuh): a summary of each segment,
 // which writes nothing else, finds B from zero, or from the initial state in the first one, and M from the identity without U0.
 //
-// For a backward that does not cut sequences this stage makes U0 = A^-1 Diag(beta) V itself, from A^-1 in one bf16, which the backward has anyway, and
-// beta V in two: memory bounds this stage and the one before with many heads, and U0 in fp32 was the largest of what went between them; with few heads
-// the one before becomes shorter, and the reverse recurrence beside this one is the longer of the two.
+// Where one CTA takes all of V for the backward, it makes U0 = A^-1 Diag(beta) V itself, from A^-1 in one bf16, which the backward has anyway, and beta V
+// in two: with many heads memory bounds this stage and the one before, and U0 in fp32 was the largest of what went between them. (With few heads the chain
+// bounds it, in which the products of U0 would be.)
 //   -U0^T = (-beta V)^T A^-T                   A = rows of V^T times -beta, as a sum of two bf16 operands;  B = A^-1 [C, C]
 // Its operands are made beside the last product of the chunk before, and W S is added to it.
 //
@@ -40,15 +40,12 @@ namespace kda {
 // kSaves: what the backward needs is written. kSummary: only what becomes of the state in each segment of a cut. Element: of V, if U0 is
 // made from it, else void.
 template <int K_, int kGroups_, bool kSaves_, bool kSummary_ = false, typename Element_ = void>
-struct StateRecurrenceConfig : RecurrenceThreads<kGroups_, kGroups_ == 1 && !std::is_void_v<Element_> ? 1 : 0> {
+struct StateRecurrenceConfig : RecurrenceThreads<kGroups_> {
   static constexpr int K = K_, C = kChunkTokens, kGroups = kGroups_, kRows = kGroups * kRecurrenceRows;
   static constexpr bool kSaves = kSaves_, kSummary = kSummary_;
   using Element = Element_;
   static constexpr bool kMakesValues = !std::is_void_v<Element>;
   static_assert(!kMakesValues || (kSaves && !kSummary), "of a backward, which has the inverse");
-  // By makers, for whom there are registers and shared memory beside one consuming warpgroup; else by the consumers.
-  static constexpr bool kMakersMakeValues = kMakesValues && kGroups == 1;
-  static constexpr bool kConsumersMakeValues = kMakesValues && !kMakersMakeValues;
   using KeyTile = BlockedTile<C>;
   static constexpr int kMaxStages = 4;
 
@@ -60,15 +57,13 @@ struct StateRecurrenceConfig : RecurrenceThreads<kGroups_, kGroups_ == 1 && !std
   // Offsets inside one stage.
   static constexpr int kW = 0;
   static constexpr int kKeyDecayed = kW + kKeyTileBytes;
-  static constexpr int kLoadedU0 = kKeyDecayed + kKeyTileBytes, kInverse = kLoadedU0;
-  static constexpr int kDecay = kLoadedU0 + (kMakesValues ? kPairTileBytes : kU0Bytes);
+  static constexpr int kU0 = kKeyDecayed + kKeyTileBytes, kInverse = kU0;
+  static constexpr int kDecay = kU0 + (kMakesValues ? kPairTileBytes : kU0Bytes);
   static constexpr int kBeta = kDecay + kDecayBytes;
   static constexpr int kLoadedBytes = kBeta + (kMakesValues ? kBetaBytes : 0);  // by bulk copies
   static constexpr int kValues = kLoadedBytes;
-  static constexpr int kMadeU0 = kValues + (kMakesValues ? C * kRowPitch : 0);
-  static constexpr int kU0 = kMakersMakeValues ? kMadeU0 : kLoadedU0;
-  static constexpr int kMade = kMadeU0 + (kMakersMakeValues ? kU0Bytes : 0);  // barrier: U0 is made
-  static constexpr int kStageBytes = (kMade + 8 + 1023) / 1024 * 1024;        // operands of wgmma start at multiples
+  static constexpr int kUsedBytes = kValues + (kMakesValues ? C * kRowPitch : 0);
+  static constexpr int kStageBytes = (kUsedBytes + 1023) / 1024 * 1024;  // operands of wgmma start at multiples
 
   // Who arrives at the barrier of a stage besides the bytes of bulk copies.
   static constexpr int kArrivals = 1 + (kMakesValues ? 32 * kMoverWarps : 0);
@@ -172,27 +167,19 @@ struct ValueOperands<Config, true> {
   }
 };
 
-// U0 of each chunk in accumulator order into its stage, by the makers.
+// What the high part of U leaves out in the last chunk of a sequence, as operands B: the matrices of its fragments are transposed.
 template <typename Config>
-__device__ __forceinline__ void make_values(uint8_t* shared, const StageRing& stage_ring, int chunks) {
-  constexpr int C = Config::C;
-  const int warp = (threadIdx.x - Config::kConsumers - Config::kMovers) >> 5, lane = threadIdx.x & 31;
-  RingPosition ring;
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    const uint32_t stage = stage_ring.stage(ring.stage);
-    uint8_t* const stage_data = shared + ring.stage * Config::kStageBytes;
-    ptx::mbarrier_wait_parity(stage_ring.full(ring.stage), ring.parity);
-    ValueOperands<Config> operands;
-    operands.load(stage, stage_data, warp, lane);
-    float u[C / 8][4];
-    operands.multiply(u, stage);
-    wgmma::wait_group<0>();
-    wgmma::pin(u);
-    float4* const u0 = reinterpret_cast<float4*>(stage_data + Config::kU0) + warp * (C / 8) * 32 + lane;
+__device__ __forceinline__ void store_value_roundings(const ChunkFwdKernelParams& params, const RecurrenceBlock& block,
+                                                      const uint32_t (&low)[Config::C / 16][4], int lane) {
+  const ChunkFwdProblem& problem = params.call.problem;
+  const int64_t chain = block.segment.sequence * problem.value_heads + block.value_head;
+  uint4* const destination =
+      params.U_low +
+      (chain * (problem.value_dim / 16) + block.row_tile(ptx::opaque(threadIdx.x))) * (Config::C / 16) * 32 + lane;
 #pragma unroll
-    for (int n = 0; n < C / 8; ++n) u0[n * 32] = {-u[n][0], -u[n][1], -u[n][2], -u[n][3]};
-    ptx::mbarrier_arrive(stage + Config::kMade);
-    ring.advance(stage_ring.stages);
+  for (int kt = 0; kt < Config::C / 16; ++kt) {
+    destination[kt * 32] = {ptx::movmatrix_trans(low[kt][0]), ptx::movmatrix_trans(low[kt][1]),
+                            ptx::movmatrix_trans(low[kt][2]), ptx::movmatrix_trans(low[kt][3])};
   }
 }
 
@@ -229,22 +216,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       *reinterpret_cast<uint4*>(shared + stage * Config::kStageBytes + Config::kU0 + 16 * unit) = {0, 0, 0, 0};
     }
   }
-  if (Config::kMakersMakeValues && threadIdx.x == 0) {
-    for (int i = 0; i < stages; ++i) ptx::mbarrier_init(stage_ring.stage(i) + Config::kMade, Config::kMakers);
-  }
   stage_ring.init(shared, found, Config::kArrivals, Config::kConsumers, Config::kMovers);
   if (threadIdx.x == 0) mark(params, Mark::kStateBegin, 0);
   ptx::launch_dependents();  // the reverse recurrence needs nothing of this one, and finds room beside it
   uint8_t* const staging = shared + staging_offset<Config>(stages);
   using Staged = typename Config::Staged;
 
-  if constexpr (Config::kMakersMakeValues) {
-    if (Config::is_maker()) {
-      ptx::setmaxnreg_dec<Config::kMakerRegisters>();
-      make_values<Config>(shared, stage_ring, static_cast<int>(stage_ring.block(shared).segment.chunks));
-      return;
-    }
-  }
   if (Config::is_mover()) {
     ptx::setmaxnreg_dec<Config::kMoverRegisters>();
     const RecurrenceBlock block = stage_ring.block(shared);
@@ -297,7 +274,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       if (params.progress == nullptr) return;
       tell_progress(params.progress + first_tile + int64_t{chunk} * value_heads, value_heads, count, lane);
     };
-    stage_ring.move<!Config::kSummary>(chunks, fill, store, tell);
+    stage_ring.move<!Config::kSummary>(chunks, fill, store, tell, [](RingPosition) {});
     ptx::wait_for_kernel_before();
     return;
   }
@@ -322,9 +299,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   uint4* u_operands = params.U + (first_tile * (V / 16) + row_tile) * (C / 8) * 32 + lane;  // of the current chunk
   uint8_t* const area = staging + warp * Staged::kBytes;
 
+  const int last_chunk = segment.is_last ? chunks - 1 : -1;  // of the sequence
+
   RingPosition ring;
   ValueOperands<Config> values;
-  if constexpr (Config::kConsumersMakeValues) {
+  if constexpr (Config::kMakesValues) {
     if (chunks > 0) {
       ptx::mbarrier_wait_parity(stage_ring.full(0), 0);
       values.load(stage_ring.stage(0), shared, warp, lane);
@@ -332,14 +311,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
   for (int chunk = 0; chunk < chunks; ++chunk) {
     float u[C / 8][4];  // (W S)^T; where U0 is made here, less U0^T
-    if constexpr (Config::kConsumersMakeValues) values.multiply(u, stage_ring.stage(ring.stage));
+    if constexpr (Config::kMakesValues) values.multiply(u, stage_ring.stage(ring.stage));
     if (!Config::kSummary && __builtin_expect(call.chunk_states != nullptr, 0)) {
       store_state(call.chunk_states, first_tile + int64_t{chunk} * value_heads, state, call, first_row, lane);
     }
     uint32_t s[K / 16][4];
     state.to_operands(s);
 
-    if constexpr (!Config::kConsumersMakeValues) {
+    if constexpr (!Config::kMakesValues) {
       ptx::mbarrier_wait_parity(stage_ring.full(ring.stage), ring.parity);
     }
     const uint32_t stage = stage_ring.stage(ring.stage);
@@ -351,15 +330,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
     for (int kt = 0; kt < K / 16; ++kt) {
       const uint64_t w = wgmma::descriptor(stage + Config::kW + channels_at<KeyTile>(kt), 0);
-      wgmma::m64n64k16_bf16<false>(u, s[kt], w, Config::kConsumersMakeValues || kt > 0);
+      wgmma::m64n64k16_bf16<false>(u, s[kt], w, Config::kMakesValues || kt > 0);
     }
     wgmma::commit_group();
 
     const float4* const u0 = reinterpret_cast<const float4*>(stage_data + Config::kU0) + warp * (C / 8) * 32 + lane;
     float4 corrected[C / 8];
-    if constexpr (Config::kMakersMakeValues) ptx::mbarrier_wait_parity(stage + Config::kMade, ring.parity);
 #pragma unroll
-    for (int n = 0; n < C / 8; ++n) corrected[n] = Config::kConsumersMakeValues ? float4{0, 0, 0, 0} : u0[n * 32];
+    for (int n = 0; n < C / 8; ++n) corrected[n] = Config::kMakesValues ? float4{0, 0, 0, 0} : u0[n * 32];
     wgmma::wait_group<0>();
     wgmma::pin(u);
 
@@ -388,6 +366,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         u_operands[(2 * kt + 1) * 32] = {low[kt][0], low[kt][1], low[kt][2], low[kt][3]};
       }
     }
+    if constexpr (Config::kSaves) {
+      if (chunk == last_chunk) store_value_roundings<Config>(params, stage_ring.block(shared), low, lane);
+    }
     if constexpr (!Config::kSummary) {
       if (chunk > 0) ptx::mbarrier_wait_parity(stage_ring.taken(), (chunk - 1) & 1);
 #pragma unroll
@@ -400,7 +381,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       }
       ptx::mbarrier_arrive(stage_ring.staged());
     }
-    if constexpr (Config::kConsumersMakeValues) {  // of the next chunk, beside the products
+    if constexpr (Config::kMakesValues) {  // of the next chunk, beside the products
       RingPosition next = ring;
       next.advance(stages);
       if (chunk + 1 < chunks) {
@@ -409,7 +390,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       }
     }
     wgmma::wait_group<0>();
-    if constexpr (Config::kConsumersMakeValues) {
+    if constexpr (Config::kMakesValues) {
       // Into registers that no product defines: else the compiler waits for -U0 of the next chunk before it reads them.
 #pragma unroll
       for (int n = 0; n < K / 8; ++n) {

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(Config::kGroupThreads, Config::kCtasPerSm)
     const uint32_t slot = tile / value_heads;
     const int value_head = static_cast<int>(tile - slot * value_heads);
     const int key_head = value_head / static_cast<int>(value_heads / call.problem.heads);
-    const auto [sequence, location] = find_slot(call, slot, C, lane);
+    const auto [sequence, location, is_first, is_last] = find_slot(call, slot, C, lane);
     if (location.tokens == 0) return false;
     if (kAfterFused && !find_left_here(sequence * value_heads + value_head, lane).chain) return false;
 
