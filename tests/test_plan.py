@@ -846,7 +846,7 @@ class TestBackward:
 
     @pytest.mark.parametrize(("heads", "side_by_side"), [(12, True), (33, True), (49, True), (50, False), (96, False)])
     def test_recurrences_side_by_side(self, heads: int, side_by_side: bool) -> None:
-        """Where both find a multiprocessor for each of their CTAs; then U0, or beta to make it, has a place of its own."""
+        """Where both find a multiprocessor for each of their CTAs; then U0, or beta for it, has its own place."""
         plan = planner.plan_chunk_bwd(problem(heads=heads), False)
         assert plan.side_by_side == side_by_side
         made_of = plan.workspace.beta if plan.makes_values else plan.workspace.U0
