@@ -788,7 +788,7 @@ class TestBackward:
         if plan.segment_chunks:
             early += self.segment_regions(p, plan, plan.workspace.segments, maps)
         made_of = ("beta", tiles * 4 * C) if plan.makes_values else ("U0", tiles * 4 * V * C)
-        assert plan.makes_values == (plan.value_tile > 64)
+        assert plan.makes_values == (plan.state_tile > 64)
         first = [made_of, *kept.items()] if not saved else []
         saving = [(plan.saving_workspace.U0, "U0", tiles * 4 * V * C)]
         if plan.makes_values:
@@ -903,7 +903,11 @@ class TestBackward:
     )
     def test_value_tile(self, heads: int, saved: bool, tile: int) -> None:
         """Half of V a CTA where all of those find a multiprocessor, unless whole rows leave room for stage 4."""
-        assert planner.plan_chunk_bwd(problem(heads=heads, tokens=8192), False, saved).value_tile == tile
+        p = problem(heads=heads, tokens=8192)
+        plan, computed = planner.plan_chunk_bwd(p, False, saved), planner.plan_chunk_bwd(p, False)
+        assert plan.value_tile == tile
+        # What is saved has the bits of what is computed again.
+        assert (plan.state_tile, plan.makes_values) == (computed.value_tile, computed.makes_values)
 
     def test_memory_of_recurrences_side_by_side(self) -> None:
         """U0 has a place of its own; the chunks are counted as slots."""

@@ -298,11 +298,13 @@ ChunkBwdPlan plan_chunk_bwd(const ChunkFwdProblem& p, bool activated_gate, bool 
   plan.reason = "K, V and the types are covered by the kernels";
   plan.segment_chunks = options.segment_chunks ? *options.segment_chunks : choose_segment_chunks(p);
   plan.segment_slots = segment_slots(p, plan.segment_chunks);
-  plan.value_tile =
-      plan.segment_chunks > 0 ? kScanRows : options.value_tile.value_or(choose_backward_value_tile(p, saved));
+  const auto choose_tile = [&](bool is_saved) {
+    return plan.segment_chunks > 0 ? kScanRows : options.value_tile.value_or(choose_backward_value_tile(p, is_saved));
+  };
+  plan.value_tile = choose_tile(saved), plan.state_tile = choose_tile(false);
   const int64_t ctas = chains_of(p) * (p.value_dim / plan.value_tile);  // of one recurrence, alone
   plan.side_by_side = plan.segment_chunks > 0 || 2 * ctas <= p.sm_count;
-  plan.makes_values = plan.value_tile > kScanRows;  // there are many chains, and memory bounds stages 1 and 2
+  plan.makes_values = plan.state_tile > kScanRows;  // there are many chains, and memory bounds stages 1 and 2
 
   plan.gradients_beside =
       may_work_beside(p, saved) && plan.side_by_side && plan.segment_chunks == 0 && 2 * ctas <= most_ctas_beside(p);
@@ -380,6 +382,7 @@ std::string to_json(const ChunkBwdPlan& plan) {
   json.add("chunk_tokens", int64_t{kChunkTokens});
   json.add("chunk_slots", plan.chunk_slots);
   json.add("value_tile", int64_t{plan.value_tile});
+  json.add("state_tile", int64_t{plan.state_tile});
   json.add("makes_values", int64_t{plan.makes_values});
   json.add("side_by_side", int64_t{plan.side_by_side});
   json.add("gradients_beside", int64_t{plan.gradients_beside});

@@ -200,9 +200,10 @@ struct ChunkBwdPlan {
   ChunkFwdPath path = ChunkFwdPath::kComposite;
   const char* reason = "";        // one clause: why this path
   int64_t chunk_slots = 0;        // as in ChunkFwdPlan
-  int value_tile = 0;             // V columns of one CTA of both recurrences
+  int value_tile = 0;             // V columns of one CTA of the recurrence of the gradient
+  int state_tile = 0;             // and of that of the state: the same whether its intermediates are saved or not
   bool saved = false;             // the intermediates are those that the forward has saved
-  bool makes_values = false;      // the recurrence of the state makes U0 = Tinv V, rather than stage 1
+  bool makes_values = false;      // the recurrence of the state, of all of V, makes U0 = Tinv V, rather than stage 1
   bool side_by_side = false;      // the recurrence of the state and that of its gradient find room at the same time
   bool gradients_beside = false;  // and stage 4 works beside them on chunks that both have left
   int64_t early_gradients = 0;    // then: CTAs of stage 4 that find a multiprocessor from the beginning

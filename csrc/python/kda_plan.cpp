@@ -144,6 +144,7 @@ PYBIND11_MODULE(kda_plan, m) {
       .def_readonly("reason", &kda::ChunkBwdPlan::reason)
       .def_readonly("chunk_slots", &kda::ChunkBwdPlan::chunk_slots)
       .def_readonly("value_tile", &kda::ChunkBwdPlan::value_tile)
+      .def_readonly("state_tile", &kda::ChunkBwdPlan::state_tile)
       .def_readonly("saved", &kda::ChunkBwdPlan::saved)
       .def_readonly("makes_values", &kda::ChunkBwdPlan::makes_values)
       .def_readonly("side_by_side", &kda::ChunkBwdPlan::side_by_side)

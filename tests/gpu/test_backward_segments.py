@@ -127,14 +127,17 @@ def test_the_plan_cuts_few_heads(family: str) -> None:
         assert_same_bits(gradient, gradients[name], f"d{name}, saved")
 
 
-@pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 128)])
-def test_value_tiles(K: int, V: int) -> None:
-    """Of uncut recurrences: the same bits, whether they run side by side or one after the other."""
-    inputs = make_inputs("long", T=330, H=HEADS, K=K, V=V, with_state=True, device=DEVICE)
+@all_families
+@pytest.mark.parametrize("K", [64, 128])
+@pytest.mark.parametrize("value_tile", [64, 128])
+def test_value_tiles(family: str, K: int, value_tile: int) -> None:
+    """Of uncut recurrences; that of the state makes U0 itself where it takes all of V. Twice with the same bits."""
+    inputs = make_inputs(family, T=330, H=HEADS, K=K, V=128, with_state=True, device=DEVICE)
     do, dstate = output_gradients(inputs)
-    expected = backward(inputs, do, dstate, segment_chunks=0, value_tile=64)
-    for name, gradient in backward(inputs, do, dstate, segment_chunks=0, value_tile=V).items():
-        assert_same_bits(gradient, expected[name], f"d{name}")
+    gradients = backward(inputs, do, dstate, segment_chunks=0, value_tile=value_tile)
+    assert_gradients_as_uncut(inputs, gradients, do, dstate)
+    for name, again in backward(inputs, do, dstate, segment_chunks=0, value_tile=value_tile).items():
+        assert_same_bits(again, gradients[name], f"d{name}")
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ cudaError_t chunk_fwd_saving(const ChunkFwdParams& call, void* intermediates, co
   uint8_t* const base = static_cast<uint8_t*>(call.workspace);
   return run_stages(first_stage_params(call, plan, static_cast<uint8_t*>(intermediates), base, workspace,
                                        segments_at(base, workspace.segments, plan, true, false)),
-                    plan.value_tile, stream);
+                    plan.state_tile, stream);
 }
 
 cudaError_t chunk_bwd(const ChunkBwdParams& call, const ChunkBwdPlan& plan, cudaStream_t stream) {
@@ -120,7 +120,7 @@ cudaError_t chunk_bwd(const ChunkBwdParams& call, const ChunkBwdPlan& plan, cuda
     stages.run("kda.segment_compose", [&] { return launch_segment_compose(compose, stream); });
   }
   if (computes_state) {
-    stages.run("kda.state_recurrence", [&] { return launch_state_recurrence(forward, plan.value_tile, stream); });
+    stages.run("kda.state_recurrence", [&] { return launch_state_recurrence(forward, plan.state_tile, stream); });
   }
   const bool overlaps = computes_state && plan.side_by_side;
   stages.run("kda.reverse_recurrence",
