@@ -56,10 +56,10 @@ struct ChunkFwdKernelParams {
       U_rounded;  // [slots, HV, V / 16, C / 16, 32 lanes]: the high ones alone, for the backward; null as `inverse` is
   uint4* state;   // [slots, HV, V / 16, K / 16, 32 lanes] operand fragments of S^T; of S if `inverse` is wanted
   float* chunk_decay;  // [slots, HV, K]
-  float*
-      beta;  // [slots, HV, C], after its transforms, if the recurrence makes U0 itself, else null: then stage 1 leaves it in U
-  uint8_t* inverse;  // [slots, HV] tiles [C, C], bf16, swizzled: (I + Akk)^-1; null in the
-                     // forward, unless it saves for the backward, and written for the backward
+  float* beta;         // [slots, HV, C], after its transforms, for a recurrence that makes U0 itself; else null
+  // [slots, HV] tiles [C, C], bf16, swizzled: (I + Akk)^-1; null in the forward, unless it saves for the backward, and
+  // written for the backward.
+  uint8_t* inverse;
 
   // Of the ends of sequences, one tile for each (sequence, value head), written if `inverse` is: what bf16 leaves out.
   uint4* U_low;  // [N, HV, V / 16, C / 16, 32 lanes] of U in the last chunk, operands B of 16 of V and 16 tokens
