@@ -44,7 +44,7 @@ void check_flags(const Options& options) {
     if (given)
       throw UsageError(std::string(flag) + ": it is a flag of bench_chunk_fwd; the backward has no such choice");
   };
-  refuse(options.path != PathChoice::kAuto, "--path");
+  refuse(options.path.has_value(), "--path");
   refuse(options.clusters != kAsPlanned, "--clusters");
   refuse(!options.final_state, "--no-final-state");
   refuse(options.chunk_states, "--chunk-states");

@@ -12,26 +12,12 @@ namespace {
 constexpr double kLimitO = 4.5e-3;
 constexpr double kLimitState = 4.0e-3;
 
-std::optional<kda::ChunkFwdPath> path_of(PathChoice choice) {
-  switch (choice) {
-    case PathChoice::kStepwise:
-      return kda::ChunkFwdPath::kStepwise;
-    case PathChoice::kFusedCut:
-      return kda::ChunkFwdPath::kFusedCut;
-    case PathChoice::kFused:
-      return kda::ChunkFwdPath::kFused;
-    case PathChoice::kStaged:
-      return kda::ChunkFwdPath::kStaged;
-    case PathChoice::kAuto:
-      break;
-  }
-  return std::nullopt;
-}
+const char* name_of(const std::optional<kda::ChunkFwdPath>& path) { return path ? kda::name_of(*path) : "auto"; }
 
 // The planner's plan with what the options force.
 kda::ChunkFwdPlan make_plan(const kda::ChunkFwdProblem& problem, const Options& options) {
   kda::ChunkFwdPlanOptions forced;
-  forced.path = path_of(options.path);
+  forced.path = options.path;
   if (options.value_tile != kAsPlanned) forced.value_tile = options.value_tile;
   if (options.clusters != kAsPlanned) forced.clusters = options.clusters;
   if (options.segment_chunks != kAsPlanned) forced.segment_chunks = options.segment_chunks;
@@ -84,21 +70,16 @@ Errors verify(Options options, const kda::ChunkFwdPlan& timed, const Device& dev
   }
   options.value_heads = options.value_heads / options.heads * 2;
   options.heads = 2;
+  options.path = timed.path;
   switch (timed.path) {
     case kda::ChunkFwdPath::kStepwise:
-      options.path = PathChoice::kStepwise;
-      options.segment_chunks = static_cast<int>(std::min(timed.segment_chunks, kMaxSegmentChunks));
-      break;
     case kda::ChunkFwdPath::kFusedCut:
-      options.path = PathChoice::kFusedCut;
       options.segment_chunks = static_cast<int>(std::min(timed.segment_chunks, kMaxSegmentChunks));
       break;
     case kda::ChunkFwdPath::kFused:
-      options.path = PathChoice::kFused;
       options.clusters = clusters_to_verify(Shape(options), timed);
       break;
     case kda::ChunkFwdPath::kStaged:
-      options.path = PathChoice::kStaged;
       options.value_tile = timed.value_tile;
       break;
     case kda::ChunkFwdPath::kComposite:
@@ -123,7 +104,7 @@ Errors verify(Options options, const kda::ChunkFwdPlan& timed, const Device& dev
 std::string forced_as_text(const Options& options) {
   std::string text;
   const auto add = [&](const std::string& part) { text += (text.empty() ? "" : ", ") + part; };
-  if (options.path != PathChoice::kAuto) add(std::string("path ") + name_of(options.path));
+  if (options.path) add(std::string("path ") + name_of(options.path));
   if (options.value_tile != kAsPlanned) add("value tile " + std::to_string(options.value_tile));
   if (options.clusters != kAsPlanned) add("at most " + std::to_string(options.clusters) + " clusters");
   if (options.segment_chunks != kAsPlanned) add("segments of " + std::to_string(options.segment_chunks) + " chunks");

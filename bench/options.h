@@ -5,9 +5,12 @@
 #include <cerrno>
 #include <cstdint>
 #include <cstdlib>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "kda/plan.h"
 
 namespace bench {
 
@@ -19,7 +22,10 @@ struct UsageError : std::runtime_error {
 };
 
 enum class GateFamily { kRandom, kLong, kUnbounded };
-enum class PathChoice { kAuto, kStepwise, kFusedCut, kFused, kStaged };
+
+// The paths of the forward that --path can ask for.
+inline constexpr kda::ChunkFwdPath kPaths[] = {kda::ChunkFwdPath::kStepwise, kda::ChunkFwdPath::kFusedCut,
+                                               kda::ChunkFwdPath::kFused, kda::ChunkFwdPath::kStaged};
 
 struct Options {
   std::vector<int64_t> lengths = {8192};
@@ -39,10 +45,10 @@ struct Options {
   bool final_state = true;
   bool chunk_states = false;
   bool state_v_first = false;
-  PathChoice path = PathChoice::kAuto;
-  int value_tile = kAsPlanned;      // of the staged path
-  int clusters = kAsPlanned;        // of the fused path
-  int segment_chunks = kAsPlanned;  // 0: sequences are not cut
+  std::optional<kda::ChunkFwdPath> path;  // none: the plan's own choice
+  int value_tile = kAsPlanned;            // of the staged path
+  int clusters = kAsPlanned;              // of the fused path
+  int segment_chunks = kAsPlanned;        // 0: sequences are not cut
   int iterations = 50;
   int warmup = 5;
   std::string json_path;
@@ -172,12 +178,11 @@ inline GateFamily parse_gate(const std::string& flag, const std::string& value) 
   throw UsageError(flag + ": expected random, long or unbounded, got '" + value + "'");
 }
 
-inline PathChoice parse_path(const std::string& flag, const std::string& value) {
-  if (value == "auto") return PathChoice::kAuto;
-  if (value == "stepwise") return PathChoice::kStepwise;
-  if (value == "fused_cut") return PathChoice::kFusedCut;
-  if (value == "fused") return PathChoice::kFused;
-  if (value == "staged") return PathChoice::kStaged;
+inline std::optional<kda::ChunkFwdPath> parse_path(const std::string& flag, const std::string& value) {
+  if (value == "auto") return std::nullopt;
+  for (const kda::ChunkFwdPath path : kPaths) {
+    if (value == kda::name_of(path)) return path;
+  }
   throw UsageError(flag + ": expected auto, stepwise, fused_cut, fused or staged, got '" + value + "'");
 }
 
@@ -210,21 +215,22 @@ inline void parse_value_flag(Options& options, const std::string& flag, const st
 }
 
 inline void check_overrides(const Options& options) {
-  const auto may_be = [&](PathChoice path) { return options.path == path || options.path == PathChoice::kAuto; };
+  using Path = kda::ChunkFwdPath;
+  const auto may_be = [&](Path path) { return options.path.value_or(path) == path; };
   if (options.value_tile != kAsPlanned &&
       (options.value_tile % kValueRowsOfGroup != 0 || options.value_dim % options.value_tile != 0)) {
     throw UsageError("--value-tile: expected a multiple of " + std::to_string(kValueRowsOfGroup) +
                      " that divides --value-dim = " + std::to_string(options.value_dim) + ", got " +
                      std::to_string(options.value_tile));
   }
-  if (options.value_tile != kAsPlanned && !may_be(PathChoice::kStaged)) {
+  if (options.value_tile != kAsPlanned && !may_be(Path::kStaged)) {
     throw UsageError("--value-tile: expected --path staged or auto, as the other paths have no tiles of V to choose");
   }
-  if (options.clusters != kAsPlanned && !may_be(PathChoice::kFused) && !may_be(PathChoice::kFusedCut)) {
+  if (options.clusters != kAsPlanned && !may_be(Path::kFused) && !may_be(Path::kFusedCut)) {
     throw UsageError(
         "--clusters: expected --path fused, fused_cut or auto, as the other paths have no clusters to deal chains to");
   }
-  if (options.segment_chunks > 0 && !may_be(PathChoice::kStepwise) && !may_be(PathChoice::kFusedCut)) {
+  if (options.segment_chunks > 0 && !may_be(Path::kStepwise) && !may_be(Path::kFusedCut)) {
     throw UsageError("--segment-chunks: expected --path stepwise, fused_cut or auto, as the other paths have none");
   }
 }
@@ -264,22 +270,6 @@ inline Options parse_options(int argc, char** argv) {
   if (options.value_heads == 0) options.value_heads = options.heads;
   check_together(options);
   return options;
-}
-
-inline const char* name_of(PathChoice path) {
-  switch (path) {
-    case PathChoice::kAuto:
-      return "auto";
-    case PathChoice::kStepwise:
-      return "stepwise";
-    case PathChoice::kFusedCut:
-      return "fused_cut";
-    case PathChoice::kFused:
-      return "fused";
-    case PathChoice::kStaged:
-      return "staged";
-  }
-  return "unknown";
 }
 
 inline const char* name_of(GateFamily gate) {

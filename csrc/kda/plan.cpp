@@ -21,6 +21,22 @@ int64_t slots_of(const ChunkFwdProblem& p, int slot_tokens) {
 
 }  // namespace
 
+const char* name_of(ChunkFwdPath path) {
+  switch (path) {
+    case ChunkFwdPath::kComposite:
+      return "composite";
+    case ChunkFwdPath::kStaged:
+      return "staged";
+    case ChunkFwdPath::kFused:
+      return "fused";
+    case ChunkFwdPath::kStepwise:
+      return "stepwise";
+    case ChunkFwdPath::kFusedCut:
+      return "fused_cut";
+  }
+  return "unknown";
+}
+
 int64_t chunk_slots(const ChunkFwdProblem& p) { return slots_of(p, kChunkTokens); }
 
 int64_t step_slots(const ChunkFwdProblem& p) { return slots_of(p, kStepTokens); }
@@ -98,22 +114,6 @@ const char* reason_against_fused_cut(const ChunkFwdProblem& p) {
   if (!p.contractive)
     return "q and k are not normalised, or beta is not known to be in [0, 2]: a state may grow over a cut";
   return chains_of(p) > kMostChains ? "more sequences and heads than a word can tell" : nullptr;
-}
-
-const char* name_of(ChunkFwdPath path) {
-  switch (path) {
-    case ChunkFwdPath::kComposite:
-      return "composite";
-    case ChunkFwdPath::kStaged:
-      return "staged";
-    case ChunkFwdPath::kFused:
-      return "fused";
-    case ChunkFwdPath::kStepwise:
-      return "stepwise";
-    case ChunkFwdPath::kFusedCut:
-      return "fused_cut";
-  }
-  return "unknown";
 }
 
 // Builds one flat JSON object. Keys and strings are literals of this file without characters that need escaping.

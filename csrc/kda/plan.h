@@ -56,6 +56,9 @@ enum class ChunkFwdPath : int32_t {
       4,  // the fused kernel on pieces of sequences, where the gates let it; the kernels of kStepwise for the rest
 };
 
+// As the command line and plans as JSON have it: "fused_cut".
+[[nodiscard]] const char* name_of(ChunkFwdPath path);
+
 // Whether a path runs the fused kernel, to whose clusters chains are dealt out; and the kernels that cut sequences into segments.
 [[nodiscard]] constexpr bool has_clusters(ChunkFwdPath path) {
   return path == ChunkFwdPath::kFused || path == ChunkFwdPath::kFusedCut;
