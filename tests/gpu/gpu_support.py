@@ -11,7 +11,7 @@ import inspect
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -34,6 +34,9 @@ needs_cuda = pytest.mark.skipif(not ON_CUDA, reason="looks at CUDA itself")
 # What the kernels are instantiated for.
 HEAD_SIZES = [(64, 64), (64, 128), (128, 64), (128, 128)]
 DTYPES = [torch.bfloat16, torch.float16]
+
+# Inputs with a row for each token.
+BY_TOKEN = ("q", "k", "v", "g", "beta")
 
 all_families = pytest.mark.parametrize("family", FAMILIES)
 all_head_sizes = pytest.mark.parametrize(("K", "V"), HEAD_SIZES, ids=[f"K{K}-V{V}" for K, V in HEAD_SIZES])
@@ -115,6 +118,38 @@ def launch(inputs: dict[str, Any], **grid: int) -> tuple[Tensor, Tensor, Tensor]
         return run(inputs)
     path = _forced_path if is_aligned(inputs) else "staged"
     return torch.ops.kda.chunk_fwd_planned(**inputs, path=path, segment_chunks=0, **grid)
+
+
+def call_by(path: str, inputs: dict[str, Any], **grid: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(o, final_state, chunk_states) by the kernels of one path; grid: what the planner would choose."""
+    with kernels_only():
+        return torch.ops.kda.chunk_fwd_planned(**inputs, path=path, **grid)
+
+
+def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of the function, and its static outputs."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()  # loads the kernels
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function()
+    return graph, outputs
+
+
+def redraw(inputs: dict[str, Any], offsets: Tensor, outputs: Iterable[Tensor]) -> int:
+    """For a replay of a captured call: other cu_seqlens and tokens, and NaN behind the last sequence and in what the
+    replay has to write. Returns where the last sequence ends."""
+    end = int(offsets[-1])
+    inputs["cu_seqlens"].copy_(offsets)
+    for name in BY_TOKEN:
+        inputs[name].normal_()
+        inputs[name][:, end:] = torch.nan
+    for output in outputs:
+        output.fill_(torch.nan)
+    return end
 
 
 def reference(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from gpu_support import (
     all_families,
     all_head_sizes,
     assert_same_bits,
+    capture,
     gpu_tests,
     needs_cuda,
     odd_strides,
@@ -255,10 +256,7 @@ def test_in_a_cuda_graph() -> None:
     """Captured once; replayed with other contents of cu_seqlens."""
     inputs = make_inputs("long", lengths=[70, 130], H=4, with_state=True, device=DEVICE)
     do, dstate = output_gradients(inputs)
-    backward(inputs, do, dstate)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = backward(inputs, do, dstate)
+    graph, captured = capture(lambda: backward(inputs, do, dstate))
     for contents in ([0, 70, 200], [0, 0, 200], [0, 199, 200], [0, 64, 128]):
         inputs["cu_seqlens"].copy_(torch.tensor(contents))
         graph.replay()

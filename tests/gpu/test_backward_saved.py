@@ -16,6 +16,7 @@ from gpu_support import (
     REQUESTED_BY,
     assert_contract,
     assert_same_bits,
+    capture,
     gpu_tests,
     kernels_only,
     needs_cuda,
@@ -137,10 +138,7 @@ def test_in_a_cuda_graph() -> None:
         intermediates = saving(inputs)[3]
         return torch.ops.kda.chunk_bwd(do, dstate, **backward_arguments(inputs), intermediates=intermediates)
 
-    step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     for contents in ([0, 70, 200], [0, 0, 200], [0, 199, 200], [0, 64, 128]):
         inputs["cu_seqlens"].copy_(torch.tensor(contents))
         graph.replay()

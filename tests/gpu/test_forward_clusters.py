@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import CHUNK_TOKENS, make_inputs
 from gpu_support import (
+    BY_TOKEN,
     DEVICE,
     HEAD_SIZES,
     all_dtypes,
@@ -21,12 +22,15 @@ from gpu_support import (
     assert_contract,
     assert_same_bits,
     call,
+    call_by,
+    capture,
     composite_fp32,
     gpu_tests,
     kernels_only,
     needs_cuda,
     only_sequence,
     plan,
+    redraw,
 )
 from torch import Tensor
 
@@ -34,15 +38,13 @@ pytestmark = [*gpu_tests, needs_cuda]
 
 CLUSTERS = (1, 2, 3, 5)
 STEP_TOKENS = 32
-BY_TOKEN = ("q", "k", "v", "g", "beta")
 
 both_index_dtypes = pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
 
 
 def dealt(inputs: dict[str, Any], clusters: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(o, final_state, chunk_states) by the fused kernel on at most so many clusters; None: as many as the plan has."""
-    with kernels_only():
-        return torch.ops.kda.chunk_fwd_planned(**inputs, path="fused", clusters=clusters)
+    return call_by("fused", inputs, clusters=clusters)
 
 
 def check(inputs: dict[str, Any], counts: tuple[int | None, ...] = (*CLUSTERS, None)) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,19 +224,10 @@ def test_graph_replays_with_other_sequences(clusters: int, index_dtype: torch.dt
         index_dtype=index_dtype,
         device=DEVICE,
     )
-    dealt(inputs, clusters)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = dealt(inputs, clusters)
+    graph, outputs = capture(lambda: dealt(inputs, clusters))
     for lengths in ([900, 0, 0, 0], [0, 899, 1, 0], [64, 128, 129, 500], [0, 0, 0, 0], [300, 300, 100, 100], [1] * 4):
         offsets = torch.tensor([0, *lengths]).cumsum(0)
-        inputs["cu_seqlens"].copy_(offsets)
-        for name in BY_TOKEN:
-            inputs[name].normal_()
-            inputs[name][:, sum(lengths) :] = torch.nan
-        for output in outputs:
-            output.fill_(torch.nan)
+        redraw(inputs, offsets, outputs)
         for _ in range(2):  # the second one finds the flags as the first has left them
             graph.replay()
         o, final_state, chunk_states = outputs

@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import CHUNK_TOKENS, FAMILIES, make_inputs, run, slice_tokens
 from gpu_support import (
+    BY_TOKEN,
     DEVICE,
     OUTPUTS,
     all_head_sizes,
@@ -21,6 +22,7 @@ from gpu_support import (
     assert_contract,
     assert_same_bits,
     call,
+    capture,
     check_launches,
     gpu_tests,
     kernels_only,
@@ -28,6 +30,7 @@ from gpu_support import (
     needs_cuda,
     odd_strides,
     only_sequence,
+    redraw,
     reference,
     spread_last,
 )
@@ -178,19 +181,6 @@ def test_follows_its_stream_and_does_not_wait() -> None:
     assert_all_same_bits(outputs, expected)
 
 
-def capture(function: Any) -> tuple[Any, Any]:
-    """A CUDA graph of the function, and its static outputs."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()  # loads the kernels
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = function()
-    return graph, outputs
-
-
 @needs_cuda
 @all_head_sizes
 def test_graph_replays_with_other_inputs(K: int, V: int) -> None:
@@ -247,13 +237,7 @@ def test_graph_replays_with_other_sequences(index_dtype: torch.dtype, state_v_fi
     graph, outputs = capture(lambda: call(inputs))
     for name, lengths in PADDED.items():
         offsets = torch.tensor([0, *lengths, *[0] * (N - len(lengths))]).cumsum(0)
-        end = int(offsets[-1])
-        inputs["cu_seqlens"].copy_(offsets)
-        for tensor in ("q", "k", "v", "g", "beta"):
-            inputs[tensor].normal_()
-            inputs[tensor][:, end:] = torch.nan
-        for output in outputs:
-            output.fill_(torch.nan)
+        end = redraw(inputs, offsets, outputs)
         graph.replay()
         o, final_state, chunk_states = outputs
         assert not o[:, end:].any(), f"{name}: rows behind the last sequence"
@@ -335,7 +319,7 @@ def test_several_sequences_in_two_calls() -> None:
     state = inputs["initial_state"]
     for tokens, parts in ((first, heads), (second, [n - h for n, h in zip(lengths, heads, strict=True)])):
         piece = dict(inputs, initial_state=state, cu_seqlens=torch.tensor([0, *parts], device=DEVICE).cumsum(0))
-        piece |= {name: inputs[name][:, tokens] for name in ("q", "k", "v", "g", "beta")}
+        piece |= {name: inputs[name][:, tokens] for name in BY_TOKEN}
         o_piece, state, _ = call(piece)
         assert_same_bits(o_piece, o[:, tokens])
     assert_same_bits(state, final_state)
@@ -384,14 +368,14 @@ def test_rows_behind_the_last_sequence_are_zero(end: int) -> None:
     """cu_seqlens may end before T: NaN in the tokens behind it change nothing, and their o is zero."""
     T = 257
     inputs = make_inputs("long", T=T, K=64, V=128, output_chunk_states=True, device=DEVICE)
-    for name in ("q", "k", "v", "g", "beta"):
+    for name in BY_TOKEN:
         inputs[name][:, end:] = torch.nan
     for offsets in ([0, end], [0, end // 2, end, end, end]):
         packed = dict(inputs, cu_seqlens=torch.tensor(offsets, device=DEVICE, dtype=torch.int32))
         o, final_state, chunk_states = call(packed)
         assert not o[:, end:].any()
         assert o.isfinite().all() and final_state.isfinite().all() and chunk_states.isfinite().all()
-        tight = call({**packed, **{name: packed[name][:, :end] for name in ("q", "k", "v", "g", "beta")}})
+        tight = call({**packed, **{name: packed[name][:, :end] for name in BY_TOKEN}})
         assert_same_bits(o[:, :end], tight[0])
         assert_same_bits(final_state, tight[1])
 

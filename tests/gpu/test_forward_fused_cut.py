@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import make_inputs
 from gpu_support import (
+    BY_TOKEN,
     DEVICE,
     all_dtypes,
     all_families,
@@ -18,12 +19,14 @@ from gpu_support import (
     assert_contract,
     assert_same_bits,
     call,
+    call_by,
+    capture,
     check_launches,
     composite_fp32,
     gpu_tests,
-    kernels_only,
     needs_cuda,
     plan,
+    redraw,
 )
 from torch import Tensor
 
@@ -38,15 +41,11 @@ def fused_cut(
     inputs: dict[str, Any], clusters: int | None = None, segment_chunks: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(o, final_state, chunk_states) on at most so many clusters, and with such segments for what these leave."""
-    with kernels_only():
-        return torch.ops.kda.chunk_fwd_planned(
-            **inputs, path="fused_cut", clusters=clusters, segment_chunks=segment_chunks
-        )
+    return call_by("fused_cut", inputs, clusters=clusters, segment_chunks=segment_chunks)
 
 
 def stepwise(inputs: dict[str, Any], segment_chunks: int) -> tuple[Tensor, Tensor, Tensor]:
-    with kernels_only():
-        return torch.ops.kda.chunk_fwd_planned(**inputs, path="stepwise", segment_chunks=segment_chunks)
+    return call_by("stepwise", inputs, segment_chunks=segment_chunks)
 
 
 def check(inputs: dict[str, Any], counts: tuple[int | None, ...] = CLUSTERS) -> None:
@@ -200,10 +199,7 @@ def test_gates_may_change_between_replays() -> None:
     steep = make_inputs("random", T=3000, H=4, K=128, V=128, with_state=True, device=DEVICE)
     gates = [steep["g"], with_slow_heads(steep)["g"], with_slow_heads(steep, step=1)["g"], steep["g"]]
     static = steep | {"g": steep["g"].clone()}
-    fused_cut(static)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = fused_cut(static)
+    graph, outputs = capture(lambda: fused_cut(static))
     for g in gates:
         static["g"].copy_(g)
         graph.replay()
@@ -214,20 +210,11 @@ def test_gates_may_change_between_replays() -> None:
 def test_sequences_may_change_between_replays(family: str) -> None:
     """Captured once with cu_seqlens; NaN lie behind the last sequence, whose rows of o are zero."""
     inputs = make_inputs(family, lengths=[700, 100, 200, 24], H=2, K=128, V=128, with_state=True, device=DEVICE)
-    fused_cut(inputs)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = fused_cut(inputs)
+    graph, outputs = capture(lambda: fused_cut(inputs))
     for offsets in ([0, 700, 800, 1000, 1024], [0, 0, 900, 900, 1000], [0, 33, 34, 400, 401], [0, 64, 64, 64, 64]):
-        end = offsets[-1]
-        inputs["cu_seqlens"].copy_(torch.tensor(offsets))
-        for name in ("q", "k", "v", "g", "beta"):
-            inputs[name].normal_()
-            inputs[name][:, end:] = torch.nan
-        for output in outputs:
-            output.fill_(torch.nan)
+        end = redraw(inputs, torch.tensor(offsets), outputs)
         graph.replay()
-        used = inputs | {name: inputs[name][:, :end] for name in ("q", "k", "v", "g", "beta")}
+        used = inputs | {name: inputs[name][:, :end] for name in BY_TOKEN}
         expected = composite_fp32(used)
         assert not outputs[0][:, end:].any()
         slots = expected[2].shape[1]

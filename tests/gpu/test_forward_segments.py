@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import CHUNK_TOKENS, make_inputs
 from gpu_support import (
+    BY_TOKEN,
     DEVICE,
     OUTPUTS,
     all_families,
@@ -17,13 +18,15 @@ from gpu_support import (
     assert_contract,
     assert_same_bits,
     call,
+    call_by,
+    capture,
     check_launches,
     composite_fp32,
     gpu_tests,
-    kernels_only,
     needs_cuda,
     odd_strides,
     plan,
+    redraw,
     reference,
 )
 from torch import Tensor
@@ -39,8 +42,7 @@ all_segments = pytest.mark.parametrize("segment_chunks", SEGMENT_CHUNKS)
 
 def cut(inputs: dict[str, Any], segment_chunks: int) -> tuple[Tensor, Tensor, Tensor]:
     """(o, final_state, chunk_states) by the stepwise kernels with segments of so many chunks; 0: not cut."""
-    with kernels_only():
-        return torch.ops.kda.chunk_fwd_planned(**inputs, path="stepwise", segment_chunks=segment_chunks)
+    return call_by("stepwise", inputs, segment_chunks=segment_chunks)
 
 
 def check(inputs: dict[str, Any], segment_chunks: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +104,7 @@ def test_features(family: str, features: dict[str, Any]) -> None:
 def test_inputs_that_are_not_aligned_are_not_cut() -> None:
     """The stepwise path does not take them, and the staged one does not cut: what was asked for is refused."""
     inputs = make_inputs("long", T=450, K=128, V=128, with_state=True, device=DEVICE)
-    odd = inputs | {name: odd_strides(inputs[name]) for name in ("q", "k", "v", "g", "beta")}
+    odd = inputs | {name: odd_strides(inputs[name]) for name in BY_TOKEN}
     with pytest.raises(RuntimeError, match="argument `path`: .*16 bytes"):
         cut(odd, 2)
     with pytest.raises(RuntimeError, match="argument `segment_chunks`: expected none or 0"):
@@ -214,7 +216,7 @@ def test_chunk_states_resume_the_run() -> None:
     inputs = make_inputs("long", T=500, H=2, K=64, V=128, with_state=True, device=DEVICE)
     o, final_state, chunk_states = cut(inputs, segment_chunks)
     begin = 3 * segment_chunks * CHUNK_TOKENS  # of the last segment
-    rest = inputs | {name: inputs[name][:, begin:] for name in ("q", "k", "v", "g", "beta")}
+    rest = inputs | {name: inputs[name][:, begin:] for name in BY_TOKEN}
     o_rest, final_rest, _ = cut({**rest, "initial_state": chunk_states[:, 3 * segment_chunks]}, 0)
     assert_same_bits(o_rest, o[:, begin:])
     assert_same_bits(final_rest, final_state)
@@ -235,25 +237,16 @@ def test_graph_replays_with_other_sequences() -> None:
     """One graph; at each replay every sequence has the bits that it has alone. NaN lie behind the last one."""
     segment_chunks, tokens = 2, 900
     inputs = make_inputs("long", lengths=[300] * 3, K=64, V=64, with_state=True, device=DEVICE)
-    cut(inputs, segment_chunks)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = cut(inputs, segment_chunks)
+    graph, outputs = capture(lambda: cut(inputs, segment_chunks))
     for lengths in ([900, 0, 0], [0, 899, 1], [64, 128, 129], [0, 0, 0], [700, 100, 100]):
         offsets = torch.tensor([0, *lengths]).cumsum(0)
-        inputs["cu_seqlens"].copy_(offsets)
-        for name in ("q", "k", "v", "g", "beta"):
-            inputs[name].normal_()
-            inputs[name][:, sum(lengths) :] = torch.nan
-        for output in outputs:
-            output.fill_(torch.nan)
+        redraw(inputs, offsets, outputs)
         graph.replay()
         o, final_state, _ = outputs
         assert not o[:, sum(lengths) :].any() and o.shape[1] == tokens
         for n, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False)):
             alone = {name: x for name, x in inputs.items() if name != "cu_seqlens"}
-            alone |= {name: inputs[name][:, begin:end] for name in ("q", "k", "v", "g", "beta")}
+            alone |= {name: inputs[name][:, begin:end] for name in BY_TOKEN}
             alone["initial_state"] = inputs["initial_state"][n : n + 1]
             o_alone, final_alone, _ = cut(alone, segment_chunks)
             assert_same_bits(o[:, begin:end], o_alone, f"{lengths}: sequence {n}")
