@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       ptx::mbarrier_wait_parity(stage_ring.empty(position.stage), position.parity);
       const uint32_t barrier = stage_ring.full(position.stage);
       if (ptx::opaque(threadIdx.x) == Config::kConsumers) {
-        const int64_t chain = of.segment.sequence * call.problem.value_heads + of.value_head;
+        const int64_t chain = of.chain(call.problem.value_heads);
         ptx::mbarrier_arrive_expect_tx(barrier, Config::kKeyTileBytes);
         ptx::cp_async_bulk_load(stage_ring.stage(position.stage) + Config::kQGated,
                                 params.forward.Q_gated_low + chain * Config::kKeyTileBytes, Config::kKeyTileBytes,
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
   // This warp's rows of the state of the sequence.
   const auto state_offset = [&](const RecurrenceBlock& of, int thread, const StateStrides& stride) {
-    return (of.segment.sequence * value_heads + of.value_head) * K * V + of.row_tile(thread) * 16 * stride.row;
+    return of.chain(value_heads) * K * V + of.row_tile(thread) * 16 * stride.row;
   };
   StateFragments<K> dstate;
   if (segment.is_last && params.dfinal_state != nullptr) {
@@ -224,10 +224,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   };
 
   // The warp's tile of 16 rows of V in what is kept of the last chunk of each sequence alone.
-  const auto low_tile = [&] {
-    const int64_t chain = segment.sequence * value_heads + block.value_head;
-    return chain * (V / 16) + block.row_tile(ptx::opaque(threadIdx.x));
-  };
+  const auto low_tile = [&] { return block.chain(value_heads) * (V / 16) + block.row_tile(ptx::opaque(threadIdx.x)); };
 
   RingPosition ring;
   for (int step = 0; step < chunks; ++step) {

@@ -38,6 +38,11 @@ struct RecurrenceBlock {
     first_row_tile = (cta % blocks - (is_map ? value_blocks : 0)) * (rows / 16);
   }
 
+  // The index of the sequence and value head.
+  __device__ __forceinline__ int64_t chain(int value_heads) const {
+    return segment.sequence * value_heads + value_head;
+  }
+
   // The tile of 16 rows that a warp owns.
   __device__ __forceinline__ int row_tile(int thread) const { return first_row_tile + thread / 32; }
 

@@ -41,7 +41,9 @@ namespace kda {
 // made from it, else void.
 template <int K_, int kGroups_, bool kSaves_, bool kSummary_ = false, typename Element_ = void>
 struct StateRecurrenceConfig : RecurrenceThreads<kGroups_> {
-  static constexpr int K = K_, C = kChunkTokens, kGroups = kGroups_, kRows = kGroups * kRecurrenceRows;
+  using Threads = RecurrenceThreads<kGroups_>;
+  using Threads::kRows, Threads::kMovers;
+  static constexpr int K = K_, C = kChunkTokens, kGroups = kGroups_;
   static constexpr bool kSaves = kSaves_, kSummary = kSummary_;
   using Element = Element_;
   static constexpr bool kMakesValues = !std::is_void_v<Element>;
@@ -66,7 +68,7 @@ struct StateRecurrenceConfig : RecurrenceThreads<kGroups_> {
   static constexpr int kStageBytes = (kUsedBytes + 1023) / 1024 * 1024;  // operands of wgmma start at multiples
 
   // Who arrives at the barrier of a stage besides the bytes of bulk copies.
-  static constexpr int kArrivals = 1 + (kMakesValues ? 32 * kMoverWarps : 0);
+  static constexpr int kArrivals = 1 + (kMakesValues ? kMovers : 0);
 
   using Staged = StagedOperands<K, kSaves ? C / 16 : 0>;
 };
@@ -85,10 +87,9 @@ template <typename Config>
 __device__ __forceinline__ void store_value_roundings(const ChunkFwdKernelParams& params, const RecurrenceBlock& block,
                                                       const uint32_t (&low)[Config::C / 16][4], int lane) {
   const ChunkFwdProblem& problem = params.call.problem;
-  const int64_t chain = block.segment.sequence * problem.value_heads + block.value_head;
-  uint4* const destination =
-      params.U_low +
-      (chain * (problem.value_dim / 16) + block.row_tile(ptx::opaque(threadIdx.x))) * (Config::C / 16) * 32 + lane;
+  const int64_t tile =
+      block.chain(problem.value_heads) * (problem.value_dim / 16) + block.row_tile(ptx::opaque(threadIdx.x));
+  uint4* const destination = params.U_low + tile * (Config::C / 16) * 32 + lane;
 #pragma unroll
   for (int kt = 0; kt < Config::C / 16; ++kt) {
     destination[kt * 32] = {ptx::movmatrix_trans(low[kt][0]), ptx::movmatrix_trans(low[kt][1]),
@@ -333,8 +334,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       state.store_fragments(end.fragments<K>(segments.state, call, thread), lane);
     }
   } else if (end.segment.is_last && call.final_state != nullptr) {
-    store_state(call.final_state, end.segment.sequence * value_heads + end.value_head, state, call, end_row_tile * 16,
-                lane);
+    store_state(call.final_state, end.chain(value_heads), state, call, end_row_tile * 16, lane);
   }
 }
 
