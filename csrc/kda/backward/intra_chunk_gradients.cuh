@@ -674,9 +674,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     if (warp != kFindingWarp) return;
     const int lane = ptx::opaque(threadIdx.x) & 31;
     const ChunkPlace& before = places[turns & 1 ^ 1];
-    const uint32_t index = params.forward.progress != nullptr ? __shfl_sync(0xffffffffu, taken, 0)
-                           : before.slot < 0                  ? blockIdx.x
-                                                              : static_cast<uint32_t>(before.tile) + gridDim.x;
+    const auto in_order = [&]() -> uint32_t {
+      if (before.slot < 0) return blockIdx.x;
+      return TileOfTurn{(turns - 2) * gridDim.x, static_cast<uint32_t>(before.tile)}.next().index;
+    };
+    const uint32_t index = params.forward.progress != nullptr ? __shfl_sync(0xffffffffu, taken, 0) : in_order();
     ChunkPlace place = {{0, 0, 0}, index, slots, 0, -1};
     if (index < tiles) place = place_of(params, given.divisors, index, lane);
     if (lane == 0) places[turns & 1] = place;

@@ -22,6 +22,19 @@ struct ChunkDivisors {
   }
 };
 
+// What a CTA takes turn by turn of a grid that goes through tiles in their order: in each turn one, at a place that is shifted from turn to turn. Else the
+// ends of sequences, which take longer, would fall to the same CTAs again and again where a sequence has a multiple of the grid's size in tiles.
+struct TileOfTurn {
+  static constexpr uint32_t kShift = 37;  // less than the CTAs of a grid that has more than one turn
+  uint32_t first, index;                  // of the turn; of the tile
+
+  static __device__ __forceinline__ TileOfTurn begin(uint32_t index) { return {0, index}; }
+  __device__ __forceinline__ TileOfTurn next(uint32_t shift = kShift) const {
+    const uint32_t ctas = gridDim.x, place = index - first + shift;
+    return {first + ctas, first + ctas + (place >= ctas ? place - ctas : place)};
+  }
+};
+
 // A chunk of a value head; row and chunk if lengths are equal, where sequences are rows of the batch.
 struct ChunkIndex {
   uint32_t slot, value_head, row, chunk;

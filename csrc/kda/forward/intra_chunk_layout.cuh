@@ -19,9 +19,9 @@ struct IntraChunkSolveParams {
 // Where a chunk of a head is. In shared memory: of the chunk that a CTA works at, of the next one, and of the one after that.
 struct SolvePlace {
   ChunkLocation location;  // without tokens: there is none
-  int64_t tile;            // slot * HV + value_head
+  uint32_t tile;           // slot * HV + value_head
   int value_head, key_head;
-  uint32_t index;      // in the order in which the grid goes through the tiles
+  TileOfTurn at;       // in the order in which the grid goes through the tiles
   int first_of_chain;  // the index of (sequence, value head), if this is its first chunk and Q_gated_low is wanted; else -1
 };
 inline constexpr int kSolvePlaces = 4;

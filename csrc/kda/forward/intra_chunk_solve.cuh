@@ -681,9 +681,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     return places[static_cast<unsigned>(ptx::opaque(turn)) % kSolvePlaces];
   };
 
-  // The CTA's next chunk that has tokens, of those from the index-th on, found by one warp.
+  // The CTA's next chunk that has tokens, of those from a tile on, found by one warp.
   constexpr int kFindingWarp = 3;
-  const auto find = [&](uint32_t index, unsigned turn) {
+  // Recurrences that follow want a last turn of neighbours.
+  const uint32_t shift = params.followed_ctas > 0 ? 0 : TileOfTurn::kShift;
+  const auto find = [&](TileOfTurn tile, unsigned turn) {
     const int thread = ptx::opaque(threadIdx.x), lane = thread & 31;
     if (thread >> 5 != kFindingWarp) return;
     const ChunkFwdParams& call = params.call;
@@ -691,19 +693,19 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     const uint32_t value_heads = call.problem.value_heads, heads = call.problem.heads;
     const int64_t tiles = params.chunk_slots * value_heads;  // fewer than 2^31
     const auto index_from_ends = [&] {
-      const auto [chain_turn, chain] = divisors.chains.divide(index);
+      const auto [chain_turn, chain] = divisors.chains.divide(tile.index);
       return ChunkIndex(divisors, chain, SolveOrder(divisors).chunk_at(chain_turn));
     };
-    SolvePlace place = {{0, 0, 0}, 0, 0, 0, index, -1};
+    SolvePlace place = {{0, 0, 0}, 0, 0, 0, tile, -1};
 #pragma unroll 1
-    for (; index < tiles && place.location.tokens == 0; index += gridDim.x) {
-      const ChunkIndex chunk = params.followed_ctas > 0 ? index_from_ends() : ChunkIndex(divisors, index);
+    for (; tile.index < tiles && place.location.tokens == 0; tile = tile.next(shift)) {
+      const ChunkIndex chunk = params.followed_ctas > 0 ? index_from_ends() : ChunkIndex(divisors, tile.index);
       const int value_head = static_cast<int>(chunk.value_head);
       const int key_head = heads == value_heads ? value_head : value_head / static_cast<int>(value_heads / heads);
       const SlotOfSequence found = chunk.found(call, lane);
       const bool is_first = params.Q_gated_low != nullptr && found.is_first;
       const int chain = static_cast<int>(found.sequence) * static_cast<int>(value_heads) + value_head;
-      place = {found.location, chunk.tile(divisors), value_head, key_head, index, is_first ? chain : -1};
+      place = {found.location, chunk.tile(divisors), value_head, key_head, tile, is_first ? chain : -1};
     }
     if (lane == 0) place_of(turn) = place;
   };
@@ -720,19 +722,19 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     ptx::mbarrier_init(at(0).loaded(Solve::Copies::kValues), 1);
     ptx::fence_mbarrier_init();
   }
-  find(first_index(params), 0);
+  find(TileOfTurn::begin(first_index(params)), 0);
   __syncthreads();
   at(0).load_first_inputs();
   at(0).load_last_inputs();
   at(0).keep_parameter(at(0).raw_parameter());
-  find(places[0].index + gridDim.x, 1);
+  find(places[0].at.next(shift), 1);
   __syncthreads();
 #pragma unroll 1
   for (unsigned turn = 0; at(turn).location.tokens > 0; ++turn) {
     if (threadIdx.x == 0) mark(params, Mark::kSolveChunk, places[turn % kSolvePlaces].tile);
     Solve::run(
-        turn, [&](unsigned i) { return at(turn + i); }, [&] { find(place_of(turn + 1).index + gridDim.x, turn + 2); });
-    if (params.followed_ctas > 0) SolveProgress(params).tell(place_of(turn).index);
+        turn, [&](unsigned i) { return at(turn + i); }, [&] { find(place_of(turn + 1).at.next(shift), turn + 2); });
+    if (params.followed_ctas > 0) SolveProgress(params).tell(place_of(turn).at.index);
   }
   if (threadIdx.x == 0) mark(params, Mark::kSolveEnd, 0);
 }
