@@ -118,9 +118,12 @@ struct BlockGradients : ValueGradients<Config> {
     ChannelOperand k_R[kBlockTiles];
   };
 
-  // The fragment of the warp's channels and 16 of V, of S or dS'.
-  __device__ __forceinline__ uint4 state_fragment(int offset, int kt) const {
-    return *reinterpret_cast<const uint4*>(this->shared + offset + ((kt * Config::kGroups + group()) * 32 + lane) * 16);
+  // The operand of the warp's channels and 16 of V, of S or dS', from rows of its transpose.
+  __device__ __forceinline__ ChannelOperand state_operand(int offset, int kt) const {
+    ChannelOperand operand;
+    using StateTile = SwizzledTile<K>;
+    StateTile::load_a_trans(operand.pair, address(offset), 16 * kt, 16 * group(), lane);
+    return operand;
   }
 
   // Sums over V of a state's rows with those of kOperands of dO, Y and U, for the block's tokens. beside(): what does not need them.
@@ -131,9 +134,9 @@ struct BlockGradients : ValueGradients<Config> {
     uint32_t fragments[V / 16][4];
 #pragma unroll
     for (int kt = 0; kt < V / 16; ++kt) {
-      const uint4 fragment = state_fragment(state, kt);
-      fragments[kt][0] = fragment.x, fragments[kt][1] = fragment.y;
-      fragments[kt][2] = fragment.z, fragments[kt][3] = fragment.w;
+      const ChannelOperand operand = state_operand(state, kt);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) fragments[kt][i] = operand.pair[i];
     }
     float acc[kOperands][4][4];
     uint64_t rows[kOperands];
@@ -163,7 +166,7 @@ struct BlockGradients : ValueGradients<Config> {
 
   // What the rounded operands of U dS'^T leave out in the last chunk of a sequence.
   __device__ __forceinline__ void add_written_roundings(Block& written) const {
-    this->add_roundings(written, first_tile(), Config::kU, [&](int kt) { return state_fragment(Config::kDState, kt); });
+    this->add_roundings(written, first_tile(), Config::kU, [&](int kt) { return state_operand(Config::kDState, kt); });
   }
 
   // What crosses the whole chunk, e^{G_C} (S . dS') over a half of V for each block's warp, on the lane that has it. unit: 2^-exponent.
@@ -172,10 +175,9 @@ struct BlockGradients : ValueGradients<Config> {
 #pragma unroll 2
     for (int i = 0; i < V / 32; ++i) {
       const int kt = block() * (V / 32) + i;
-      const ChannelOperand entry = to_operand(state_fragment(Config::kState, kt));
-      const uint4 exit = state_fragment(Config::kDState, kt);
-      entry.multiply(dots[0], exit.x, exit.z);
-      entry.multiply(dots[1], exit.y, exit.w);
+      const ChannelOperand entry = state_operand(Config::kState, kt), exit = state_operand(Config::kDState, kt);
+      entry.multiply(dots[0], exit.pair[0], exit.pair[2]);
+      entry.multiply(dots[1], exit.pair[1], exit.pair[3]);
     }
     float chunk[2];
     load_decay(chunk, Config::kOfChunk);

@@ -68,7 +68,7 @@ ChunkBwdKernelParams kernel_params(const ChunkBwdParams& call, const ChunkBwdPla
   params.dfinal_state = call.dfinal_state;
   params.dq = call.dq, params.dk = call.dk, params.dv = call.dv, params.dg = call.dg, params.dbeta = call.dbeta;
   params.dA_log = call.dA_log, params.ddt_bias = call.ddt_bias, params.dinitial_state = call.dinitial_state;
-  params.dstate = fragments(workspace.dstate);
+  params.dstate = base + workspace.dstate;
   params.dU = fragments(workspace.dU);
   params.dstate_low = fragments(workspace.dstate_low);
   params.dU_low = fragments(workspace.dU_low);
@@ -78,7 +78,7 @@ ChunkBwdKernelParams kernel_params(const ChunkBwdParams& call, const ChunkBwdPla
     params.forward.progress = reinterpret_cast<uint32_t*>(base + workspace.progress);
     constexpr int kRecurrences = 2;
     params.forward.followed_ctas = static_cast<uint32_t>(plan.followed_ctas);
-    params.progress_wanted = kRecurrences * kMoverWarps * (problem.value_dim / plan.value_tile);
+    params.progress_wanted = kRecurrences * (problem.value_dim / plan.value_tile);
   }
   if (call.inputs.gate != GateKind::kLog) {
     params.dA_log_parts = floats(workspace.dA_log);

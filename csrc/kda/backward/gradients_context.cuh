@@ -132,7 +132,7 @@ struct GradientsContext {
     }
   }
   // sums[i] of the warp's channels and tile first_tile + i += what the rounded operands of U dS'^T leave out. U lies at `values`; dstate(i): the warp's
-  // fragment of 16 of V.
+  // operand of 16 of V.
   template <int N, typename Fragment>
   __device__ __forceinline__ void add_roundings(ChannelTile (&sums)[N], int first_tile, int values,
                                                 Fragment dstate) const {
@@ -148,7 +148,7 @@ struct GradientsContext {
       }
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        const ChannelOperand high = to_operand(dstate(first + j)), low = to_operand(dstate_low[j]);
+        const ChannelOperand high = dstate(first + j), low = to_operand(dstate_low[j]);
 #pragma unroll
         for (int i = 0; i < N; ++i) {
           const uint4& u = values_low[j][i];

@@ -182,8 +182,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
     ptx::prefetch_tensor_to_l2(&maps.q, 0, token, 0, value_head, batch);
     ptx::prefetch_tensor_to_l2(&maps.k, 0, token, 0, value_head, batch);
     if constexpr (Config::kGateGradientFits) {
-      ptx::prefetch_to_l2(reinterpret_cast<const uint8_t*>(params.dstate) + tile * Config::kStateBytes,
-                          Config::kStateBytes);
+      ptx::prefetch_to_l2(params.dstate + tile * Config::kStateBytes, Config::kStateBytes);
     }
   }
   __device__ __forceinline__ void copy_over_gradients() const {

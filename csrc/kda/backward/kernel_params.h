@@ -20,8 +20,8 @@ struct ChunkBwdKernelParams {
   void* dinitial_state;      // or null
 
   // Workspace regions; see ChunkBwdWorkspace.
-  uint4* dstate;  // [slots, HV, V / 16, K / 16, 32 lanes] operand fragments
-  uint4* dU;      // [slots, HV, V / 16, C / 16, 32 lanes] operand fragments
+  uint8_t* dstate;  // [slots, HV] tiles of dS'^T [V, K], bf16, swizzled
+  uint4* dU;        // [slots, HV, V / 16, C / 16, 32 lanes] operand fragments
   // What those leave out in the last chunk of a sequence, if there is a gradient of its final state:
   uint4* dstate_low;                     // [N, HV, V / 16, K / 16, 32 lanes]
   uint4* dU_low;                         // [N, HV, V / 16, C / 16, 32 lanes]

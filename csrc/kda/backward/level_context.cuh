@@ -82,11 +82,26 @@ struct LevelContext : GradientsRows<Config> {
   }
   __device__ __forceinline__ float* carry() const { return reinterpret_cast<float*>(shared + Config::kCarry); }
 
-  // Fragments [16 channels, 16 of V] of S or dS', as A operands: the first of V / 16.
-  __device__ __forceinline__ const uint4* state_fragments(const uint4* fragments) const {
-    return fragments + (tile * (V / 16) * (K / 16) + group()) * 32 + lane;
+  // S or dS' in memory as it comes from rows of its transpose, for operands of the warp's channels and 16 of V each. Places in two units of 16 bytes.
+  struct StateInMemory {
+    const uint8_t *lower, *upper;  // of the lane
+    // The operand is that of the transpose until its matrices are.
+    __device__ __forceinline__ uint4 load(int kt) const {
+      constexpr int kRow = 2 * K;
+      const auto word = [](const uint8_t* at) { return *reinterpret_cast<const uint32_t*>(at); };
+      const int first = kt * 16 * kRow;
+      return {word(lower + first), word(lower + first + 8 * kRow), word(upper + first), word(upper + first + 8 * kRow)};
+    }
+    __device__ __forceinline__ ChannelOperand operand(int kt) const {
+      return to_operand(transposed_fragment(load(kt)));
+    }
+  };
+  __device__ __forceinline__ StateInMemory state_at(const uint8_t* states) const {
+    using StateTile = SwizzledTile<K>;
+    const uint8_t* const of_tile = states + tile * (2 * K * V) + 4 * (lane & 3);
+    return {of_tile + StateTile::unit_offset(lane >> 2, 2 * group()),
+            of_tile + StateTile::unit_offset(lane >> 2, 2 * group() + 1)};
   }
-  static constexpr int kFragmentStride = K / 16 * 32;
 
   // acc (16 channels, 16 tokens) += operand (16 channels, V) * rows^T of a [C, V] tile, for 16 of V.
   __device__ __forceinline__ void multiply_state(ChannelTile& acc, const ChannelOperand& operand, int offset, int tt,

@@ -45,7 +45,7 @@ struct LevelGradients : LevelPairGradients<Config> {
       Values::shared, Values::tile, Values::token, Values::tokens, Values::totals, Values::value_head,
       Values::value_row;
   static constexpr int K = Config::K, V = Config::V, C = Config::C, kTiles = Config::kTiles;
-  using Values::kFragmentStride, Values::multiply_state, Values::state_fragments;
+  using Values::multiply_state, Values::state_at;
 
   // alpha of a tile, and its product over the tokens.
   __device__ __forceinline__ void activate(const ChannelTile& g, const GateOfTile& activation, int tt) const {
@@ -92,12 +92,16 @@ struct LevelGradients : LevelPairGradients<Config> {
     ChannelOperand exit[V / 16], entry[V / 32];
   };
   __device__ __forceinline__ void load_states(StateFragmentsOfChannels& fragments) const {
-    const uint4* const dstate = state_fragments(params.dstate);
-    const uint4* const state = state_fragments(params.forward.state) + part() * (V / 32) * kFragmentStride;
+    const auto dstate = state_at(params.dstate), state = state_at(params.forward.state);
+    uint4 exit[V / 16], entry[V / 32];  // all on their way before one is waited for
 #pragma unroll
-    for (int kt = 0; kt < V / 16; ++kt) fragments.exit[kt] = to_operand(dstate[kt * kFragmentStride]);
+    for (int kt = 0; kt < V / 16; ++kt) exit[kt] = dstate.load(kt);
 #pragma unroll
-    for (int kt = 0; kt < V / 32; ++kt) fragments.entry[kt] = to_operand(state[kt * kFragmentStride]);
+    for (int kt = 0; kt < V / 32; ++kt) entry[kt] = state.load(part() * (V / 32) + kt);
+#pragma unroll
+    for (int kt = 0; kt < V / 16; ++kt) fragments.exit[kt] = to_operand(transposed_fragment(exit[kt]));
+#pragma unroll
+    for (int kt = 0; kt < V / 32; ++kt) fragments.entry[kt] = to_operand(transposed_fragment(entry[kt]));
   }
 
   // Phase 1: e^{G_C - G} (U dS'^T), kept for phase 2, and operands for pairs of different tiles. Every token of the
@@ -121,7 +125,7 @@ struct LevelGradients : LevelPairGradients<Config> {
       }
       if (this->last_of_chain >= 0) {
         this->add_roundings(of_tiles, first_tile(), Config::kU,
-                            [&](int kt) { return state_fragments(params.dstate)[kt * kFragmentStride]; });
+                            [&](int kt) { return state_at(params.dstate).operand(kt); });
       }
       keep(lane_units(first_tile(), 1), written_0);
       keep(lane_units(first_tile() + 1, 1), written_1);
@@ -167,10 +171,10 @@ struct LevelGradients : LevelPairGradients<Config> {
   __device__ __forceinline__ void add_states(Sums& sums, const ChannelDecayTree& tree, const ChannelTile& q,
                                              const ChannelTile& k, int tt) const {
     ChannelTile of_outputs = zeros(), of_values = zeros();
-    const uint4* const fragments = state_fragments(params.forward.state);
+    const auto states = state_at(params.forward.state);
 #pragma unroll
     for (int kt = 0; kt < V / 16; ++kt) {
-      const ChannelOperand state = to_operand(fragments[kt * kFragmentStride]);
+      const ChannelOperand state = states.operand(kt);
       multiply_state(of_outputs, state, Config::kOutputGradient, tt, kt);
       multiply_state(of_values, state, Config::kY, tt, kt);
     }

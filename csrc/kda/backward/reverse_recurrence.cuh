@@ -1,7 +1,7 @@
 // Stage 3 of the backward: the recurrence of the state's gradient, from the last chunk of a sequence to its first,
 //   dU = Aqk^T dO + K_decayed dS',      dS = Diag(e^{G_C}) dS' + Q_gated^T dO - W^T dU,
-// writing, for stage 4, dS' of each chunk (the gradient of the state at its exit) as bf16 MMA operands of dS', not of
-// its transpose, and dU likewise; at the end the gradient of the initial state.
+// writing, for stage 4, dS' of each chunk (the gradient of the state at its exit) in bf16 and dU as bf16 MMA operands; at the end the gradient of the
+// initial state.
 //
 // Grid as in stage 2 of the forward: one CTA for each (sequence, value head, value tile). The gradient is kept
 // transposed, dS^T [V, K], in fp32 accumulators; a warpgroup owns 64 rows of V and all of K:
@@ -14,7 +14,7 @@
 // the gradient of the final state in the last one; how the gradient passes through a segment is told by the transpose of its map.
 //
 // Another warpgroup, the movers, keeps a ring of stages filled: bulk copies of what lies in the workspace, and units of 16 bytes of
-// dO, which each of its threads copies, as bulk copies of its rows would be issued one by one. It stores what the consumers leave.
+// dO, which each of its threads copies, as bulk copies of its rows would be issued one by one. It gives what the consumers leave to the copy engine.
 //
 // Shared memory of one stage (bytes, K = 128): W, K_decayed, Q_gated 16384 each, Aqk 8192, chunk_decay 512, and for dO
 // 64 rows of two bytes for each value row and 16 more, which keep ldmatrix free of bank conflicts.
@@ -52,7 +52,7 @@ struct ReverseRecurrenceConfig : RecurrenceThreads<kGroups_> {
   static constexpr int kOutputGradient = kDecay + kDecayBytes;
   static constexpr int kStageBytes = (kOutputGradient + C * kRowPitch + 1023) / 1024 * 1024;
 
-  using Staged = StagedOperands<K, C / 16>;
+  using Staged = StagedOperands<K, C / 16, kGroups * kRecurrenceRows>;
 };
 
 // Whether a segment's chunks leave a gradient of the initial state that is wanted.
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
   const StageRing stage_ring = {static_cast<uint32_t>(ptx::opaque(ptx::shared_address(shared))), stages,
                                 Config::kStageBytes};
-  stage_ring.init(shared, found, 1 + Config::kMovers, Config::kConsumers, Config::kMovers);
+  stage_ring.init(shared, found, 1 + Config::kFillers, Config::kConsumers);
   if (threadIdx.x == 0) mark(params.forward, Mark::kReverseBegin, 0);
   ptx::launch_dependents();
   uint8_t* const staging = shared + staging_offset<Config>(stages);
@@ -92,19 +92,40 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const SegmentLocation& segment = block.segment;
     const int chunks = static_cast<int>(segment.chunks), first_row_tile = block.first_row_tile,
               value_head = block.value_head;
+    const int64_t first_tile = block.first_tile, last_tile = first_tile + int64_t{chunks - 1} * value_heads;
+    if (Config::is_mover(Config::kStores)) {
+      if (Config::kSummary || threadIdx.x % 32 > 0) return;
+      const int64_t last_operands = last_tile * (V / 16) + first_row_tile;
+      const int64_t operands_of_chunk = static_cast<int64_t>(value_heads) * (V / 16);
+      uint8_t* states = params.dstate + last_operands * Staged::kStateBytes;
+      uint8_t* values = reinterpret_cast<uint8_t*>(params.dU) + last_operands * Staged::kValueBytes;
+      stage_ring.store_staged(chunks, stage_ring.stored(shared), [&] {
+        Staged::store(states, values, staging);
+        states -= operands_of_chunk * Staged::kStateBytes;
+        values -= operands_of_chunk * Staged::kValueBytes;
+      });
+      return;
+    }
+    if (Config::is_mover(Config::kTells)) {
+      uint32_t* const progress = params.forward.progress;
+      if (Config::kSummary || threadIdx.x % 32 > 0 || progress == nullptr) return;
+      StageRing::tell_stored(chunks, stage_ring.stored(shared), [&](int step) {
+        mark(params.forward, Mark::kReverseChunks, step);
+        return progress + last_tile - int64_t{step} * value_heads;
+      });
+      return;
+    }
     // One thread asks for the bulk copies, and each copies 16-byte units of dO; rows past the end are zero.
-    constexpr int kUnits = Config::kRowBytes / 16, kRowsAtOnce = Config::kMovers / kUnits;
+    constexpr int kUnits = Config::kRowBytes / 16, kRowsAtOnce = Config::kFillers / kUnits;
     const SequenceRange range = sequence_range(call, segment.sequence);
     const int64_t first_token = range.begin + segment.first_chunk * C;  // of the segment
     const int tokens = static_cast<int>(min(range.end - first_token, segment.chunks * C));
-    const int64_t first_tile = block.first_tile;
     const int token_stride = value_heads * V;
     const int thread = ptx::opaque(threadIdx.x) - Config::kConsumers, lane = thread & 31, unit = thread % kUnits,
               first_row = thread / kUnits;
     const Element* const outputs = static_cast<const Element*>(params.dO) +
                                    ((range.batch * call.problem.tokens + first_token) * value_heads + value_head) * V +
                                    first_row_tile * 16 + 8 * unit;
-    const int64_t last_tile = first_tile + int64_t{chunks - 1} * value_heads;
     SolvedChunks solved = {params.forward, chunks, /*is_reversed=*/true};
     const auto fill = [&](int step, int i) {
       const int chunk = chunks - 1 - step;
@@ -136,26 +157,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       }
       ptx::cp_async_mbarrier_arrive_noinc(barrier);
     };
-    const int64_t operand_tile = last_tile * (V / 16) + first_row_tile + thread / 32;
-    const int64_t tiles_of_chunk = static_cast<int64_t>(value_heads) * (V / 16);
-    uint4* states = params.dstate + operand_tile * (K / 16) * 32;
-    uint4* values = params.dU + operand_tile * (C / 16) * 32;
-    const auto store = [&] {
-#pragma unroll
-      for (int i = 0; i < Config::kGroups; ++i) {
-        uint8_t* const area = staging + (thread / 32 + 4 * i) * Staged::kBytes;
-        Staged::template store_state<true>(states + i * 4 * (K / 16) * 32, ptx::shared_address(area), lane);
-        Staged::store_values(values + i * 4 * (C / 16) * 32, area, lane);
-      }
-      states -= tiles_of_chunk * (K / 16) * 32;
-      values -= tiles_of_chunk * (C / 16) * 32;
-    };
-    const auto tell = [&](int step, int count) {
-      if (thread == 0) mark(params.forward, Mark::kReverseChunks, step + count - 1);
-      uint32_t* const progress = params.forward.progress;
-      if (progress == nullptr) return;
-      tell_progress(progress + last_tile - int64_t{step} * value_heads, -value_heads, count, lane);
-    };
     // What Q_gated leaves out of the first chunk, which solved.wait_for() has seen. Read again, as there are few registers.
     const auto fill_last = [&](RingPosition position) {
       const RecurrenceBlock& of = stage_ring.block(ptx::opaque(shared));
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       }
       ptx::mbarrier_arrive(barrier);
     };
-    stage_ring.move<!Config::kSummary>(chunks, fill, store, tell, fill_last);
+    stage_ring.fill_stages(chunks, fill, fill_last);
     ptx::wait_for_kernel_before();  // who waits for this kernel relies on the recurrence of the state, too
     return;
   }
@@ -200,7 +201,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int matrix = lane >> 3;
   const uint32_t output_gradient =
       Config::kOutputGradient + ((lane & 7) + (matrix >> 1) * 8) * Config::kRowPitch + (2 * warp + (matrix & 1)) * 16;
-  uint8_t* const area = staging + warp * Staged::kBytes;
   const auto load_output_gradient = [&](uint32_t(&dO)[C / 16][4], uint32_t stage) {
 #pragma unroll
     for (int kt = 0; kt < C / 16; ++kt) {
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
       for (int kt = 0; kt < K / 16; ++kt) wgmma::m64n64k16_bf16<false>(du, low[kt], keys(kt), kt > 0);
       wgmma::commit_group();
-      if constexpr (!Config::kSummary) {  // of dS', as Staged::store_state() has it
+      if constexpr (!Config::kSummary) {  // as operands of dS'
         uint4* const destination = params.dstate_low + low_tile() * (K / 16) * 32 + lane;
 #pragma unroll
         for (int kt = 0; kt < K / 16; ++kt) {
@@ -320,13 +320,15 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       }
       if (step > 0) ptx::mbarrier_wait_parity(stage_ring.taken(), (step - 1) & 1);
 #pragma unroll
-      for (int kt = 0; kt < K / 16; ++kt) Staged::put_state(ptx::shared_address(area), exits[kt], kt, lane);
+      for (int kt = 0; kt < K / 16; ++kt) Staged::put_state(staging, warp, exits[kt], kt, lane);
 #pragma unroll
       for (int kt = 0; kt < C / 16; ++kt) {
         const uint32_t(&operand)[4] = du_high[kt];
-        Staged::put_values(area, {operand[0] ^ kSigns, operand[1] ^ kSigns, operand[2] ^ kSigns, operand[3] ^ kSigns},
-                           kt, lane);
+        Staged::put_values(staging, warp,
+                           {operand[0] ^ kSigns, operand[1] ^ kSigns, operand[2] ^ kSigns, operand[3] ^ kSigns}, kt,
+                           lane);
       }
+      ptx::fence_proxy_async_shared();
       ptx::mbarrier_arrive(stage_ring.staged());
     }
     wgmma::wait_group<0>();

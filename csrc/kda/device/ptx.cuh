@@ -189,8 +189,12 @@ __device__ __forceinline__ void cp_async_bulk_wait_read_all() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
-// Until the stores of this thread have been made.
-__device__ __forceinline__ void cp_async_bulk_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+// Until the stores of this thread have been made, but for those of the last kGroups groups.
+template <int kGroups>
+__device__ __forceinline__ void cp_async_bulk_wait_all_but() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+__device__ __forceinline__ void cp_async_bulk_wait_all() { cp_async_bulk_wait_all_but<0>(); }
 
 // Orders this thread's ordinary shared-memory accesses before later accesses of the copy engine.
 __device__ __forceinline__ void fence_proxy_async_shared() {

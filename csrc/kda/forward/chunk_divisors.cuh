@@ -25,12 +25,12 @@ struct ChunkDivisors {
 // What a CTA takes turn by turn of a grid that goes through tiles in their order: in each turn one, at a place that is shifted from turn to turn. Else the
 // ends of sequences, which take longer, would fall to the same CTAs again and again where a sequence has a multiple of the grid's size in tiles.
 struct TileOfTurn {
-  static constexpr uint32_t kShift = 37;  // less than the CTAs of a grid that has more than one turn
-  uint32_t first, index;                  // of the turn; of the tile
+  static constexpr uint32_t kShift = 37;
+  uint32_t first, index;  // of the turn; of the tile
 
   static __device__ __forceinline__ TileOfTurn begin(uint32_t index) { return {0, index}; }
   __device__ __forceinline__ TileOfTurn next(uint32_t shift = kShift) const {
-    const uint32_t ctas = gridDim.x, place = index - first + shift;
+    const uint32_t ctas = gridDim.x, place = index - first + (ctas > shift ? shift : 0);
     return {first + ctas, first + ctas + (place >= ctas ? place - ctas : place)};
   }
 };

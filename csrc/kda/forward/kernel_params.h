@@ -54,7 +54,7 @@ struct ChunkFwdKernelParams {
              // replaced by U as operand fragments (bf16), a high and a low one for each 16 tokens, if wants_output
   uint4*
       U_rounded;  // [slots, HV, V / 16, C / 16, 32 lanes]: the high ones alone, for the backward; null as `inverse` is
-  uint4* state;   // [slots, HV, V / 16, K / 16, 32 lanes] operand fragments of S^T; of S if `inverse` is wanted
+  uint8_t* state;  // [slots, HV] tiles of S^T [V, K], bf16, swizzled
   float* chunk_decay;  // [slots, HV, K]
   float* beta;         // [slots, HV, C], after its transforms, for a recurrence that makes U0 itself; else null
   // [slots, HV] tiles [C, C], bf16, swizzled: (I + Akk)^-1; null in the forward, unless it saves for the backward, and
@@ -91,7 +91,7 @@ ChunkFwdKernelParams stage_params(const ChunkFwdParams& call, const Regions& at,
   params.K_decayed = base + at.K_decayed;
   params.Q_gated = base + at.Q_gated;
   params.Aqk = base + at.Aqk;
-  params.state = reinterpret_cast<uint4*>(base + at.state);
+  params.state = base + at.state;
   params.chunk_decay = reinterpret_cast<float*>(base + at.chunk_decay);
   params.chunk_slots = chunk_slots;
   params.segments.slots = call.problem.sequences;

@@ -1,5 +1,3 @@
-#include <type_traits>
-
 #include "launch.cuh"
 #include "output_gemm.cuh"
 
@@ -10,12 +8,9 @@ cudaError_t launch_output_gemm(const ChunkFwdKernelParams& params, cudaStream_t 
   // With cu_seqlens, one slot more: rows past its last entry are cleared 64 a slot, and may begin inside a chunk.
   const int64_t slots = params.chunk_slots + (problem.varlen && problem.tokens > 0 ? 1 : 0);
   return for_instantiation(problem, [&](auto key_dim, auto value_dim, auto element) {
-    const auto launch_as = [&](auto saving) {
-      using Config = OutputGemmConfig<key_dim(), value_dim(), decltype(element), saving()>;
-      return launch(output_gemm_kernel<Config>, slots * problem.value_heads, Config::kThreads, Config::kSharedBytes,
-                    stream, params);
-    };
-    return params.inverse != nullptr ? launch_as(std::true_type()) : launch_as(std::false_type());
+    using Config = OutputGemmConfig<key_dim(), value_dim(), decltype(element)>;
+    return launch(output_gemm_kernel<Config>, slots * problem.value_heads, Config::kThreads, Config::kSharedBytes,
+                  stream, params);
   });
 }
 

@@ -3,10 +3,10 @@
 // with S the state at the entry of the chunk.
 //
 // Grid: one CTA for each (chunk slot, value head), and with cu_seqlens one more slot; 4 warps, each owns V / 4 columns
-// of O and all 64 tokens. S^T and U^T lie in the workspace as operand fragments and go from global memory to registers;
-// Q_gated and Aqk come by one bulk copy each. Rows of o past the last entry of cu_seqlens are set to zero here.
+// of O and all 64 tokens. U^T lies in the workspace as operand fragments and goes from global memory to registers; Q_gated, Aqk and S^T come by one bulk
+// copy each. Rows of o past the last entry of cu_seqlens are set to zero here.
 //
-// Shared memory (bytes, K = V = 128): Q_gated 16384, then O for a coalesced store; Aqk 8192.
+// Shared memory (bytes, K = V = 128): Q_gated 16384, then O for a coalesced store; Aqk 8192; S^T 32768.
 // Bound by memory traffic: 2 * (K + 2 V + C + K V / C) bytes read and 2 V written for each token and head.
 #pragma once
 
@@ -17,21 +17,20 @@
 
 namespace kda {
 
-// kSaving: the state's operands are of S rather than of S^T, as the backward takes them.
-template <int K_, int V_, typename Element_, bool kSaving_>
+template <int K_, int V_, typename Element_>
 struct OutputGemmConfig {
   static constexpr int K = K_, V = V_, C = kChunkTokens;
   using Element = Element_;
-  static constexpr bool kSaving = kSaving_;
-  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
-  static constexpr int kCtasPerSm = kSaving ? 3 : 4;  // transposing the operands takes registers
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps, kCtasPerSm = 3;
   using KeyTile = BlockedTile<C>;
+  using StateTile = SwizzledTile<K>;
   using PairTile = SwizzledTile<C>;
   using OutputTile = SwizzledTile<V>;
-  static constexpr int kKeyTileBytes = C * K * 2, kPairTileBytes = C * C * 2, kOutputTileBytes = C * V * 2;
+  static constexpr int kKeyTileBytes = C * K * 2, kStateBytes = V * K * 2, kPairTileBytes = C * C * 2, kOutputTileBytes = C * V * 2;
   static constexpr int kQGated = 0;  // later O
   static constexpr int kAqk = kKeyTileBytes > kOutputTileBytes ? kKeyTileBytes : kOutputTileBytes;
-  static constexpr int kBarrier = kAqk + kPairTileBytes;
+  static constexpr int kState = kAqk + kPairTileBytes;
+  static constexpr int kBarrier = kState + kStateBytes;
   static constexpr int kSharedBytes = kBarrier + 16;
 };
 
@@ -74,18 +73,19 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
 
   const uint32_t barrier = ptx::shared_address(shared + Config::kBarrier);
   const uint32_t q_gated = ptx::shared_address(shared + Config::kQGated),
-                 aqk = ptx::shared_address(shared + Config::kAqk);
+                 aqk = ptx::shared_address(shared + Config::kAqk),
+                 state = ptx::shared_address(shared + Config::kState);
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(barrier, 1);
     ptx::fence_mbarrier_init();
-    ptx::mbarrier_arrive_expect_tx(barrier, Config::kKeyTileBytes + Config::kPairTileBytes);
+    ptx::mbarrier_arrive_expect_tx(barrier, Config::kKeyTileBytes + Config::kPairTileBytes + Config::kStateBytes);
     ptx::cp_async_bulk_load(q_gated, params.Q_gated + tile * Config::kKeyTileBytes, Config::kKeyTileBytes, barrier);
     ptx::cp_async_bulk_load(aqk, params.Aqk + tile * Config::kPairTileBytes, Config::kPairTileBytes, barrier);
+    ptx::cp_async_bulk_load(state, params.state + tile * Config::kStateBytes, Config::kStateBytes, barrier);
   }
   __syncthreads();
 
   const int64_t first_row_tile = tile * (V / 16) + warp * kRowTiles;
-  const uint4* const state = params.state + first_row_tile * (K / 16) * 32 + lane;
   const uint4* const u = params.U + first_row_tile * (C / 8) * 32 + lane;
   float acc[C / 16][2 * kRowTiles][4] = {};
 
@@ -120,8 +120,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     uint4 state_operand[kRowTiles];
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
-      state_operand[r] = state[(r * (K / 16) + kt) * 32];
-      if constexpr (Config::kSaving) state_operand[r] = transposed_fragment(state_operand[r]);
+      uint32_t operand[4];
+      Config::StateTile::load_a(operand, state, 16 * (warp * kRowTiles + r), 16 * kt, lane);
+      state_operand[r] = {operand[0], operand[1], operand[2], operand[3]};
     }
 #pragma unroll
     for (int mt = 0; mt < C / 16; ++mt) {

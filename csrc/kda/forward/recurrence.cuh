@@ -68,6 +68,14 @@ struct RecurrenceThreads {
   static constexpr int kConsumerRegisters = kMostRegisters < 240 ? kMostRegisters : 240;
 
   static __device__ __forceinline__ bool is_mover() { return threadIdx.x >= kConsumers; }
+
+  // The movers' warps: two fill the stages, whose first lane asks for bulk copies; one thread stores, and one tells of it.
+  static constexpr int kFillers = 64;
+  enum Mover { kFills, kStores = kFillers / 32, kTells };
+  static_assert(kTells < kMoverWarps);
+  static __device__ __forceinline__ bool is_mover(Mover which) {
+    return (threadIdx.x - kConsumers) / 32 == static_cast<unsigned>(which);
+  }
 };
 
 // Which stage of a ring, and the parity of its barriers in this turn.
@@ -85,8 +93,6 @@ struct RingPosition {
 // The ring of stages of a recurrence, at the start of shared memory; behind it two barriers for each, two of the fragments that
 // leave, and what the CTA works on, so that it is not kept in registers to the end.
 struct StageRing {
-  static constexpr int kToldChunks = 4;
-
   uint32_t first_stage;
   int stages, stage_bytes;
 
@@ -95,74 +101,92 @@ struct StageRing {
   __device__ __forceinline__ uint32_t empty(int i) const { return full(i) + 8; }
   __device__ __forceinline__ uint32_t staged() const { return full(stages); }  // fragments of a chunk
   __device__ __forceinline__ uint32_t taken() const { return empty(stages); }
-  static constexpr int barrier_bytes(int stages) { return (stages + 1) * 16; }
+  static constexpr int barrier_bytes(int stages) { return (stages + 2) * 16; }
   static constexpr int bytes_behind(int stages) {
     return (barrier_bytes(stages) + static_cast<int>(sizeof(RecurrenceBlock)) + 255) / 256 * 256;
+  }
+  __device__ __forceinline__ uint32_t* stored(uint8_t* shared) const {  // how many chunks are in memory
+    return reinterpret_cast<uint32_t*>(shared + stages * stage_bytes + (stages + 1) * 16);
   }
   __device__ __forceinline__ RecurrenceBlock& block(uint8_t* shared) const {
     return *reinterpret_cast<RecurrenceBlock*>(shared + stages * stage_bytes + barrier_bytes(stages));
   }
 
   // By all threads of the CTA. arrivals: on `full`, besides the bytes of bulk copies.
-  __device__ __forceinline__ void init(uint8_t* shared, const RecurrenceBlock& works_on, int arrivals, int consumers,
-                                       int movers) const {
+  __device__ __forceinline__ void init(uint8_t* shared, const RecurrenceBlock& works_on, int arrivals,
+                                       int consumers) const {
     if (threadIdx.x == 0) {
       for (int i = 0; i < stages; ++i) {
         ptx::mbarrier_init(full(i), arrivals);
         ptx::mbarrier_init(empty(i), consumers);
       }
       ptx::mbarrier_init(staged(), consumers);
-      ptx::mbarrier_init(taken(), movers);
+      ptx::mbarrier_init(taken(), 1);
       ptx::fence_mbarrier_init();
+      *stored(shared) = 0;
       block(shared) = works_on;
     }
     __syncthreads();
   }
 
-  // By the movers, for each of `chunks` chunks: fill(i, stage) once the stage is free, and store() when its fragments are staged, if
-  // any are; and tell(i, n) of chunks i .. i + n - 1 that are stored, some at a time, as it waits for the stores. fill_last(position):
-  // when all chunks are on their way, of the stage behind the last chunk's, which is free when its barrier `empty` says so.
-  template <bool kStores, typename Fill, typename Store, typename Tell, typename FillLast>
-  __device__ __forceinline__ void move(int chunks, Fill fill, Store store, Tell tell, FillLast fill_last) const {
+  // What the movers do, each warp its own: those of kFills, for each of `chunks` chunks, fill(i, stage) once the stage is free, and fill_last(position) when
+  // all are on their way, of the stage behind the last chunk's, which is free when its barrier `empty` says so.
+  template <typename Fill, typename FillLast>
+  __device__ __forceinline__ void fill_stages(int chunks, Fill fill, FillLast fill_last) const {
     for (int i = 0; i < stages && i < chunks; ++i) fill(i, i);
     if (chunks < stages) fill_last(RingPosition{chunks, 1});
     RingPosition ring;
-    for (int i = 0; i < chunks; ++i) {
-      if constexpr (kStores) {
-        if (i > 0 && i % kToldChunks == 0) tell(i - kToldChunks, kToldChunks);
-        ptx::mbarrier_wait_parity(staged(), i & 1);
-        store();
-        ptx::mbarrier_arrive(taken());
-      }
+    for (int i = 0; i + stages <= chunks; ++i) {
       if (i + stages < chunks) {
         ptx::mbarrier_wait_parity(empty(ring.stage), ring.parity);
         fill(i + stages, ring.stage);
-      } else if (i + stages == chunks) {
+      } else {
         fill_last(ring);
       }
       ring.advance(stages);
     }
-    if (kStores && chunks > 0) {
-      const int told = (chunks - 1) / kToldChunks * kToldChunks;
-      tell(told, chunks - told);
+  }
+  // By one thread: what leaves goes to the copy engine, store(), when it is staged. stored: how many chunks of it are in memory.
+  template <typename Store>
+  __device__ __forceinline__ void store_staged(int chunks, uint32_t* stored, Store store) const {
+    const auto publish = [&](int count) {
+      __threadfence_block();
+      atomicExch(stored, static_cast<uint32_t>(count));
+    };
+    for (int i = 0; i < chunks; ++i) {
+      ptx::mbarrier_wait_parity(staged(), i & 1);
+      store();
+      ptx::cp_async_bulk_wait_read_all();
+      ptx::mbarrier_arrive(taken());
+      ptx::cp_async_bulk_wait_all_but<1>();
+      publish(i);
+    }
+    ptx::cp_async_bulk_wait_all();
+    publish(chunks);
+  }
+  // By a thread of another warp, as it waits for a fence each time: of chunks that are in memory, progress(i) counts one up.
+  template <typename Progress>
+  static __device__ __forceinline__ void tell_stored(int chunks, uint32_t* stored, Progress progress) {
+    for (int told = 0; told < chunks;) {
+      const int count = static_cast<int>(atomicAdd(stored, 0));
+      if (count == told) {
+        __nanosleep(50);
+        continue;
+      }
+      __threadfence();
+      for (; told < count; ++told) atomicAdd(progress(told), 1);
     }
   }
 };
 
-// Says, by whole warps that have stored their part of `chunks` chunks, that they are there. progress: of the first, stride: to the next.
-__device__ __forceinline__ void tell_progress(uint32_t* progress, int64_t stride, int chunks, int lane) {
-  __syncwarp();
-  if (lane < chunks) ptx::add_release(progress + lane * stride, 1);
-}
-
-// Shared memory of a recurrence: the ring and its barriers, then an area of Config::Staged for each row tile, unless it is a summary.
+// Shared memory of a recurrence: the ring and its barriers, then Config::Staged, unless it is a summary.
 template <typename Config>
 constexpr int staging_offset(int stages) {
   return stages * Config::kStageBytes + StageRing::bytes_behind(stages);
 }
 template <typename Config>
 constexpr int recurrence_shared_bytes(int stages) {
-  return staging_offset<Config>(stages) + (Config::kSummary ? 0 : Config::kRows / 16 * Config::Staged::kBytes);
+  return staging_offset<Config>(stages) + (Config::kSummary ? 0 : Config::Staged::kBytes);
 }
 
 // Stages of the ring: all that fit. (sm_90: 228 KiB, less 1 KiB that the system keeps for a CTA.)
@@ -210,41 +234,30 @@ __device__ __forceinline__ void scale_channels(StateFragments<K>& state, const u
   }
 }
 
-// Operands of one row tile of 16 rows of V on their way to memory: rows of S^T (16 x K), and fragments of U^T. Consumers leave them in
-// shared memory, so that neither stores nor transposing are in their chain; movers take them from there.
-template <int K, int kTokenTiles>
+// Operands of a CTA's rows of V on their way to memory, as they lie there: of each 16 rows an image of S^T [16][K] in bf16, and then fragments of U^T.
+// Consumers leave them in shared memory, and the copy engine takes them from there, so that no stores are in their chain.
+template <int K, int kTokenTiles, int kRows>
 struct StagedOperands {
   using StateTile = SwizzledTile<K>;
-  static constexpr int kStateBytes = 16 * K * 2, kBytes = kStateBytes + kTokenTiles * 512;
+  static constexpr int kStateBytes = 16 * K * 2, kValueBytes = kTokenTiles * 512;  // of 16 rows
+  static constexpr int kRowTiles = kRows / 16, kValues = kRowTiles * kStateBytes,
+                       kBytes = kRowTiles * (kStateBytes + kValueBytes);
 
-  static __device__ __forceinline__ void put_state(uint32_t area, const uint32_t (&operand)[4], int kt, int lane) {
-    StateTile::store_a(operand, area, 0, 16 * kt, lane);
+  static __device__ __forceinline__ void put_state(uint8_t* staging, int row_tile, const uint32_t (&operand)[4], int kt,
+                                                   int lane) {
+    StateTile::store_a(operand, ptx::shared_address(staging) + row_tile * kStateBytes, 0, 16 * kt, lane);
   }
-  static __device__ __forceinline__ void put_values(uint8_t* area, const uint4& operand, int kt, int lane) {
-    reinterpret_cast<uint4*>(area + kStateBytes)[kt * 32 + lane] = operand;
+  static __device__ __forceinline__ void put_values(uint8_t* staging, int row_tile, const uint4& operand, int kt,
+                                                    int lane) {
+    reinterpret_cast<uint4*>(staging + kValues + row_tile * kValueBytes)[kt * 32 + lane] = operand;
   }
-  // To the fragments of the row tile; kTransposed: operands of S rather than of S^T.
-  template <bool kTransposed>
-  static __device__ __forceinline__ void store_state(uint4* destination, uint32_t area, int lane) {
-    uint32_t operands[K / 16][4];
-#pragma unroll
-    for (int kt = 0; kt < K / 16; ++kt) {
-      if constexpr (kTransposed) {
-        StateTile::load_a_trans(operands[kt], area, 0, 16 * kt, lane);
-      } else {
-        StateTile::load_a(operands[kt], area, 0, 16 * kt, lane);
-      }
+  // By one thread: to the images and fragments of these rows.
+  static __device__ __forceinline__ void store(uint8_t* states, uint8_t* values, uint8_t* staging) {
+    ptx::cp_async_bulk_store(states, ptx::shared_address(staging), kRowTiles * kStateBytes);
+    if constexpr (kTokenTiles > 0) {
+      ptx::cp_async_bulk_store(values, ptx::shared_address(staging + kValues), kRowTiles * kValueBytes);
     }
-#pragma unroll
-    for (int kt = 0; kt < K / 16; ++kt) {
-      destination[kt * 32 + lane] = {operands[kt][0], operands[kt][1], operands[kt][2], operands[kt][3]};
-    }
-  }
-  static __device__ __forceinline__ void store_values(uint4* destination, const uint8_t* area, int lane) {
-#pragma unroll
-    for (int kt = 0; kt < kTokenTiles; ++kt) {
-      destination[kt * 32 + lane] = reinterpret_cast<const uint4*>(area + kStateBytes)[kt * 32 + lane];
-    }
+    ptx::cp_async_bulk_commit_group();
   }
 };
 

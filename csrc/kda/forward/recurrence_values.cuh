@@ -14,7 +14,7 @@ struct MovedValues {
 };
 template <typename Config>
 struct MovedValues<Config, true> {
-  static constexpr int kUnits = Config::kRowBytes / 16, kRowsAtOnce = Config::kMovers / kUnits;
+  static constexpr int kUnits = Config::kRowBytes / 16, kRowsAtOnce = Config::kFillers / kUnits;
   const uint16_t* first;  // of the thread's unit in the first row of the segment
   int64_t token_stride;
   int tokens;  // of the segment

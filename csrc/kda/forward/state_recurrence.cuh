@@ -1,7 +1,7 @@
 // Stage 2 of the staged forward: the hidden-state recurrence over the chunks of one sequence,
 //   U = U0 - W S,      S' = Diag(e^{G_C}) S + K_decayed^T U,
-// writing, for stage 3, the state at the entry of each chunk and U as bf16 MMA operands, U in the place of U0; for the backward,
-// operands of S rather than of its transpose, and U in one part, with what that leaves out of the last chunk of a sequence.
+// writing, for stage 3, the state at the entry of each chunk in bf16 and U as bf16 MMA operands, U in the place of U0; for the backward,
+// U in one part, with what that leaves out of the last chunk of a sequence.
 //
 // Grid: one CTA for each (sequence, value head, value tile). The state is kept transposed, S^T [V, K], in fp32
 // accumulators for the whole sequence, so that they feed the next product as its A operand from registers; a warpgroup owns 64
@@ -19,7 +19,7 @@
 // Its operands are made beside the last product of the chunk before, and W S is added to it.
 //
 // Another warpgroup, the movers, keeps a ring of stages filled with bulk copies, through which every chunk of the sequence goes once, and
-// stores the operands that the consumers leave in shared memory; rows of V come by 16-byte units, those past the end zero. In a backward they may
+// gives what the consumers leave in shared memory to the copy engine; rows of V come by 16-byte units, those past the end zero. In a backward they may
 // follow stage 1 chunk by chunk (solve_progress.cuh).
 //
 // Shared memory of one stage (bytes, K = 128): W and K_decayed 16384 each, U0 of the value tile 16384 for each 64 rows,
@@ -42,7 +42,7 @@ namespace kda {
 template <int K_, int kGroups_, bool kSaves_, bool kSummary_ = false, typename Element_ = void>
 struct StateRecurrenceConfig : RecurrenceThreads<kGroups_> {
   using Threads = RecurrenceThreads<kGroups_>;
-  using Threads::kRows, Threads::kMovers;
+  using Threads::kRows, Threads::kFillers;
   static constexpr int K = K_, C = kChunkTokens, kGroups = kGroups_;
   static constexpr bool kSaves = kSaves_, kSummary = kSummary_;
   using Element = Element_;
@@ -68,9 +68,9 @@ struct StateRecurrenceConfig : RecurrenceThreads<kGroups_> {
   static constexpr int kStageBytes = (kUsedBytes + 1023) / 1024 * 1024;  // operands of wgmma start at multiples
 
   // Who arrives at the barrier of a stage besides the bytes of bulk copies.
-  static constexpr int kArrivals = 1 + (kMakesValues ? kMovers : 0);
+  static constexpr int kArrivals = 1 + (kMakesValues ? kFillers : 0);
 
-  using Staged = StagedOperands<K, kSaves ? C / 16 : 0>;
+  using Staged = StagedOperands<K, kSaves ? C / 16 : 0, kRows>;
 };
 
 // The same rows of the map itself, one of the tiles [K, K], in tiles of its transpose.
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       *reinterpret_cast<uint4*>(shared + stage * Config::kStageBytes + Config::kU0 + 16 * unit) = {0, 0, 0, 0};
     }
   }
-  stage_ring.init(shared, found, Config::kArrivals, Config::kConsumers, Config::kMovers);
+  stage_ring.init(shared, found, Config::kArrivals, Config::kConsumers);
   if (threadIdx.x == 0) mark(params, Mark::kStateBegin, 0);
   ptx::launch_dependents();  // the reverse recurrence needs nothing of this one, and finds room beside it
   uint8_t* const staging = shared + staging_offset<Config>(stages);
@@ -142,6 +142,27 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int64_t first_tile = block.first_tile;
     const int chunks = static_cast<int>(block.segment.chunks), first_row_tile = block.first_row_tile;
     const bool is_map = Config::kSummary && block.is_map;
+    if (Config::is_mover(Config::kStores)) {
+      if (Config::kSummary || lane > 0) return;
+      const int64_t first_operands = first_tile * (V / 16) + first_row_tile;
+      const int64_t operands_of_chunk = static_cast<int64_t>(value_heads) * (V / 16);
+      uint8_t* states = params.state + first_operands * Staged::kStateBytes;
+      uint8_t* values = reinterpret_cast<uint8_t*>(params.U_rounded) + first_operands * Staged::kValueBytes;
+      stage_ring.store_staged(chunks, stage_ring.stored(shared), [&] {
+        Staged::store(states, values, staging);
+        states += operands_of_chunk * Staged::kStateBytes;
+        values += operands_of_chunk * Staged::kValueBytes;
+      });
+      return;
+    }
+    if (Config::is_mover(Config::kTells)) {
+      if (Config::kSummary || lane > 0 || params.progress == nullptr) return;
+      StageRing::tell_stored(chunks, stage_ring.stored(shared), [&](int chunk) {
+        mark(params, Mark::kStateChunks, chunk);
+        return params.progress + first_tile + int64_t{chunk} * value_heads;
+      });
+      return;
+    }
     SolvedChunks solved = {params, chunks, /*is_reversed=*/false};
     const MovedValues<Config> rows(call, block, threadIdx.x - Config::kConsumers);
     const auto fill = [&](int chunk, int i) {
@@ -168,27 +189,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                               Config::kKeyTileBytes, barrier);
       ptx::cp_async_bulk_load(stage + Config::kDecay, params.chunk_decay + tile * K, Config::kDecayBytes, barrier);
     };
-    const int first_mine = warp - Config::kConsumers / 32;
-    const int64_t operand_tile = first_tile * (V / 16) + first_row_tile + first_mine;
-    const int64_t tiles_of_chunk = static_cast<int64_t>(value_heads) * (V / 16);
-    uint4* states = params.state + operand_tile * (K / 16) * 32;
-    uint4* values = params.U_rounded + operand_tile * (C / 16) * 32;
-    const auto store = [&] {
-#pragma unroll
-      for (int i = 0; i < Config::kGroups; ++i) {
-        uint8_t* const area = staging + (first_mine + 4 * i) * Staged::kBytes;
-        Staged::template store_state<Config::kSaves>(states + i * 4 * (K / 16) * 32, ptx::shared_address(area), lane);
-        if constexpr (Config::kSaves) Staged::store_values(values + i * 4 * (C / 16) * 32, area, lane);
-      }
-      states += tiles_of_chunk * (K / 16) * 32;
-      values += tiles_of_chunk * (C / 16) * 32;
-    };
-    const auto tell = [&](int chunk, int count) {
-      if (threadIdx.x == Config::kConsumers) mark(params, Mark::kStateChunks, chunk + count - 1);
-      if (params.progress == nullptr) return;
-      tell_progress(params.progress + first_tile + int64_t{chunk} * value_heads, value_heads, count, lane);
-    };
-    stage_ring.move<!Config::kSummary>(chunks, fill, store, tell, [](RingPosition) {});
+    stage_ring.fill_stages(chunks, fill, [](RingPosition) {});
     ptx::wait_for_kernel_before();
     return;
   }
@@ -211,7 +212,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
 
   uint4* u_operands = params.U + (first_tile * (V / 16) + row_tile) * (C / 8) * 32 + lane;  // of the current chunk
-  uint8_t* const area = staging + warp * Staged::kBytes;
 
   const int last_chunk = segment.is_last ? chunks - 1 : -1;  // of the sequence
 
@@ -286,13 +286,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if constexpr (!Config::kSummary) {
       if (chunk > 0) ptx::mbarrier_wait_parity(stage_ring.taken(), (chunk - 1) & 1);
 #pragma unroll
-      for (int kt = 0; kt < K / 16; ++kt) Staged::put_state(ptx::shared_address(area), s[kt], kt, lane);
+      for (int kt = 0; kt < K / 16; ++kt) Staged::put_state(staging, warp, s[kt], kt, lane);
       if constexpr (Config::kSaves) {
 #pragma unroll
         for (int kt = 0; kt < C / 16; ++kt) {
-          Staged::put_values(area, {high[kt][0], high[kt][1], high[kt][2], high[kt][3]}, kt, lane);
+          Staged::put_values(staging, warp, {high[kt][0], high[kt][1], high[kt][2], high[kt][3]}, kt, lane);
         }
       }
+      ptx::fence_proxy_async_shared();
       ptx::mbarrier_arrive(stage_ring.staged());
     }
     if constexpr (Config::kMakesValues) {  // of the next chunk, beside the products
