@@ -117,7 +117,7 @@ struct IntraChunkGradientsConfig {
 };
 
 // A block goes by one reference if log2 of its decay on either side of its middle, and squares of the norms of q and k, are in one of two
-// ranges: 64 sums of pairs of at most 1 times q or k stay in fp32, 2^(112 + 6 + 8) and 2^(117 + 6 + 4); the squares are within 3 %. The wide one is for gates with
+// ranges: 64 sums of pairs of at most 1 times q or k stay in fp32, 2^(112 + 6 + 8) and 2^(117 + 6 + 4). The wide one is for gates with
 // a bound of -5, 16 tokens of which decay by 2^-115.5.
 inline constexpr float kMaxLog2Range = 112.0f, kMaxSquaredNorm = 65536.0f;
 inline constexpr float kWideLog2Range = 117.0f, kWideSquaredNorm = 256.0f;

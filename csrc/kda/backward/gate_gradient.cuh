@@ -1,4 +1,4 @@
-// The gate of the elements of a tile, and its derivatives. Every exponential formed here has an argument <= 0.
+// The gate of the elements of a tile, and its derivatives. Every exponential of base 2 formed here has an argument of at most 126.
 #pragma once
 
 #include "../device/gate.cuh"
@@ -12,17 +12,21 @@ struct GateOfTile {
   float lower_bound;
   float bias[2];  // dt_bias of the lane's channels, or 0
 
-  // Of kSigmoid, log2(e) times what the sigmoid is taken of, decay_rate (g + bias), by one multiply-add; and of that e^-|x| and 1 / (1 + e^-|x|).
+  // Of kSigmoid, log2(e) times what the sigmoid is taken of, decay_rate (g + bias), by one multiply-add; and of that e^-x and 1 / (1 + e^-x), the sigmoid. It is
+  // kept where both are normal numbers: beyond, a sigmoid is 0 or 1 to any accuracy, and so are products with it. NaN stays.
   struct Logits {
     float rate, of_bias[2];
     __device__ __forceinline__ explicit Logits(const GateOfTile& gate)
         : rate(gate.decay_rate * kLog2E), of_bias{rate * gate.bias[0], rate * gate.bias[1]} {}
-    __device__ __forceinline__ float operator()(float g, int row) const { return fmaf(g, rate, of_bias[row]); }
+    __device__ __forceinline__ float operator()(float g, int row) const {
+      constexpr float kMost = 126.0f;
+      return ptx::clamp(fmaf(g, rate, of_bias[row]), kMost);
+    }
   };
   struct Sigmoid {
-    float e, inverse;
-    __device__ __forceinline__ explicit Sigmoid(float logit)
-        : e(ptx::ex2(-fabsf(logit))), inverse(ptx::rcp(1.0f + e)) {}
+    float e, value;
+    __device__ __forceinline__ explicit Sigmoid(float logit) : e(ptx::ex2(-logit)), value(ptx::rcp(1.0f + e)) {}
+    __device__ __forceinline__ float slope() const { return e * value * value; }
   };
 
   // log2 of alpha from g. The kind is looked at once for all elements.
@@ -31,10 +35,7 @@ struct GateOfTile {
       const Logits logits(*this);
       const float bound = lower_bound * kLog2E;
       return ChannelTile::make([&](int block, int row, int parity) {
-        const float logit = logits(g.at(block, row, parity), row);
-        const Sigmoid sigmoid(logit);
-        const float size = bound * sigmoid.inverse;
-        return logit >= 0.0f ? size : sigmoid.e * size;
+        return bound * Sigmoid(logits(g.at(block, row, parity), row)).value;
       });
     }
     if (kind == GateKind::kSoftplus) {
@@ -61,9 +62,8 @@ struct GateOfTile {
       float of_logits[2] = {};
       gradients.for_each([&](float& gradient, int block, int row, int parity) {
         const float logit = logits(g.at(block, row, parity), row);
-        const Sigmoid sigmoid(logit);
-        const float slope = gradient * (sigmoid.e * sigmoid.inverse * sigmoid.inverse);
-        of_logits[row] = fmaf(slope, slope != 0.0f ? logit : 0.0f, of_logits[row]);  // 0 * inf is not 0
+        const float slope = gradient * Sigmoid(logit).slope();
+        of_logits[row] = fmaf(slope, logit, of_logits[row]);
         gradient = slope * to_g;
         ddt_bias[row] += gradient;
       });

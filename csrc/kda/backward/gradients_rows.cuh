@@ -122,46 +122,35 @@ struct GradientsRows : GradientsContext<Config> {
     return store_beta(raw_beta(), false);
   }
 
-  // The sum of squares of eight elements, onto those before. Where norms are one, it serves a comparison alone: packed bf16 have it within 3 %.
-  static __device__ __forceinline__ void add_squares(float& sum, const uint4& unit) {
-    float x[8];
-    unpack_8<Element>(x, unit);
-#pragma unroll
-    for (int c = 0; c < 8; ++c) sum += x[c] * x[c];
-  }
-  static __device__ __forceinline__ void add_squares(__nv_bfloat162& sums, const uint4& unit) {
-    for (const uint32_t pair : {unit.x, unit.y, unit.z, unit.w}) {
-      const __nv_bfloat162 x = reinterpret_cast<const __nv_bfloat162&>(pair);
-      sums = __hfma2(x, x, sums);
-    }
-  }
-
-  // 1 / |x| of the rows of q and k: four lanes a row, eight rows of one of them a warp. Returns the largest |x|^2 that the
-  // lane has seen, or NaN.
+  // 1 / |x| of the rows of q and k, unless they are taken as they are: eight rows of one of them a warp, products of a row with itself. Returns the largest
+  // |x|^2 that the lane has seen, or NaN.
   __device__ __forceinline__ float store_norms() const {
     float largest = 0.0f;
-    constexpr int kUnits = K / 8 / 4;  // of a lane
     for (int job = warp; job < 2 * C / 8; job += Config::kWarps) {
       const bool is_key = job & 1;
-      const int token = 8 * (job >> 1) + row;
-      const auto sum_squares = [&](auto sum) {
+      const int first = 8 * (job >> 1);
+      const uint32_t rows = address(is_key ? Config::kKey : Config::kQuery);
+      float products[2][4] = {};
 #pragma unroll
-        for (int i = 0; i < kUnits; ++i) {
-          add_squares(sum, *reinterpret_cast<const uint4*>(shared + (is_key ? Config::kKey : Config::kQuery) +
-                                                           Config::KeyTile::unit_offset(token, 4 * i + member)));
+      for (int kt = 0; kt < K / 16; kt += 2) {
+        uint32_t x[4];  // of 32 channels
+        ptx::ldmatrix_x4(x, rows + Config::KeyTile::unit_offset(first + (lane & 7), 2 * kt + (lane >> 3)));
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if constexpr (std::is_same_v<Element, BFloat16>) {
+            ptx::mma_m16n8k16_bf16(products[i], x[2 * i], 0, x[2 * i + 1], 0, x[2 * i], x[2 * i + 1]);
+          } else {
+            ptx::mma_m16n8k16_f16(products[i], x[2 * i], 0, x[2 * i + 1], 0, x[2 * i], x[2 * i + 1]);
+          }
         }
-        return sum;
-      };
-      float squares;
-      if constexpr (Config::kUnitNorms) {
-        static_assert(std::is_same_v<Element, BFloat16>);
-        const float2 halves = __bfloat1622float2(sum_squares(__floats2bfloat162_rn(0.0f, 0.0f)));
-        squares = sum_tokens(halves.x + halves.y);
-      } else {
-        squares = sum_tokens(sum_squares(0.0f));
       }
+      // The diagonal, on one of the lanes of a row; rows past the end may be of any content yet.
+      const int token = first + row;
+      if (member != row >> 1) continue;
+      const float on_diagonal = row & 1 ? products[0][1] + products[1][1] : products[0][0] + products[1][0];
+      const float squares = token < location.tokens ? on_diagonal : 0.0f;
       largest = squares <= largest ? largest : squares;
-      if (!Config::kUnitNorms && member == 0) {
+      if constexpr (!Config::kUnitNorms) {
         tokens(is_key ? Config::kKeyNorm : Config::kQueryNorm)[token] =
             call().qk_l2norm ? rsqrtf(squares + kL2NormEpsilon) : 1.0f;
       }

@@ -124,15 +124,20 @@ struct IntraChunkGradients : BlockGradients<Config> {
                             barrier(copies));
   }
 
+  // Until those beside which the kernel works have left the chunk, for the copy engine.
+  __device__ __forceinline__ void wait_for_recurrences() const {
+    if (params.forward.progress == nullptr) return;
+    while (ptx::load_acquire(params.forward.progress + tile) < params.progress_wanted) __nanosleep(100);
+    ptx::fence_proxy_async_global();
+  }
+
   __device__ __forceinline__ void copy_values() const {
     const bool is_used = location.tokens > 0;
     if (asks_for(Asking::kValues)) {
-      if (is_used && params.forward.progress != nullptr) {
-        const uint32_t* const progress = params.forward.progress + tile;
+      if (is_used) {
         mark(params.forward, Mark::kGradientsWait, tile);
-        while (ptx::load_acquire(progress) < params.progress_wanted) __nanosleep(100);
+        wait_for_recurrences();
         mark(params.forward, Mark::kGradientsThere, tile);
-        ptx::fence_proxy_async_global();
       }
       constexpr int kBytes = 2 * Config::kValueTileBytes + Config::kPairTileBytes;
       ptx::mbarrier_arrive_expect_tx(barrier(Copies::kValues), is_used ? kBytes : 0);
@@ -513,6 +518,10 @@ struct IntraChunkGradients : BlockGradients<Config> {
       here().solve(operands);
     }
     here().wait_for_rows();
+    // Their norms, if they are used, which the copy engine lets each warp see: else behind the barrier, while products are under way.
+    constexpr bool kNormsFirst = kTensorCopies && !Config::kUnitNorms;
+    float largest;
+    if constexpr (kNormsFirst) largest = here().store_norms();
     ptx::fence_proxy_async_shared();  // Y, U and dO, before the products that read them, and dV
     is_wide = __syncthreads_or(is_wide);
 
@@ -520,8 +529,9 @@ struct IntraChunkGradients : BlockGradients<Config> {
     typename Values::Pairs pairs;
     here().multiply_pairs(pairs);
     const float most = is_wide ? kWideSquaredNorm : kMaxSquaredNorm;
-    bool is_large = !(here().store_norms() <= most);
-    if constexpr (!Config::kUnitNorms) is_large = __syncthreads_or(is_large);
+    if constexpr (!kNormsFirst) largest = here().store_norms();
+    bool is_large = !(largest <= most);
+    if constexpr (!Config::kUnitNorms && !kNormsFirst) is_large = __syncthreads_or(is_large);
     find_next();
     here().scale_pairs(pairs);
     here().beta_gradient();

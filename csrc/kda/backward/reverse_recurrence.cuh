@@ -328,7 +328,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                            {operand[0] ^ kSigns, operand[1] ^ kSigns, operand[2] ^ kSigns, operand[3] ^ kSigns}, kt,
                            lane);
       }
-      ptx::fence_proxy_async_shared();
       ptx::mbarrier_arrive(stage_ring.staged());
     }
     wgmma::wait_group<0>();

@@ -43,6 +43,14 @@ __device__ __forceinline__ float rcp(float x) {
   return y;
 }
 
+// x within -most .. most; NaN stays.
+__device__ __forceinline__ float clamp(float x, float most) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(most));
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(y), "f"(-most));
+  return y;
+}
+
 // ---- Tensor core products: d[4] += a (16 x k) * b (k x 8), fp32 accumulators ----
 
 __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,

@@ -293,7 +293,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
           Staged::put_values(staging, warp, {high[kt][0], high[kt][1], high[kt][2], high[kt][3]}, kt, lane);
         }
       }
-      ptx::fence_proxy_async_shared();
       ptx::mbarrier_arrive(stage_ring.staged());
     }
     if constexpr (Config::kMakesValues) {  // of the next chunk, beside the products
