@@ -9,8 +9,8 @@ Each is checked as well.
 Every tensor has an allocation of its own, of its own size: torch's caching allocator is off, as its slack would hide
 accesses beyond the end. Inputs are made on the host and copied, so that initcheck knows what has been written. What an
 operator returns is NaN before it is written, by torch: a result that lacks an element is wrong, under every tool, and
-initcheck, which does not see what the copy engine writes, finds no fault with it. Workspaces are as they come. Expected
-results come from the composite implementation on the CPU, in fp32.
+initcheck, which does not see what the copy engine writes, finds no fault with it; so are workspaces
+(KDA_FILL_WORKSPACES). Expected results come from the composite implementation on the CPU, in fp32.
 
 Exit status 0: every result keeps the accuracy contract. 1: one does not. 2: wrong arguments, or no device.
 """
@@ -466,6 +466,7 @@ def main() -> int:
         return 2
 
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # torch reads it when it first allocates on the device
+    os.environ["KDA_FILL_WORKSPACES"] = "1"  # likewise read by the operators
     torch.set_num_threads(HOST_THREADS)
     torch.use_deterministic_algorithms(True, warn_only=True)  # with which torch.empty is full of NaN
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -1,6 +1,7 @@
 #include <dlfcn.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -74,7 +75,14 @@ DeviceScope::DeviceScope(int32_t device_index) {
   check_cuda(cudaSetDevice(device_index), "kda-cuda: selecting the device");
 }
 
-ScratchMemory::ScratchMemory(size_t bytes) { STABLE_TORCH_ERROR_CODE_CHECK(torch_allocator().allocate(bytes, &data_)); }
+ScratchMemory::ScratchMemory(size_t bytes) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_allocator().allocate(bytes, &data_));
+  static const bool is_filled = std::getenv("KDA_FILL_WORKSPACES") != nullptr;
+  if (!is_filled || !data_) return;
+  int32_t device = -1;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_device_index(&device));
+  check_cuda(cudaMemsetAsync(data_, 0xff, bytes, current_stream(device)), "kda-cuda: filling a workspace");
+}
 
 ScratchMemory::~ScratchMemory() {
   if (data_) torch_allocator().free(data_);

@@ -29,7 +29,8 @@ class DeviceScope {
 };
 
 // Memory of torch's caching allocator on torch's current device and stream: like that of a tensor, at a third of its host
-// time. It may be given back while kernels that use it are still queued on the stream, as that of a tensor may.
+// time. It may be given back while kernels that use it are still queued on the stream, as that of a tensor may. With KDA_FILL_WORKSPACES in the environment it is
+// full of NaN, for tests.
 class ScratchMemory {
  public:
   explicit ScratchMemory(size_t bytes);

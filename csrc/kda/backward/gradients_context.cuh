@@ -122,7 +122,7 @@ struct GradientsContext {
   }
   __device__ __forceinline__ void add_solved_roundings(ChannelTile& y, int row_tile, int tt) const {
     const uint4* const dU = params.dU_low + (int64_t{last_of_chain} * (V / 16) + row_tile) * (C / 16) * 32 + lane;
-#pragma unroll 1
+#pragma unroll 2
     for (int kt = tt; kt < C / 16; ++kt) {
       uint32_t b[4];
       Config::PairTile::load_b_trans(b, address(Config::kInverse), 16 * kt, 16 * tt, lane);
@@ -136,7 +136,7 @@ struct GradientsContext {
   template <int N, typename Fragment>
   __device__ __forceinline__ void add_roundings(ChannelTile (&sums)[N], int first_tile, int values,
                                                 Fragment dstate) const {
-    constexpr int kAtOnce = 2;  // of V / 16, whose loads are on their way together
+    constexpr int kAtOnce = 4;  // of V / 16, whose loads are on their way together
 #pragma unroll 1
     for (int first = 0; first < V / 16; first += kAtOnce) {
       uint4 dstate_low[kAtOnce], values_low[kAtOnce][N];

@@ -189,6 +189,14 @@ struct IntraChunkGradients : BlockGradients<Config> {
     if constexpr (Config::kGateGradientFits) {
       ptx::prefetch_to_l2(params.dstate + tile * Config::kStateBytes, Config::kStateBytes);
     }
+    if (const int64_t chain = this->last_of_chain; chain >= 0) {  // what its operands leave out
+      const auto tile_of_chain = [&](const void* tiles, int bytes) {
+        ptx::prefetch_to_l2(static_cast<const uint8_t*>(tiles) + chain * bytes, bytes);
+      };
+      tile_of_chain(params.forward.U_low, Config::kValueTileBytes);
+      tile_of_chain(params.dU_low, Config::kValueTileBytes);
+      tile_of_chain(params.dstate_low, Config::kStateBytes);
+    }
   }
   __device__ __forceinline__ void copy_over_gradients() const {
     if constexpr (kTensorCopies) {
@@ -492,10 +500,10 @@ struct IntraChunkGradients : BlockGradients<Config> {
   }
 
   // here(), next(): this chunk, and the one to copy from memory meanwhile, looked up in shared memory again by each part, as there are few
-  // registers. find_next(): where the next one is. Returns whether the chunk is
+  // registers. take_next(): asks which one is next; find_next(): where that is. Returns whether the chunk is
   // done: else it is left to the levels, nothing of the next one is on its way, nor has it been looked for.
-  template <typename Here, typename Next, typename Find>
-  static __device__ __forceinline__ bool run(Here here, Next next, Find find_next) {
+  template <typename Here, typename Next, typename Take, typename Find>
+  static __device__ __forceinline__ bool run(Here here, Next next, Take take_next, Find find_next) {
     bool is_wide;
     {
       if constexpr (kTensorCopies) here().wait_for(Copies::kGates);
@@ -525,6 +533,7 @@ struct IntraChunkGradients : BlockGradients<Config> {
     ptx::fence_proxy_async_shared();  // Y, U and dO, before the products that read them, and dV
     is_wide = __syncthreads_or(is_wide);
 
+    take_next();
     here().store_value_gradient();
     typename Values::Pairs pairs;
     here().multiply_pairs(pairs);
@@ -673,7 +682,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
       __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) >> 5, 0);  // so the compiler knows that lanes agree
 
   // One warp, which has little to do meanwhile, looks for the next place; past the last tile it has no tokens. Beside the recurrences, CTAs
-  // that find room early take more tiles than others, in the order in which these are left: the number of one is asked for early in a chunk.
+  // that find room early take more tiles than others, in the order in which these are left. The number of one is asked for some time before it is wanted, but
+  // not in the first quarter of a chunk: the later, the less do the last chunks keep CTAs that are late already.
   constexpr int kFindingWarp = Config::kWarps > 8 ? 8 : 0;
   const auto take_index = [&]() -> uint32_t {
     const bool takes = params.forward.progress != nullptr && warp == kFindingWarp && (threadIdx.x & 31) == 0;
@@ -740,16 +750,21 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     const auto here = [&] { return at(turn); };
     const auto next = [&] { return at(turn ^ 1); };
     rehearses = rehearses && !__syncthreads_or(threadIdx.x == 0 && there_is_a_tile());
-    const uint32_t taken = rehearses ? 0 : take_index();
-    bool is_found = rehearses;
+    uint32_t taken = 0;
+    bool is_taken = rehearses, is_found = rehearses;
+    const auto take_next = [&] {
+      if (!is_taken) taken = take_index();
+      is_taken = true;
+    };
     const auto find_next = [&] {
+      take_next();
       if (!is_found) find(turns + 1, taken);
       is_found = true;
     };
     const ChunkPlace& place = places[turn];
     if (place.location.tokens > 0 || rehearses) {
       if (threadIdx.x == 0) mark(params.forward, Mark::kGradientsChunk, place.tile);
-      if (Gradients::run(here, next, find_next)) continue;
+      if (Gradients::run(here, next, take_next, find_next)) continue;
     } else {
       here().copy_over_gradients();
       if (place.slot >= 0) {
