@@ -93,7 +93,7 @@ struct ChunkFwdWorkspace {
   size_t Q_gated = 0;      // scale · Q ⊙ e^G           [slots, HV, C, K]   bf16, swizzled tile
   size_t Aqk = 0;          // scale · Aqk               [slots, HV, C, C]   bf16, swizzled tile
   size_t U = 0;            // Tinv V, fp32 accumulators [slots, HV, V, C]; then, in its place, U as two bf16 operands
-  size_t state = 0;        // state at entry of a chunk [slots, HV, V, K]   bf16, fragment order
+  size_t state = 0;        // state at entry of a chunk [slots, HV, V, K]   bf16, swizzled tile
   size_t chunk_decay = 0;  // e^{G_C}                   [slots, HV, K]      fp32
   // Of kFused, one for each cluster: the state of a chain that goes on in another one, if that can be
   size_t handoff_states = 0;  // [clusters, V, K]     fp32, fragments
@@ -147,7 +147,7 @@ struct ChunkIntermediates {
   size_t W = 0, K_decayed = 0, Q_gated = 0, Aqk = 0;  // as in ChunkFwdWorkspace; read by the reverse recurrence alone
   size_t U = 0;                                       // U as bf16 operands                      [slots, HV, V, C]
   size_t chunk_decay = 0;                             // as in ChunkFwdWorkspace
-  size_t state = 0;    // state at entry of a chunk               [slots, HV, V, K]     bf16, fragments of S, not of S^T
+  size_t state = 0;    // state at entry of a chunk               [slots, HV, V, K]     bf16, swizzled tile
   size_t inverse = 0;  // (I + Akk)^-1                           [slots, HV, C, C]     bf16, swizzled tile
   // What bf16 leaves out at the ends of sequences, a tile for each (sequence, value head):
   size_t U_low = 0;        // of U in the last chunk              [N, HV, V, C]         bf16 operands
@@ -179,7 +179,7 @@ struct ChunkSavingWorkspace {
 // forward has saved them or stage 4 works beside that recurrence.
 struct ChunkBwdWorkspace {
   size_t intermediates = 0;  // those of ChunkIntermediates; none if the forward has saved them
-  size_t dstate = 0;  // dS', gradient of the state at the exit of a chunk  [slots, HV, V, K]  bf16, fragment order
+  size_t dstate = 0;  // dS', gradient of the state at the exit of a chunk  [slots, HV, V, K]  bf16, swizzled tile
   size_t dU = 0;      // gradient of U as bf16 operands          [slots, HV, V, C]
   size_t U0 =
       0;  // Tinv V, fp32 accumulators, in the place of those two until they are written, unless the recurrences run side by

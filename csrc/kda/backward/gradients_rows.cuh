@@ -144,7 +144,7 @@ struct GradientsRows : GradientsContext<Config> {
           }
         }
       }
-      // The diagonal, on one of the lanes of a row; rows past the end may be of any content yet.
+      // The diagonal, on one of the lanes of a row; one past the end has none, whatever it holds.
       const int token = first + row;
       if (member != row >> 1) continue;
       const float on_diagonal = row & 1 ? products[0][1] + products[1][1] : products[0][0] + products[1][0];

@@ -529,7 +529,10 @@ struct IntraChunkGradients : BlockGradients<Config> {
     // Their norms, if they are used, which the copy engine lets each warp see: else behind the barrier, while products are under way.
     constexpr bool kNormsFirst = kTensorCopies && !Config::kUnitNorms;
     float largest;
-    if constexpr (kNormsFirst) largest = here().store_norms();
+    if constexpr (kNormsFirst) {
+      if (!here().is_whole()) __syncthreads();  // rows past the end have been cleared
+      largest = here().store_norms();
+    }
     ptx::fence_proxy_async_shared();  // Y, U and dO, before the products that read them, and dV
     is_wide = __syncthreads_or(is_wide);
 

@@ -7,7 +7,7 @@
 //   Q_gated = scale * Q ⊙ e^G,   K_decayed = K ⊙ e^{G_C - G},   chunk_decay = e^{G_C}.
 // For a backward, of the first chunk of a sequence also what Q_gated in bf16 leaves out.
 //
-// Grid: as many CTAs as are resident, of 8 warps; each goes on by the grid's size among tiles of (chunk slot, value head), past slots without tokens, in
+// Grid: as many CTAs as are resident, of 8 warps; each goes from turn to turn of the grid (TileOfTurn) among tiles of (chunk slot, value head), past slots without tokens, in
 // their order in memory, or where recurrences follow from the ends of the sequences to their middle (solve_progress.cuh).
 // The next chunk's rows are copied as soon as their place is free, so that its work begins without a wait. The chunk is two steps of 32 tokens, earlier
 // and later, of four warps each, which make pairs inside of them as in the forward (step_producer.cuh). For a pair across the steps exp(G_i - G_j) is
