@@ -34,9 +34,8 @@ struct GateOfTile {
     if (kind == GateKind::kSigmoid) {
       const Logits logits(*this);
       const float bound = lower_bound * kLog2E;
-      return ChannelTile::make([&](int block, int row, int parity) {
-        return bound * Sigmoid(logits(g.at(block, row, parity), row)).value;
-      });
+      return ChannelTile::make(
+          [&](int block, int row, int parity) { return bound * Sigmoid(logits(g.at(block, row, parity), row)).value; });
     }
     if (kind == GateKind::kSoftplus) {
       return ChannelTile::make([&](int block, int row, int parity) {

@@ -53,7 +53,7 @@ struct ChunkFwdKernelParams {
   uint4* U;  // [slots, HV, V / 16, C / 8, 32 lanes]: U0 = Tinv V as accumulator fragments (fp32), n-tile by n-tile,
              // replaced by U as operand fragments (bf16), a high and a low one for each 16 tokens, if wants_output
   uint4*
-      U_rounded;  // [slots, HV, V / 16, C / 16, 32 lanes]: the high ones alone, for the backward; null as `inverse` is
+      U_rounded;   // [slots, HV, V / 16, C / 16, 32 lanes]: the high ones alone, for the backward; null as `inverse` is
   uint8_t* state;  // [slots, HV] tiles of S^T [V, K], bf16, swizzled
   float* chunk_decay;  // [slots, HV, K]
   float* beta;         // [slots, HV, C], after its transforms, for a recurrence that makes U0 itself; else null

@@ -26,7 +26,8 @@ struct OutputGemmConfig {
   using StateTile = SwizzledTile<K>;
   using PairTile = SwizzledTile<C>;
   using OutputTile = SwizzledTile<V>;
-  static constexpr int kKeyTileBytes = C * K * 2, kStateBytes = V * K * 2, kPairTileBytes = C * C * 2, kOutputTileBytes = C * V * 2;
+  static constexpr int kKeyTileBytes = C * K * 2, kStateBytes = V * K * 2, kPairTileBytes = C * C * 2,
+                       kOutputTileBytes = C * V * 2;
   static constexpr int kQGated = 0;  // later O
   static constexpr int kAqk = kKeyTileBytes > kOutputTileBytes ? kKeyTileBytes : kOutputTileBytes;
   static constexpr int kState = kAqk + kPairTileBytes;
@@ -73,8 +74,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
 
   const uint32_t barrier = ptx::shared_address(shared + Config::kBarrier);
   const uint32_t q_gated = ptx::shared_address(shared + Config::kQGated),
-                 aqk = ptx::shared_address(shared + Config::kAqk),
-                 state = ptx::shared_address(shared + Config::kState);
+                 aqk = ptx::shared_address(shared + Config::kAqk), state = ptx::shared_address(shared + Config::kState);
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(barrier, 1);
     ptx::fence_mbarrier_init();
