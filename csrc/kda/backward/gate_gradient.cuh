@@ -6,23 +6,21 @@
 
 namespace kda {
 
-// Of log2(e) times what a sigmoid is taken of, in magnitude: beyond, it is 0 or 1 to any accuracy, and so are products with it.
-inline constexpr float kMostLogit = 126.0f;
-
 struct GateOfTile {
   GateKind kind;
   float decay_rate;  // exp(A_log), or 1
   float lower_bound;
   float bias[2];  // dt_bias of the lane's channels, or 0
 
-  // Of kSigmoid, log2(e) times what the sigmoid is taken of, decay_rate (g + bias), by one multiply-add, but no less than -kMostLogit; and of that e^-x and
-  // 1 / (1 + e^-x), the sigmoid. NaN stays.
+  // Of kSigmoid, log2(e) times what the sigmoid is taken of, decay_rate (g + bias), by one multiply-add; and of that e^-x and 1 / (1 + e^-x), the sigmoid. It is
+  // kept where both are normal numbers: beyond, a sigmoid is 0 or 1 to any accuracy, and so are products with it. NaN stays.
   struct Logits {
     float rate, of_bias[2];
     __device__ __forceinline__ explicit Logits(const GateOfTile& gate)
         : rate(gate.decay_rate * kLog2E), of_bias{rate * gate.bias[0], rate * gate.bias[1]} {}
     __device__ __forceinline__ float operator()(float g, int row) const {
-      return ptx::max_or_nan(fmaf(g, rate, of_bias[row]), -kMostLogit);
+      constexpr float kMost = 126.0f;
+      return ptx::clamp(fmaf(g, rate, of_bias[row]), kMost);
     }
   };
   struct Sigmoid {
@@ -53,31 +51,25 @@ struct GateOfTile {
     return alpha;
   }
 
-  // From the gradients of the log-gates, in units of `size`, to those of g, in place; adds to the sums over tokens for A_log and dt_bias.
+  // From the gradients of the log-gates to those of g, in place; adds to the sums over tokens for A_log and dt_bias.
   // alpha = 0 has no gradient.
-  __device__ __forceinline__ void differentiate(ChannelTile& gradients, const ChannelTile& g, float size,
-                                                float (&dA_log)[2], float (&ddt_bias)[2]) const {
+  __device__ __forceinline__ void differentiate(ChannelTile& gradients, const ChannelTile& g, float (&dA_log)[2],
+                                                float (&ddt_bias)[2]) const {
     if (kind == GateKind::kSigmoid) {
       const Logits logits(*this);
-      const float to_g = size * (lower_bound * decay_rate);
-      float of_logits[2] = {}, slopes[2] = {};
+      const float to_g = lower_bound * decay_rate;
+      float of_logits[2] = {};
       gradients.for_each([&](float& gradient, int block, int row, int parity) {
         const float logit = logits(g.at(block, row, parity), row);
         const float slope = gradient * Sigmoid(logit).slope();
-        of_logits[row] = fmaf(slope, ptx::min_or_nan(logit, kMostLogit), of_logits[row]);  // 0 * inf is not 0
-        slopes[row] += slope;
+        of_logits[row] = fmaf(slope, logit, of_logits[row]);
         gradient = slope * to_g;
+        ddt_bias[row] += gradient;
       });
-      const float to_A_log = size * (lower_bound * (1.0f / kLog2E));
+      const float to_A_log = lower_bound * (1.0f / kLog2E);
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        dA_log[row] = fmaf(of_logits[row], to_A_log, dA_log[row]);
-        ddt_bias[row] = fmaf(slopes[row], to_g, ddt_bias[row]);
-      }
-      return;
-    }
-    gradients.for_each([&](float& gradient, int, int, int) { gradient *= size; });
-    if (kind == GateKind::kSoftplus) {
+      for (int row = 0; row < 2; ++row) dA_log[row] = fmaf(of_logits[row], to_A_log, dA_log[row]);
+    } else if (kind == GateKind::kSoftplus) {
       gradients.for_each([&](float& gradient, int block, int row, int parity) {
         const float x = g.at(block, row, parity) + bias[row], log_alpha = -decay_rate * softplus(x);
         const float kept = ptx::ex2(log_alpha * kLog2E) == 0.0f ? 0.0f : gradient;

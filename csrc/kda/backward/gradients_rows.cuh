@@ -126,7 +126,6 @@ struct GradientsRows : GradientsContext<Config> {
   // |x|^2 that the lane has seen, or NaN.
   __device__ __forceinline__ float store_norms() const {
     float largest = 0.0f;
-#pragma unroll 1
     for (int job = warp; job < 2 * C / 8; job += Config::kWarps) {
       const bool is_key = job & 1;
       const int first = 8 * (job >> 1);

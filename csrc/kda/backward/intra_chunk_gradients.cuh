@@ -363,26 +363,24 @@ struct IntraChunkGradients : BlockGradients<Config> {
   __device__ __forceinline__ void store_gates(Block& cumulative) const {
     const GateOfTile activation = kept_gate();
     const float size = this->inverse_unit();
-    float around[2];  // what crosses the whole chunk, and for the first block what the second one has
+    float outside[2];  // what crosses the whole block
 #pragma unroll
     for (int hi = 0; hi < 2; ++hi) {
-      around[hi] = channel_sum(Config::kCrossing, 0, hi) + channel_sum(Config::kCrossing, 1, hi);
-      if (!is_second()) around[hi] += channel_sum(Config::kGradient, 1, hi);
+      outside[hi] = channel_sum(Config::kCrossing, 0, hi) + channel_sum(Config::kCrossing, 1, hi);
     }
+    float later[2] = {};
+    if (!is_second()) later[0] = channel_sum(Config::kGradient, 1, 0), later[1] = channel_sum(Config::kGradient, 1, 1);
     float of_rate[2] = {}, of_bias[2] = {};
 #pragma unroll
     for (int i = 0; i < kBlockTiles; ++i) {
-      cumulative[i].for_each([&](float& x, int, int hi, int) { x += around[hi]; });
+      cumulative[i].for_each([&](float& x, int, int hi, int) { x = size * ((x + later[hi]) + outside[hi]); });
       this->clear_rows_past_end(cumulative[i], first_tile() + i);
     }
     if (activation.kind != GateKind::kLog) {  // a log-gate in range of one reference has a gradient, whatever it is
       Block gates;
       load_gates_again(gates);
 #pragma unroll
-      for (int i = 0; i < kBlockTiles; ++i) activation.differentiate(cumulative[i], gates[i], size, of_rate, of_bias);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kBlockTiles; ++i) cumulative[i].for_each([&](float& x, int, int, int) { x *= size; });
+      for (int i = 0; i < kBlockTiles; ++i) activation.differentiate(cumulative[i], gates[i], of_rate, of_bias);
     }
     if (Config::kGateGradientFits && is_whole()) {
 #pragma unroll

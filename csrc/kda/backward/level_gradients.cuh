@@ -272,7 +272,7 @@ struct LevelGradients : LevelPairGradients<Config> {
       ChannelTile cumulative = i > 0 ? kept(this->cumulative_units()) : last;
       cumulative.for_each([&](float& x, int, int hi, int) { x += later[hi]; });
       this->clear_rows_past_end(cumulative, first_tile() + i);
-      activation.differentiate(cumulative, g[i], 1.0f, dA_log, ddt_bias);
+      activation.differentiate(cumulative, g[i], dA_log, ddt_bias);
       store_gate_gradient(cumulative, first_tile() + i);
     }
     if (params.dA_log_parts == nullptr) return;

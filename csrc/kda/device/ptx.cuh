@@ -43,15 +43,12 @@ __device__ __forceinline__ float rcp(float x) {
   return y;
 }
 
-__device__ __forceinline__ float min_or_nan(float x, float y) {
-  float z;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
-  return z;
-}
-__device__ __forceinline__ float max_or_nan(float x, float y) {
-  float z;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
-  return z;
+// x within -most .. most; NaN stays.
+__device__ __forceinline__ float clamp(float x, float most) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(most));
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(y), "f"(-most));
+  return y;
 }
 
 // ---- Tensor core products: d[4] += a (16 x k) * b (k x 8), fp32 accumulators ----
