@@ -698,7 +698,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     const ChunkPlace& before = places[turns & 1 ^ 1];
     const auto in_order = [&]() -> uint32_t {
       if (before.slot < 0) return blockIdx.x;
-      return TileOfTurn{(turns - 2) * gridDim.x, static_cast<uint32_t>(before.tile)}.next().index;
+      return TileOfTurn{(turns - 2) * gridDim.x, static_cast<uint32_t>(before.tile)}.next(gridDim.x).index;
     };
     const uint32_t index = params.forward.progress != nullptr ? __shfl_sync(0xffffffffu, taken, 0) : in_order();
     ChunkPlace place = {{0, 0, 0}, index, slots, 0, -1};

@@ -28,9 +28,9 @@ struct TileOfTurn {
   static constexpr uint32_t kShift = 37;
   uint32_t first, index;  // of the turn; of the tile
 
-  static __device__ __forceinline__ TileOfTurn begin(uint32_t index) { return {0, index}; }
-  __device__ __forceinline__ TileOfTurn next(uint32_t shift = kShift) const {
-    const uint32_t ctas = gridDim.x, place = index - first + (ctas > shift ? shift : 0);
+  static __host__ __device__ __forceinline__ TileOfTurn begin(uint32_t index) { return {0, index}; }
+  __host__ __device__ __forceinline__ TileOfTurn next(uint32_t ctas, uint32_t shift = kShift) const {
+    const uint32_t place = index - first + (ctas > shift ? shift : 0);
     return {first + ctas, first + ctas + (place >= ctas ? place - ctas : place)};
   }
 };

@@ -698,7 +698,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     };
     SolvePlace place = {{0, 0, 0}, 0, 0, 0, tile, -1};
 #pragma unroll 1
-    for (; tile.index < tiles && place.location.tokens == 0; tile = tile.next(shift)) {
+    for (; tile.index < tiles && place.location.tokens == 0; tile = tile.next(gridDim.x, shift)) {
       const ChunkIndex chunk = params.followed_ctas > 0 ? index_from_ends() : ChunkIndex(divisors, tile.index);
       const int value_head = static_cast<int>(chunk.value_head);
       const int key_head = heads == value_heads ? value_head : value_head / static_cast<int>(value_heads / heads);
@@ -727,13 +727,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   at(0).load_first_inputs();
   at(0).load_last_inputs();
   at(0).keep_parameter(at(0).raw_parameter());
-  find(places[0].at.next(shift), 1);
+  find(places[0].at.next(gridDim.x, shift), 1);
   __syncthreads();
 #pragma unroll 1
   for (unsigned turn = 0; at(turn).location.tokens > 0; ++turn) {
     if (threadIdx.x == 0) mark(params, Mark::kSolveChunk, places[turn % kSolvePlaces].tile);
     Solve::run(
-        turn, [&](unsigned i) { return at(turn + i); }, [&] { find(place_of(turn + 1).at.next(shift), turn + 2); });
+        turn, [&](unsigned i) { return at(turn + i); },
+        [&] { find(place_of(turn + 1).at.next(gridDim.x, shift), turn + 2); });
     if (params.followed_ctas > 0) SolveProgress(params).tell(place_of(turn).at.index);
   }
   if (threadIdx.x == 0) mark(params, Mark::kSolveEnd, 0);
