@@ -99,11 +99,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       const int64_t operands_of_chunk = static_cast<int64_t>(value_heads) * (V / 16);
       uint8_t* states = params.dstate + last_operands * Staged::kStateBytes;
       uint8_t* values = reinterpret_cast<uint8_t*>(params.dU) + last_operands * Staged::kValueBytes;
-      stage_ring.store_staged(chunks, stage_ring.stored(shared), [&] {
-        Staged::store(states, values, staging);
-        states -= operands_of_chunk * Staged::kStateBytes;
-        values -= operands_of_chunk * Staged::kValueBytes;
-      });
+      stage_ring.store_staged(chunks, stage_ring.stored(shared),
+                              [&] { Staged::template store<true>(states, values, staging, operands_of_chunk); });
       return;
     }
     if (Config::is_mover(Config::kTells)) {

@@ -36,7 +36,7 @@ struct RecurrenceSegments {
   [[nodiscard]] SegmentMaps dstate_maps() const { return {transposed_map, dstate, nullptr, /*is_reversed=*/true}; }
 };
 
-// Warps of a CTA of a recurrence over chunks that move what it takes and leaves; each counts in ChunkFwdKernelParams::progress.
+// Warps of a CTA of a recurrence over chunks that move what it takes and leaves (RecurrenceThreads::Mover).
 inline constexpr int kMoverWarps = 4;
 
 // Warps of a CTA of stage 1; each counts in SolveProgress.
@@ -69,7 +69,7 @@ struct ChunkFwdKernelParams {
 
   RecurrenceSegments segments;
 
-  // How many warps of the recurrences have left what they leave of a chunk, the next tile to take, and words of SolveProgress: of a backward whose stages
+  // How many CTAs of the recurrences have left what they leave of a chunk, the next tile to take, and words of SolveProgress: of a backward whose stages
   // work beside each other, else null. Cleared by stage 1.
   uint32_t* progress;      // [slots, HV], 1, 1, [followed_ctas]
   uint32_t followed_ctas;  // of stage 1, if the recurrences follow it; else 0

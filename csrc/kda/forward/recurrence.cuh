@@ -252,13 +252,18 @@ struct StagedOperands {
                                                     int lane) {
     reinterpret_cast<uint4*>(staging + kValues + row_tile * kValueBytes)[kt * 32 + lane] = operand;
   }
-  // By one thread: to the images and fragments of these rows.
-  static __device__ __forceinline__ void store(uint8_t* states, uint8_t* values, uint8_t* staging) {
+  // By one thread: to the images and fragments of these rows, and on to those of the next chunk, row_tiles further, or of the one before.
+  template <bool kReversed>
+  static __device__ __forceinline__ void store(uint8_t*& states, uint8_t*& values, uint8_t* staging,
+                                               int64_t row_tiles) {
     ptx::cp_async_bulk_store(states, ptx::shared_address(staging), kRowTiles * kStateBytes);
     if constexpr (kTokenTiles > 0) {
       ptx::cp_async_bulk_store(values, ptx::shared_address(staging + kValues), kRowTiles * kValueBytes);
     }
     ptx::cp_async_bulk_commit_group();
+    const auto advance = [](uint8_t*& at, int64_t bytes) { at = kReversed ? at - bytes : at + bytes; };
+    advance(states, row_tiles * kStateBytes);
+    advance(values, row_tiles * kValueBytes);
   }
 };
 
